@@ -1,0 +1,82 @@
+"""The one place where a run meets the Ray cluster: connecting, and turning wishes into Ray's resource arguments."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import DataContext
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker process gets; `threads` is its number of compute threads."""
+
+    cpus: float
+    gpus: int
+    threads: int
+
+
+def connect() -> float:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; with a cluster at hand, do nothing.
+
+    Returns:
+        Seconds that it took.
+    """
+    started = time.perf_counter()
+    if not ray.is_initialized():
+        _quiet()
+        ray.init(address=None if os.environ.get("RAY_ADDRESS") else "local", log_to_driver=False, logging_level="ERROR")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return time.perf_counter() - started
+
+
+def worker_resources(cpus: float | str, gpus: int | str) -> Resources:
+    """Resolve 'auto' against the cluster.
+
+    A worker takes a GPU where there is one. On CPUs it takes a node's CPUs less one, which stays free for Ray Data's reading
+    and writing, and computes with as many threads as the node has cores.
+    """
+    total = ray.cluster_resources()
+    n_gpus = (1 if total.get("GPU", 0) else 0) if gpus == "auto" else int(gpus)
+    node_cpus = int(max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1))
+    if cpus != "auto":
+        return Resources(float(cpus), n_gpus, max(1, int(cpus)))
+    if n_gpus:
+        return Resources(1.0, n_gpus, max(1, node_cpus // max(1, int(total.get("GPU", 1)))))
+    return Resources(float(max(1, node_cpus - 1)), 0, node_cpus)
+
+
+def engine_slots(resources: Resources) -> int:
+    """How many workers of this kind the cluster holds."""
+    total = ray.cluster_resources()
+    by_gpu = int(total.get("GPU", 0) // resources.gpus) if resources.gpus else None
+    by_cpu = int(total.get("CPU", 1) // resources.cpus) if resources.cpus else 1
+    return max(1, by_cpu if by_gpu is None else min(by_gpu, by_cpu))
+
+
+def worker_env(resources: Resources) -> dict[str, Any]:
+    """The runtime environment of a compute worker: its threads, and vLLM inside the worker's own process."""
+    return {
+        "env_vars": {
+            "OMP_NUM_THREADS": str(resources.threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if resources.gpus > 1 else "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine's memory
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            # Where a network is not to be used, workers must know it too.
+            **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
+        }
+    }
+
+
+def _quiet() -> None:
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    for name in ("ray", "ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,152 @@
+"""What a run is asked to do: one YAML file, every key but the first four with a default.
+
+A key that is not known is an error, never ignored. `load_config` gives messages that name the file, the key and its value.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import InputError
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetConfig(Section):
+    """The new task's data: JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
+
+    train: str
+    validation: str | None = Field(None, description="a tenth of train where absent")
+    test: str | None = Field(None, description="a tenth of train where absent")
+    max_tokens: int = Field(1024, ge=8, description="longer rows are left out and counted")
+    validation_rows: int = Field(128, ge=1, description="rows used of the validation split, a seeded draw")
+    test_rows: int = Field(500, ge=1, description="rows used of the test split, a seeded draw")
+
+
+class SearchConfig(Section):
+    """How the pool is scored."""
+
+    samples: int = Field(128, ge=2, description="rows of the target's train split that every candidate is scored on")
+    holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
+    seed: int = 0
+    engine: Literal["vllm", "transformers"] = "vllm"
+    budget: float = Field(1.0, gt=0, le=1, description="share of the exhaustive cost; reserved, every sample is scored today")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
+    adapters_per_batch: int = Field(4, ge=1, description="adapters that one engine scores together")
+    actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")
+    cpus_per_actor: float | Auto = "auto"
+    gpus_per_actor: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs; above 1: tensor parallelism")
+
+
+class MergeConfig(Section):
+    """How donors become one adapter."""
+
+    k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
+    method: Literal["auto", "exact", "ab_mean"] = Field("auto", description="auto: exact")
+    rank: int | Auto = Field("auto", description="rank of the mashup; auto: the largest rank among its donors")
+
+    @field_validator("k", "rank")
+    @classmethod
+    def positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be positive, got {value}")
+        return value
+
+
+class TrainConfig(Section):
+    """The finetuning budget, the same for every init."""
+
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="rows a step over all workers")
+    learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    method: Literal["lora"] = "lora"
+    workers: int = Field(1, ge=1, description="data-parallel workers")
+    evaluations: int = Field(10, ge=1, description="evaluations on the validation split over the run, the start apart")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the frozen base; LoRA weights are float32")
+    cpus_per_worker: float | Auto = "auto"
+    gpus_per_worker: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def rates_positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        wrong = [rate for rate in value if not (rate > 0 and math.isfinite(rate))]
+        if wrong:
+            raise ValueError(f"must be positive, got {wrong[0]}")
+        return value
+
+
+class CompareConfig(Section):
+    """Which starts are compared."""
+
+    inits: tuple[Literal["base", "mashup"], ...] = Field(("base", "mashup"), min_length=1)
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: str = Field(description="folder of the run: a local path or s3://...")
+    base: str = Field(description="base model: Hub id or local folder")
+    pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
+    target: TargetConfig
+    search: SearchConfig = SearchConfig()
+    merge: MergeConfig = MergeConfig()
+    train: TrainConfig = TrainConfig()
+    compare: CompareConfig = CompareConfig()
+
+
+def load_config(path: str, **overrides: Any) -> Config:
+    """Read a config file; top-level keys in `overrides` that are not None replace the file's.
+
+    Raises:
+        InputError: no such file, not YAML, or a key or value that is not right.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the config file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys such as run, base, pool and target, got {type(content).__name__}")
+    return build_config({**content, **{key: value for key, value in overrides.items() if value is not None}}, path)
+
+
+def build_config(content: dict[str, Any], source: str) -> Config:
+    """Validate `content`; `source` names it in messages.
+
+    Raises:
+        InputError: a key or value that is not right, named with its place.
+    """
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+
+
+def _describe(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc']))})"
+    if problem["type"] == "missing":
+        return f"key {place!r} is missing"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+
+
+def _known_keys(place: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in place[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        section = cast(type[BaseModel], annotation)
+    return list(section.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,82 @@
+"""Losses of completions under a transformers causal LM, the output head run only where a token counts.
+
+Shapes: B rows, T tokens, N positions that count, H hidden features, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: under causal attention padding then reaches no token that counts, so no mask is needed."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.mask_BT.sum())
+
+
+def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> Batch:
+    """Pad rows to the longest of them. A row's first token has nothing before it and never counts."""
+    width = max(len(row) for row in ids)
+    ids_BT = torch.zeros(len(ids), width, dtype=torch.long)
+    mask_BT = torch.zeros(len(ids), width, dtype=torch.bool)
+    for place, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        ids_BT[place, : len(row)] = torch.tensor(row)
+        mask_BT[place, : len(row)] = torch.tensor(mask)
+    mask_BT[:, 0] = False
+    return Batch(ids_BT.to(device), mask_BT.to(device))
+
+
+def completion_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits in float32 for the positions that predict a token which counts, row after row; shape (N, V).
+
+    `model` is a transformers causal LM, its LoRA layers injected or not. The models of the Hub that rescale their logits do
+    it by a config field: Gemma 2 (soft cap), Cohere and Granite (factors).
+    """
+    hidden_BTH = model.get_decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+    hidden_NH = hidden_BTH[:, :-1][batch.mask_BT[:, 1:]]
+    logits_NV = model.get_output_embeddings()(hidden_NH).float()
+    config = model.config
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    if factor := getattr(config, "logit_scale", None):
+        logits_NV = logits_NV * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        logits_NV = logits_NV / divisor
+    return logits_NV
+
+
+def completion_targets(batch: Batch) -> Tensor:
+    """The tokens that count, in the order of `completion_logits`; shape (N,)."""
+    return batch.ids_BT[:, 1:][batch.mask_BT[:, 1:]]
+
+
+@torch.inference_mode()
+def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: sum of -log p over the tokens that count, their number, and how many were the first choice; each (B,)."""
+    logits_NV = completion_logits(model, batch)
+    target_N = completion_targets(batch)
+    nll_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none").double()
+    hit_N = (logits_NV.argmax(dim=-1) == target_N).double()
+    row_N = batch.mask_BT[:, 1:].nonzero()[:, 0]
+    zero_B = torch.zeros(len(batch.ids_BT), dtype=torch.float64, device=nll_N.device)
+    counts_B = batch.mask_BT[:, 1:].sum(dim=1)
+    return zero_B.index_add(0, row_N, nll_N).cpu(), counts_B.cpu(), zero_B.index_add(0, row_N, hit_N).cpu()
+
+
+def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches

@@ -1,0 +1,68 @@
+"""What a scoring engine is: something that holds the base model and scores adapters on samples.
+
+Both engines give the same table, so that the slow and plain one (`transformers`) is the oracle of the fast one (`vllm`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to score: an adapter folder on this machine, or the base model itself where `folder` is None."""
+
+    adapter_id: str
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine must know before it starts; the largest rank and the target modules are those of the whole pool."""
+
+    base: str
+    dtype: str
+    max_rank: int
+    target_modules: tuple[str, ...]
+    max_tokens: int
+    adapters_per_batch: int
+    tensor_parallel_size: int = 1
+
+
+class Scorer(Protocol):
+    """Scores candidates on samples. It may be called again with the same candidate and further samples."""
+
+    def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+        """Score every candidate on every sample.
+
+        Args:
+            candidates: at most `adapters_per_batch` of them.
+            samples: of schema `tables.SAMPLES`.
+
+        Returns:
+            A table of schema `tables.SCORES`, candidates x samples rows.
+        """
+        ...
+
+
+def build_scorer(engine: str, config: EngineConfig) -> Scorer:
+    """Start an engine by its name. Engines are imported here, so that each needs its own libraries alone.
+
+    Raises:
+        RuntimeError: vLLM is wanted and not installed.
+    """
+    if engine == "transformers":
+        from pipeline.engines.transformers import TransformersScorer
+
+        return TransformersScorer(config)
+    try:
+        from pipeline.engines.vllm import VllmScorer
+    except ImportError as error:
+        raise RuntimeError(
+            f"search.engine is vllm and it cannot be imported ({error}); pip install 'mashup-learning[cpu]' or "
+            "'mashup-learning[gpu]', or set search.engine: transformers"
+        ) from error
+    return VllmScorer(config)

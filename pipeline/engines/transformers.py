@@ -1,0 +1,46 @@
+"""The portable scoring engine: transformers and PEFT, one adapter after the other. The oracle of the tests."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+from peft import PeftModel
+
+from pipeline.basemodel import device, fast_dtype, load_model
+from pipeline.engines.completion import collate, length_batches, score_rows
+from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.tables import SCORES
+
+BATCH_TOKENS = 2048
+"""Padded tokens in one forward pass; larger batches were no faster on two cores."""
+
+
+class TransformersScorer:
+    """Holds the base model; an adapter is put on, scored and taken off again."""
+
+    def __init__(self, config: EngineConfig):
+        self.model = load_model(config.base, fast_dtype(config.dtype))
+
+    def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+        return pa.concat_tables([self._score(candidate, samples) for candidate in candidates])
+
+    def _score(self, candidate: Candidate, samples: pa.Table) -> pa.Table:
+        if candidate.folder is None:
+            return self._score_rows(candidate.adapter_id, samples)
+        adapted = PeftModel.from_pretrained(self.model, str(candidate.folder)).eval()
+        try:
+            return self._score_rows(candidate.adapter_id, samples)
+        finally:
+            adapted.unload()
+
+    def _score_rows(self, adapter_id: str, samples: pa.Table) -> pa.Table:
+        ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
+        rows: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(ids)
+        for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
+            batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
+            for place, nll, count, hits in zip(places, *score_rows(self.model, batch), strict=True):
+                rows[place] = (float(nll), int(count), int(hits))
+        nll_sum, n_tokens, n_correct = zip(*rows, strict=True)
+        columns = [[adapter_id] * len(ids), samples["sample_id"], nll_sum, n_tokens, n_correct]
+        return pa.table([pa.array(c) if not isinstance(c, pa.ChunkedArray) else c for c in columns], names=SCORES.names).cast(
+            SCORES
+        )

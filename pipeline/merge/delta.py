@@ -1,0 +1,76 @@
+"""Merging LoRA factors: pure functions over tensors.
+
+Shapes: O out features, I in features, R a rank. A linear layer W_OI with an adapter computes
+W x + s B A x, with lora_a_RI, lora_b_OR and the scale s = alpha / r (alpha / sqrt(r) with rsLoRA). The delta weight is
+s B A; only its factors are ever held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A delta weight b_OR @ a_RI, its scale already inside."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
+
+    def dense(self) -> Tensor:
+        """The delta weight itself, shape (O, I)."""
+        return self.b_OR @ self.a_RI
+
+
+def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Exactly sum_i w_i B_i A_i, by stacking the factors: the rank is the sum of the ranks."""
+    a_RI = torch.cat([part.a_RI for part in parts])
+    b_OR = torch.cat([weight * part.b_OR for part, weight in zip(parts, weights, strict=True)], dim=1)
+    return Factors(a_RI, b_OR)
+
+
+def truncate(delta: Factors, rank: int) -> tuple[Factors, float]:
+    """The best approximation of a delta weight at a given rank, balanced, without ever forming the (O, I) matrix.
+
+    B = Q_b R_b and A^T = Q_a R_a turn B A into Q_b (R_b R_a^T) Q_a^T; the SVD of the small (R, R) core gives the
+    truncated SVD of the whole (optimal by Eckart and Young, 1936). Each factor takes sqrt(S).
+
+    Returns:
+        The factors, of rank min(rank, R, O, I), and the share of the squared Frobenius norm that they keep.
+    """
+    q_b, r_b = torch.linalg.qr(delta.b_OR)
+    q_a, r_a = torch.linalg.qr(delta.a_RI.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    factors = Factors(root[:, None] * (vh[:kept] @ q_a.T), (q_b @ u[:, :kept]) * root)
+    energy = float((s**2).sum())
+    return factors, float((s[:kept] ** 2).sum()) / energy if energy else 1.0
+
+
+def ab_mean(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Weighted sums of the A's and of the B's apart, as the paper's code does (arXiv 2603.10156, section 3).
+
+    Not the mean of the delta weights: mean(B) mean(A) has the cross products B_i A_j in it. All ranks must agree.
+    """
+    a_RI = sum((weight * part.a_RI for part, weight in zip(parts, weights, strict=True)), torch.zeros(()))
+    b_OR = sum((weight * part.b_OR for part, weight in zip(parts, weights, strict=True)), torch.zeros(()))
+    return Factors(a_RI, b_OR)
+
+
+def pad(delta: Factors, rank: int, generator: torch.Generator) -> Factors:
+    """The same delta weight with factors of a larger rank: new rows of A are drawn as PEFT draws a fresh A
+    (Kaiming uniform, a = sqrt(5), that is U(-1, 1) / sqrt(I)), new columns of B are zero, so that the added rank can learn."""
+    missing = rank - delta.rank
+    if missing <= 0:
+        return delta
+    width = delta.a_RI.shape[1]
+    fresh_a = (torch.rand(missing, width, generator=generator) * 2 - 1) / width**0.5
+    fresh_b = torch.zeros(delta.b_OR.shape[0], missing)
+    return Factors(torch.cat([delta.a_RI, fresh_a]), torch.cat([delta.b_OR, fresh_b], dim=1))

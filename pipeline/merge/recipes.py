@@ -1,0 +1,73 @@
+"""A merge as a recipe: which donors, with which weights, by which method, at which rank."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.basemodel import Shapes
+from pipeline.errors import AdapterError
+from pipeline.merge.adapter import Adapter, from_factors
+from pipeline.merge.delta import Factors, ab_mean, truncate, weighted_sum
+
+METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors]] = {
+    "exact": weighted_sum,
+    "ab_mean": ab_mean,
+}
+"""Name -> how the factors of one module become one pair. `exact`: the weighted sum of the delta weights."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a mashup is made; `rank` is that of the result."""
+
+    donors: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: str
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{len(self.donors)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The adapter that a recipe gives, and the smallest share of a module's squared norm that truncation kept."""
+
+    adapter: Adapter
+    kept_energy: float
+
+
+def merge(recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, seed: int = 0) -> Merged:
+    """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it.
+
+    The result has alpha / rank of the first donor, so that a learning rate means what it meant for the donors.
+
+    Raises:
+        AdapterError: the method cannot merge these donors exactly, with the reason.
+    """
+    if recipe.method == "ab_mean":
+        _require_alike(donors)
+    deltas: dict[str, Factors] = {}
+    kept = 1.0
+    for module in sorted(set().union(*(donor.tensors for donor in donors))):
+        pairs = [(d.factors(module), w) for d, w in zip(donors, recipe.weights, strict=True) if module in d.tensors]
+        merged = METHODS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
+        deltas[module], energy = truncate(merged, recipe.rank)
+        kept = min(kept, energy)
+    first = donors[0]
+    alpha = recipe.rank * first.scale(first.modules[0])
+    return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
+
+
+def _require_alike(donors: Sequence[Adapter]) -> None:
+    """A and B can be averaged apart only where rank, scale and modules agree."""
+    first = donors[0]
+    for donor in donors[1:]:
+        if donor.modules != first.modules or any(
+            donor.rank(m) != first.rank(m) or donor.scale(m) != first.scale(m) for m in first.modules
+        ):
+            raise AdapterError("ab_mean needs donors of one rank, alpha and set of target modules; use method: exact")

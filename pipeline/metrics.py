@@ -1,0 +1,62 @@
+"""What is measured of a model on a set of samples: plain functions over arrays, one value a sample.
+
+All losses are in nats a completion token: sums of -log p and of tokens are kept, and divided once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean per token and its standard error over samples."""
+
+    mean: float
+    stderr: float
+
+
+def mean_per_token(sums: Values, n_tokens: Values) -> Estimate:
+    """Ratio estimator R = sum(x_i) / sum(n_i) over samples i, with its standard error.
+
+    The error is that of a ratio of two sample means, by the delta method:
+    sqrt(n / (n - 1) * sum((x_i - R n_i)^2)) / sum(n_i) (Cochran, Sampling Techniques, 1977, section 2.11).
+    One sample alone has no spread: its error is NaN.
+
+    Args:
+        sums: shape (samples,), for instance the summed NLL of each sample, or a paired difference of two such sums.
+        n_tokens: shape (samples,), completion tokens of each sample.
+    """
+    total = float(n_tokens.sum())
+    mean = float(sums.sum()) / total
+    n = len(sums)
+    if n < 2:
+        return Estimate(mean, float("nan"))
+    residual = sums - mean * n_tokens
+    return Estimate(mean, float(np.sqrt(n / (n - 1) * (residual**2).sum())) / total)
+
+
+def steps_to_parity(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """First step, linearly interpolated between evaluations, at which a loss curve comes down to `target`.
+
+    Returns:
+        The step; None where the curve never gets there.
+    """
+    for place, loss in enumerate(losses):
+        if loss > target:
+            continue
+        if place == 0:
+            return float(steps[0])
+        before, after = losses[place - 1], loss
+        share = (before - target) / (before - after)
+        return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))
+    return None
+
+
+def interpolate(steps: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Value of a curve at a step between two evaluations, linearly interpolated."""
+    return float(np.interp(at, steps, values))

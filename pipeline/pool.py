@@ -1,0 +1,165 @@
+"""Adapters -> catalogue: find every adapter of a pool, check each, keep it or set it aside with the reason.
+
+A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id or object-store URI a line, # starts a comment)
+or an object-store prefix.
+"""
+
+import hashlib
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pyarrow import fs
+
+from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.errors import AdapterError, InputError
+from pipeline.fetch import HUB, fetch_adapter
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_adapter, read_adapter
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID, CATALOGUE
+
+ADAPTERS_PER_TASK = 8
+
+
+def build_catalogue(base: str, pool: str) -> pa.Table:
+    """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
+
+    Raises:
+        InputError: the pool or the base cannot be read, or no adapter is valid.
+    """
+    shapes, head = linear_shapes(base)
+    found = pa.table(list_adapters(pool), schema=pa.schema([("adapter_id", pa.string()), ("uri", pa.string())]))
+    if not len(found):
+        raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    rows = (
+        ray.data.from_arrow(found)
+        .repartition(target_num_rows_per_block=ADAPTERS_PER_TASK)
+        .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs={"base": base, "shapes": shapes, "head": head})
+    )
+    table = pa.concat_tables(rows.iter_batches(batch_format="pyarrow", batch_size=None)).sort_by("adapter_id")
+    catalogue = _set_duplicates_aside(table).select(CATALOGUE.names).cast(CATALOGUE)
+    _require_valid(catalogue, pool)
+    return catalogue
+
+
+def list_adapters(pool: str) -> dict[str, list[str]]:
+    """adapter_id and uri of everything in a pool that may be an adapter.
+
+    Raises:
+        InputError: there is no such pool, or two lines of a list file give the same id.
+    """
+    folder = Folder.at(pool)
+    try:
+        kind = folder.files.get_file_info(folder.path).type
+    except OSError as error:
+        raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
+    if kind == fs.FileType.File:
+        pairs = _from_list(folder)
+    elif kind == fs.FileType.Directory:
+        pairs = _from_folder(folder)
+    else:
+        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
+    return {"adapter_id": [name for name, _ in pairs], "uri": [uri for _, uri in pairs]}
+
+
+def inspect_batch(batch: pa.Table, base: str, shapes: Shapes, head: str | None) -> pa.Table:
+    """Catalogue rows of a batch of (adapter_id, uri); the extra column `content` is equal for equal delta weights."""
+    with tempfile.TemporaryDirectory() as cache:
+        rows = [_inspect(row["adapter_id"], row["uri"], base, shapes, head, Path(cache)) for row in batch.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=CATALOGUE.append(pa.field("content", pa.string())))
+
+
+def _inspect(adapter_id: str, uri: str, base: str, shapes: Shapes, head: str | None, cache: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"adapter_id": adapter_id, "uri": uri, "status": "ok"}
+    try:
+        folder = fetch_adapter(uri, cache)
+        adapter = read_adapter(folder)
+        row |= _describe(folder / WEIGHTS_FILE, adapter)
+        check_adapter(adapter, shapes, head)
+    except AdapterError as error:
+        return row | {"status": "set_aside", "reason": str(error)}
+    return row | {"warning": _other_base(adapter, base)}
+
+
+def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
+    return {
+        "sha256": digest,
+        "content": f"{digest} {scaling}",
+        "base_model": config.base_model_name_or_path,
+        "rank": adapter.max_rank,
+        "alpha": float(config.lora_alpha),
+        "use_rslora": bool(config.use_rslora),
+        "target_modules": adapter.target_leaves,
+        "bytes": weights.stat().st_size,
+    }
+
+
+def _other_base(adapter: Adapter, base: str) -> str | None:
+    """Shapes decide; a base of another name is worth a word, as a local folder seldom bears its Hub id."""
+    claimed = adapter.config.base_model_name_or_path
+    if not claimed or Path(claimed).name == Path(base).name:
+        return None
+    return f"says that it was trained on {claimed}; its shapes fit {base}"
+
+
+def _from_folder(folder: Folder) -> list[tuple[str, str]]:
+    names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
+    infos = folder.files.get_file_info(fs.FileSelector(folder.path, recursive=True))
+    parents = {info.path.rpartition("/")[0] for info in infos if info.is_file and info.base_name in names}
+    pairs = []
+    for parent in sorted(parents):
+        tail = parent.removeprefix(folder.path).strip("/")
+        pairs.append((tail or Path(folder.path).name, f"{folder.uri}/{tail}".rstrip("/")))
+    return pairs
+
+
+def _from_list(file: Folder) -> list[tuple[str, str]]:
+    lines = [line.partition("#")[0].strip() for line in file.read_text("").splitlines()]
+    pairs = [_list_entry(line, Path(file.path).parent, file.is_local) for line in lines if line]
+    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if twice:
+        raise InputError(f"{file.uri}: {twice[0]!r} is listed twice")
+    return pairs
+
+
+def _list_entry(line: str, parent: Path, is_local: bool) -> tuple[str, str]:
+    if "://" in line:
+        return line.removeprefix(HUB), line
+    path = parent / Path(line).expanduser()
+    looks_local = line.startswith((".", "/", "~")) or line.count("/") != 1
+    if is_local and (path.exists() or looks_local):
+        return line, str(path)
+    return line, HUB + line
+
+
+def _set_duplicates_aside(table: pa.Table) -> pa.Table:
+    """Keep the first of several valid adapters with equal weights and scaling."""
+    rows = table.to_pylist()
+    first: dict[str, str] = {}
+    for row in rows:
+        if row["adapter_id"] == BASE_ID:
+            row |= {"status": "set_aside", "reason": f"its id is {BASE_ID!r}, which stands for the base model; rename it"}
+        if row["status"] != "ok":
+            continue
+        original = first.setdefault(row["content"], row["adapter_id"])
+        if original != row["adapter_id"]:
+            row |= {"status": "set_aside", "reason": f"duplicate of {original}: same weights and scaling"}
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def _require_valid(catalogue: pa.Table, pool: str) -> None:
+    if pc.any(pc.equal(catalogue["status"], "ok")).as_py():
+        return
+    reasons = Counter(reason.partition(":")[0] for reason in catalogue["reason"].to_pylist())
+    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+    raise InputError(
+        f"{pool}: none of its {len(catalogue)} adapters is valid ({summary}); see {CONFIG_FILE} and {WEIGHTS_FILE} there"
+    )

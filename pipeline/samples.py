@@ -1,0 +1,268 @@
+"""Target data -> tokenised rows with completion masks: a small sample to search with, and the training splits.
+
+A row has `messages` (the last one is the assistant's answer: the completion) or `prompt` and `completion`, each a text or a
+list of messages, as TRL has them. The base model's own chat template is applied; a base without one gets prompt and
+completion joined as they are.
+
+Which rows are drawn depends on their content and the seed alone, not on their order or on how Ray splits the files: each
+row has a place, the hash of seed and content, and the draw takes the lowest places.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.basemodel import load_tokenizer
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.storage import Folder
+from pipeline.tables import SAMPLES
+
+ROLES = ("train", "validation", "test")
+SPLIT_OFF = 0.1
+"""Share of the train rows that becomes a validation or test split that was not given."""
+
+TOKENISED = pa.schema(
+    [
+        ("role", pa.string()),
+        ("problem", pa.string()),
+        ("place", pa.uint64()),
+        *(field for field in SAMPLES if field.name != "split"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a target gives: tables of schema SAMPLES, and how many rows were passed over for which reason."""
+
+    search: pa.Table
+    training: dict[str, pa.Table]
+    counts: dict[str, dict[str, int]]
+
+
+def take_samples(config: Config) -> Splits:
+    """Read and tokenise a target's data through Ray Data and draw its splits.
+
+    Raises:
+        InputError: a file is missing, malformed or empty, or has no usable completion.
+    """
+    target = config.target
+    paths = {role: path for role in ROLES if (path := getattr(target, role)) is not None}
+    rows = _tokenised(paths, config)
+    counts = {role: dict(Counter(_of_role(rows, role)["problem"].fill_null("used").to_pylist())) for role in paths}
+    usable = {role: _usable(rows, role, path, counts[role]) for role, path in paths.items()}
+    training = _training_splits(usable, config)
+    return Splits(_search_sample(training["train"], config, counts["train"]), training, counts)
+
+
+def read_rows(path: str, role: str) -> ray.data.Dataset:
+    """A column `row` with each row of a data set as JSON text.
+
+    Raises:
+        InputError: there is nothing to read at `path`.
+    """
+    folder = Folder.at(path)
+    if not folder.exists():
+        raise InputError(f"{path}: no such file or folder (target.{role})")
+    if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
+        return _from_datasets(path, role)
+    if path.endswith(".parquet") or any(folder.list_files(".parquet") if not path.endswith((".jsonl", ".json")) else []):
+        return ray.data.read_parquet(folder.path, filesystem=folder.files).map_batches(_as_json, batch_format="pyarrow")
+    if path.endswith((".jsonl", ".json")):
+        return ray.data.read_text(folder.path, filesystem=folder.files).rename_columns({"text": "row"})
+    raise InputError(f"{path}: target.{role} must be .jsonl, .parquet, a folder of .parquet or a folder saved by datasets")
+
+
+def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Token ids of a row, up to the end of its answer, with the masks of `tables.SAMPLES`.
+
+    A token belongs to the completion if it covers a character of the answer. What the chat template adds around the answer
+    does not; the first token after the answer, the end of the turn, is learned but not scored.
+
+    Raises:
+        ValueError: the row has no prompt or completion of a known form; the message says which.
+    """
+    messages = _messages(row)
+    text, start, end = _render(messages, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    inside = [left < end and right > start and right > left for left, right in offsets]
+    if not any(inside):
+        raise ValueError("empty completion")
+    last = max(place for place, flag in enumerate(inside) if flag)
+    turn_ends = last + 1 < len(ids)
+    if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
+        ids, turn_ends = [*ids[: last + 1], tokenizer.eos_token_id], True
+    length = last + 1 + turn_ends
+    mask = (inside + [False])[:length]
+    learn = [*mask[: last + 1], *([True] * turn_ends)]
+    return {"input_ids": ids[:length], "completion_mask": mask, "learn_mask": learn}
+
+
+def tokenise_batch(batch: pa.Table, role: str, base: str, seed: int, max_tokens: int) -> pa.Table:
+    """Rows of schema TOKENISED; a row that cannot be used has only its `problem`."""
+    tokenizer = load_tokenizer(base)
+    rows = [_tokenise_text(text, tokenizer, seed, max_tokens) for text in batch["row"].to_pylist()]
+    return pa.Table.from_pylist([{"role": role, **row} for row in rows], schema=TOKENISED)
+
+
+def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
+    """All rows of all files. One Ray Data execution reads them side by side."""
+    load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
+    options = {"base": config.base, "seed": config.search.seed, "max_tokens": config.target.max_tokens}
+    parts = [
+        read_rows(path, role).map_batches(tokenise_batch, batch_format="pyarrow", fn_kwargs={"role": role, **options})
+        for role, path in paths.items()
+    ]
+    batches = parts[0].union(*parts[1:]).iter_batches(batch_format="pyarrow", batch_size=None)
+    tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
+    return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
+
+
+def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+        if not isinstance(row, dict):
+            raise ValueError("malformed")
+    except ValueError:
+        return {"problem": "malformed"}
+    try:
+        tokens = tokenise(row, tokenizer)
+    except ValueError as error:
+        return {"problem": str(error)}
+    if len(tokens["input_ids"]) > max_tokens:
+        return {"problem": f"longer than {max_tokens} tokens"}
+    content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
+    sample_id = hashlib.sha256(content).hexdigest()[:32]
+    place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
+    return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if isinstance(row.get("messages"), list):
+        messages = row["messages"]
+    elif row.get("prompt") is not None and "completion" in row:
+        messages = [*_turns(row["prompt"], "user"), *_turns(row["completion"], "assistant")]
+    else:
+        raise ValueError("neither messages nor prompt and completion")
+    if not messages or not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in messages):
+        raise ValueError("a message without text")
+    if messages[-1].get("role") != "assistant" or not messages[-1]["content"].strip():
+        raise ValueError("empty completion")
+    return messages
+
+
+def _turns(value: Any, role: str) -> list[dict[str, str]]:
+    if isinstance(value, list):
+        return value
+    return [{"role": role, "content": value if isinstance(value, str) else ""}]
+
+
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
+    """The whole text, and the range of its characters that is the answer."""
+    answer = messages[-1]["content"]
+    if tokenizer.chat_template is None:
+        prompt = "".join(turn["content"] for turn in messages[:-1])
+        return prompt + answer, len(prompt), len(prompt) + len(answer)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    after = len(prompt) if text.startswith(prompt) else 0
+    # Some templates strip the answer; some put more than the generation prompt before it.
+    for wanted in (answer, answer.strip()):
+        start = text.find(wanted, after) if after else text.rfind(wanted)
+        if start >= 0:
+            return text, start, start + len(wanted)
+    raise ValueError("the chat template changes the completion's text")
+
+
+def _of_role(rows: pa.Table, role: str) -> pa.Table:
+    return rows.filter(pc.equal(rows["role"], role))
+
+
+def _usable(rows: pa.Table, role: str, path: str, counts: dict[str, int]) -> pa.Table:
+    """A file's usable rows in the order of their places.
+
+    Raises:
+        InputError: a line is malformed, or no row can be used.
+    """
+    if counts.get("malformed"):
+        raise InputError(f"{path}: {_first_malformed(path)}; each line must be one JSON object")
+    if not counts:
+        raise InputError(f"{path}: the data set is empty (target.{role})")
+    usable = _of_role(rows, role).filter(pc.is_null(_of_role(rows, role)["problem"]))
+    if not len(usable):
+        reasons = ", ".join(f"{count} x {problem}" for problem, count in counts.items())
+        raise InputError(f"{path}: no row can be used ({reasons}); rows need messages, or prompt and completion")
+    return usable.sort_by([("place", "ascending")])
+
+
+def _first_malformed(path: str) -> str:
+    file = Folder.at(path)
+    for number, line in enumerate(file.read_text("").splitlines(), start=1):
+        try:
+            if not line.strip() or isinstance(json.loads(line), dict):
+                continue
+            return f"line {number} is not a JSON object"
+        except ValueError as error:
+            return f"line {number} is malformed JSON ({error})"
+    return "a row is not a JSON object"
+
+
+def _training_splits(usable: dict[str, pa.Table], config: Config) -> dict[str, pa.Table]:
+    """train, validation and test; those not given are split off from train, whose rows they then no longer are in."""
+    target = config.target
+    splits = dict(usable)
+    limits = {"validation": target.validation_rows, "test": target.test_rows}
+    absent = [role for role in limits if role not in usable]
+    train = usable["train"]
+    size = max(1, int(len(train) * SPLIT_OFF))
+    if len(train) <= size * len(absent):
+        raise InputError(
+            f"{target.train}: {len(train)} usable rows are too few to split {' and '.join(absent)} off; give more rows"
+        )
+    for number, role in enumerate(absent):
+        splits[role] = train.slice(number * size, size)
+    splits["train"] = train.slice(size * len(absent))
+    return {role: _as_samples(splits[role].slice(0, limits.get(role)), role) for role in ROLES}
+
+
+def _search_sample(train: pa.Table, config: Config, counts: dict[str, int]) -> pa.Table:
+    """The first rows of train in the order of their places, each content once; the last share is the hold-out."""
+    _, first = np.unique(np.array(train["sample_id"]), return_index=True)
+    counts["repeated (trained on, sampled once)"] = len(train) - len(first)
+    drawn = train.take(np.sort(first)[: config.search.samples])
+    holdout = max(1, round(len(drawn) * config.search.holdout))
+    if len(drawn) <= holdout:
+        raise InputError(f"{config.target.train}: {len(drawn)} distinct usable rows are too few to search with; give more rows")
+    split = ["search"] * (len(drawn) - holdout) + ["holdout"] * holdout
+    return drawn.set_column(drawn.column_names.index("split"), "split", pa.array(split))
+
+
+def _as_samples(rows: pa.Table, split: str) -> pa.Table:
+    return rows.append_column("split", pa.array([split] * len(rows), pa.string())).select(SAMPLES.names)
+
+
+def _from_datasets(path: str, role: str) -> ray.data.Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    loaded = load_from_disk(path)
+    if isinstance(loaded, DatasetDict):
+        if role not in loaded:
+            raise InputError(f"{path}: no split {role!r} in this data set (it has {', '.join(loaded)})")
+        loaded = loaded[role]
+    return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
+
+
+def _as_json(batch: pa.Table) -> Iterator[pa.Table]:
+    yield pa.table({"row": pa.array([json.dumps(row, default=str) for row in batch.to_pylist()], pa.string())})

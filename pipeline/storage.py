@@ -1,0 +1,138 @@
+"""Folders on a local disk or an object store, through pyarrow's file systems.
+
+Every table and document of a run is read and written here. Writes are atomic: a local file appears under its name only
+when it is whole, and an object store shows an object only when its upload is complete.
+"""
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder at `path` inside a pyarrow file system; `uri` is how a user names it."""
+
+    uri: str
+    path: str
+    files: fs.FileSystem
+
+    @classmethod
+    def at(cls, uri: str | Path) -> "Folder":
+        """Open a local path or an object-store URI (`s3://`, `gs://`). Nothing is created.
+
+        Raises:
+            InputError: the URI's scheme or bucket is unknown.
+        """
+        text = str(uri).rstrip("/") or "/"
+        if "://" not in text:
+            local = str(Path(text).expanduser().resolve())
+            return cls(local, local, fs.LocalFileSystem())
+        try:
+            files, path = fs.FileSystem.from_uri(text)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{text}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
+        return cls(text, path, files)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.files, fs.LocalFileSystem)
+
+    def sub(self, *names: str) -> "Folder":
+        tail = "/".join(names)
+        return Folder(f"{self.uri}/{tail}", f"{self.path}/{tail}", self.files)
+
+    def join(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        target = self.join(name) if name else self.path
+        return self.files.get_file_info(target).type != fs.FileType.NotFound
+
+    def list_files(self, suffix: str = "") -> list[str]:
+        """Names of the files directly in this folder that end in `suffix`, sorted; a missing folder has none."""
+        found = self.files.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
+
+    def create(self) -> None:
+        """Make the folder where it is missing.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            self.files.create_dir(self.path, recursive=True)
+            if self.is_local and not os.access(self.path, os.W_OK):
+                raise PermissionError("no write permission")
+        except OSError as error:
+            raise InputError(f"{self.uri}: cannot write here ({error}); choose another --run folder") from error
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        kind = self.files.get_file_info(self.join(name)).type
+        if kind == fs.FileType.Directory:
+            self.files.delete_dir(self.join(name))
+        elif kind == fs.FileType.File:
+            self.files.delete_file(self.join(name))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        parent = self.join(name).rpartition("/")[0]
+        self.files.create_dir(parent, recursive=True)
+        # Only a local file system shows a file before it is closed.
+        target = f"{parent}/.{uuid.uuid4().hex}.partial" if self.is_local else self.join(name)
+        with self.files.open_output_stream(target) as stream:
+            stream.write(content)
+        if self.is_local:
+            self.files.move(target, self.join(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.files.open_input_stream(self.join(name)) as stream:
+            return stream.read()
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, text.encode())
+
+    def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str) -> pa.Table:
+        return pq.read_table(self.join(name), filesystem=self.files)
+
+    def dataset(self, name: str) -> pads.Dataset:
+        """The Parquet files under `name` as one lazily read data set. A missing folder gives an empty one."""
+        folder = self.sub(name)
+        files = [folder.join(file) for file in folder.list_files(".parquet")]
+        return pads.dataset(files, format="parquet", filesystem=self.files)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Copy every file of the local folder `source` to `name`."""
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            self.write_bytes(f"{name}/{file.relative_to(source).as_posix()}", file.read_bytes())
+
+    def download(self, names: list[str], target: Path) -> None:
+        """Copy the files `names` of this folder into the local folder `target`; missing ones are passed over."""
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if self.exists(name):
+                (target / name).write_bytes(self.read_bytes(name))

@@ -1,0 +1,87 @@
+"""Schemas of the tables that stages leave for one another, and nothing else."""
+
+import pyarrow as pa
+
+BASE_ID = "base"
+"""The `adapter_id` of candidate 0: the base model without any adapter."""
+
+CATALOGUE = pa.schema(
+    [
+        ("adapter_id", pa.string()),
+        ("uri", pa.string()),  # local path, s3://..., or hf://org/name
+        ("sha256", pa.string()),  # of adapter_model.safetensors, as the Hub shows it
+        ("base_model", pa.string()),  # what the adapter says that it was trained on
+        ("rank", pa.int32()),  # largest of its modules
+        ("alpha", pa.float64()),
+        ("use_rslora", pa.bool_()),
+        ("target_modules", pa.list_(pa.string())),  # leaf names, e.g. q_proj
+        ("bytes", pa.int64()),
+        ("status", pa.string()),  # 'ok' or 'set_aside'
+        ("reason", pa.string()),  # why it was set aside
+        ("warning", pa.string()),  # what a user should know of a valid one
+    ]
+)
+
+SAMPLES = pa.schema(
+    [
+        ("sample_id", pa.string()),  # sha256 of the token ids and the completion mask, 32 hexadecimal digits
+        ("split", pa.string()),  # samples.parquet: search, holdout; data/: train, validation, test
+        ("input_ids", pa.list_(pa.int32())),
+        ("completion_mask", pa.list_(pa.bool_())),  # tokens of the answer: what every NLL counts
+        ("learn_mask", pa.list_(pa.bool_())),  # these and the end of the turn: what training learns
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        ("adapter_id", pa.string()),
+        ("sample_id", pa.string()),
+        ("nll_sum", pa.float64()),  # nats, summed over the completion's tokens
+        ("n_tokens", pa.int32()),
+        ("n_correct", pa.int32()),  # completion tokens that were the model's first choice
+    ]
+)
+
+SCORING_FAILURES = pa.schema([("adapter_id", pa.string()), ("reason", pa.string())])
+
+LEADERBOARD = pa.schema(
+    [
+        ("place", pa.int32()),
+        ("adapter_id", pa.string()),
+        ("nll", pa.float64()),  # nats a completion token, on the search samples
+        ("stderr", pa.float64()),
+        ("n_samples", pa.int32()),
+        ("stopped_after", pa.int32()),  # samples seen when it was dropped; null: it saw all
+        ("nll_minus_base", pa.float64()),
+        ("nll_minus_base_stderr", pa.float64()),  # of the paired difference
+        ("token_accuracy", pa.float64()),
+        ("holdout_nll_minus_base", pa.float64()),
+    ]
+)
+
+COMPARISON = pa.schema(
+    [
+        ("init", pa.string()),
+        ("lr", pa.float64()),
+        ("seed", pa.int32()),
+        ("step", pa.int32()),
+        ("tokens", pa.int64()),  # input tokens trained on so far
+        ("seconds", pa.float64()),  # spent in training steps so far, evaluation apart
+        ("train_nll", pa.float64()),
+        ("eval_nll", pa.float64()),
+        ("eval_token_accuracy", pa.float64()),
+        ("eval_exact_match", pa.float64()),
+    ]
+)
+
+
+def require(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """The columns of `schema` in its order.
+
+    Raises:
+        ValueError: a column is missing; the message names the table, the column and what there is.
+    """
+    missing = [column for column in schema.names if column not in table.column_names]
+    if missing:
+        raise ValueError(f"{name}: column {missing[0]!r} is missing; it has {', '.join(table.column_names)}")
+    return table.select(schema.names).cast(schema)
