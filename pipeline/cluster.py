@@ -35,11 +35,11 @@ def connect() -> float:
     return time.perf_counter() - started
 
 
-def worker_resources(cpus: float | str, gpus: int | str) -> Resources:
-    """Resolve 'auto' against the cluster.
+def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1) -> Resources:
+    """Resolve 'auto' against the cluster, for `workers` that run at once.
 
-    A worker takes a GPU where there is one. On CPUs it takes a node's CPUs less one, which stays free for Ray Data's reading
-    and writing, and computes with as many threads as the node has cores.
+    A worker takes a GPU where there is one. On CPUs the workers share out a node's CPUs less one, which stays free for Ray
+    Data's reading and writing, and compute with as many threads together as the node has cores.
     """
     total = ray.cluster_resources()
     n_gpus = (1 if total.get("GPU", 0) else 0) if gpus == "auto" else int(gpus)
@@ -48,7 +48,9 @@ def worker_resources(cpus: float | str, gpus: int | str) -> Resources:
         return Resources(float(cpus), n_gpus, max(1, int(cpus)))
     if n_gpus:
         return Resources(1.0, n_gpus, max(1, node_cpus // max(1, int(total.get("GPU", 1)))))
-    return Resources(float(max(1, node_cpus - 1)), 0, node_cpus)
+    nodes = max(1, int(total.get("CPU", 1)) // node_cpus)
+    here = -(-workers // nodes)
+    return Resources(max(1, node_cpus - 1) / here, 0, max(1, node_cpus // here))
 
 
 def engine_slots(resources: Resources) -> int:

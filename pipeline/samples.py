@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +104,7 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
     if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
         ids, turn_ends = [*ids[: last + 1], tokenizer.eos_token_id], True
     length = last + 1 + turn_ends
-    mask = (inside + [False])[:length]
+    mask = [*inside, False][:length]
     learn = [*mask[: last + 1], *([True] * turn_ends)]
     return {"input_ids": ids[:length], "completion_mask": mask, "learn_mask": learn}
 
@@ -131,11 +130,8 @@ def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
 
 
 def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-        if not isinstance(row, dict):
-            raise ValueError("malformed")
-    except ValueError:
+    row = _parse(text)
+    if row is None:
         return {"problem": "malformed"}
     try:
         tokens = tokenise(row, tokenizer)
@@ -147,6 +143,14 @@ def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, seed: int, max
     sample_id = hashlib.sha256(content).hexdigest()[:32]
     place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
     return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

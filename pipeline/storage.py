@@ -119,11 +119,10 @@ class Folder:
     def read_table(self, name: str) -> pa.Table:
         return pq.read_table(self.join(name), filesystem=self.files)
 
-    def dataset(self, name: str) -> pads.Dataset:
-        """The Parquet files under `name` as one lazily read data set. A missing folder gives an empty one."""
-        folder = self.sub(name)
-        files = [folder.join(file) for file in folder.list_files(".parquet")]
-        return pads.dataset(files, format="parquet", filesystem=self.files)
+    def dataset(self, schema: pa.Schema) -> pads.Dataset:
+        """The Parquet files in this folder as one lazily read data set; a missing folder gives an empty one."""
+        files = [self.join(file) for file in self.list_files(".parquet")]
+        return pads.dataset(files, schema=schema, format="parquet", filesystem=self.files)
 
     def upload(self, source: Path, name: str) -> None:
         """Copy every file of the local folder `source` to `name`."""

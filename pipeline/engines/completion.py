@@ -20,7 +20,13 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
+        """How many tokens count."""
         return int(self.mask_BT.sum())
+
+    @property
+    def row_N(self) -> Tensor:
+        """The row of each token that counts, in the order of `completion_logits`."""
+        return self.mask_BT[:, 1:].nonzero()[:, 0]
 
 
 def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> Batch:
@@ -60,16 +66,21 @@ def completion_targets(batch: Batch) -> Tensor:
 
 
 @torch.inference_mode()
-def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: sum of -log p over the tokens that count, their number, and how many were the first choice; each (B,)."""
+def score_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """-log p of each token that counts, and whether it was the model's first choice; each (N,)."""
     logits_NV = completion_logits(model, batch)
     target_N = completion_targets(batch)
     nll_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none").double()
-    hit_N = (logits_NV.argmax(dim=-1) == target_N).double()
-    row_N = batch.mask_BT[:, 1:].nonzero()[:, 0]
+    return nll_N, logits_NV.argmax(dim=-1) == target_N
+
+
+def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: sum of -log p over the tokens that count, their number, and how many were the first choice; each (B,)."""
+    nll_N, hit_N = score_tokens(model, batch)
     zero_B = torch.zeros(len(batch.ids_BT), dtype=torch.float64, device=nll_N.device)
-    counts_B = batch.mask_BT[:, 1:].sum(dim=1)
-    return zero_B.index_add(0, row_N, nll_N).cpu(), counts_B.cpu(), zero_B.index_add(0, row_N, hit_N).cpu()
+    ones_N = torch.ones_like(nll_N)
+    nll_B, count_B, hit_B = (zero_B.index_add(0, batch.row_N, values) for values in (nll_N, ones_N, hit_N.double()))
+    return nll_B.cpu(), count_B.cpu(), hit_B.cpu()
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -1,0 +1,110 @@
+"""Leaderboard -> selection: which donors are merged, or nobody. Pure functions over tables; no Ray here.
+
+Donors are ranked on the search split. How many of them to merge, and whether to merge at all, is decided on the hold-out
+split, which played no part in the ranking.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import MergeConfig
+from pipeline.merge.recipes import Recipe
+from pipeline.tables import BASE_ID
+
+CANDIDATE_SIZES = (1, 2, 3, 5, 8)
+MAX_AUTO_RANK = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate recipe with its loss on the hold-out samples, in nats a completion token."""
+
+    recipe: Recipe
+    nll: float
+    nll_minus_base: float
+    stderr: float
+    kept_energy: float
+
+
+def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
+    """Donors that beat the base on the search split and on the hold-out split, in the leaderboard's order."""
+    rows = (row for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID)
+    return [row for row in rows if row["nll_minus_base"] < 0 and row["holdout_nll_minus_base"] < 0]
+
+
+def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:
+    """Recipes worth scoring: the top k donors in equal parts, for each k asked for. Empty where no donor beats the base."""
+    donors = [row["adapter_id"] for row in eligible_donors(leaderboard)]
+    ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
+    sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
+    method = "exact" if config.method == "auto" else config.method
+    return [_recipe(donors[:k], method, ranks, config.rank) for k in sizes if 0 < k <= len(donors)]
+
+
+def choose(scored: Sequence[Scored]) -> Scored | None:
+    """The candidate of the lowest hold-out loss, if it is below the base's; None: start from the base."""
+    best = min(scored, key=lambda candidate: candidate.nll_minus_base, default=None)
+    return best if best and best.nll_minus_base < 0 else None
+
+
+def selection(scored: Sequence[Scored], leaderboard: pa.Table, catalogue: pa.Table, base_nll: float | None) -> dict[str, Any]:
+    """The selection file: the verdict, why, the donors with their weights and hashes, and every rival."""
+    best = choose(scored)
+    return {
+        "verdict": "mashup" if best else "base",
+        "why": _why(best, scored, len(leaderboard) - 1),
+        "base_holdout_nll": base_nll,
+        "recipe": best.recipe.as_dict() if best else None,
+        "donors": _donors(best.recipe, leaderboard, catalogue) if best else [],
+        "candidates": [
+            {
+                **candidate.recipe.as_dict(),
+                "holdout_nll": candidate.nll,
+                "holdout_nll_minus_base": candidate.nll_minus_base,
+                "stderr": candidate.stderr,
+                "kept_energy": candidate.kept_energy,
+            }
+            for candidate in sorted(scored, key=lambda one: one.nll_minus_base)
+        ],
+    }
+
+
+def _recipe(donors: list[str], method: str, ranks: dict[str, int], rank: int | str) -> Recipe:
+    """rank 'auto': the sum of the donors' ranks loses nothing; above MAX_AUTO_RANK, that or the largest donor's rank.
+    For ab_mean, which adds no rank, the largest donor's."""
+    largest = max(ranks[donor] for donor in donors)
+    full = largest if method == "ab_mean" else sum(ranks[donor] for donor in donors)
+    resolved = max(largest, min(full, MAX_AUTO_RANK)) if isinstance(rank, str) else rank
+    return Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, resolved)
+
+
+def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int) -> str:
+    if best:
+        return (
+            f"{best.recipe.name} has the lowest hold-out loss of {len(scored)} candidates: "
+            f"{best.nll_minus_base:+.4f} nats a token against the base"
+        )
+    if not scored:
+        return f"none of {n_donors} scored donors beats the base on the search and on the hold-out samples"
+    return f"none of {len(scored)} candidate merges beats the base on the hold-out samples"
+
+
+def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[dict[str, Any]]:
+    entries = {row["adapter_id"]: row for row in catalogue.to_pylist()}
+    places = {row["adapter_id"]: row for row in leaderboard.to_pylist()}
+    return [
+        {
+            "adapter_id": donor,
+            "weight": weight,
+            "uri": entries[donor]["uri"],
+            "sha256": entries[donor]["sha256"],
+            "rank": entries[donor]["rank"],
+            "place": places[donor]["place"],
+            "nll": places[donor]["nll"],
+            "nll_minus_base": places[donor]["nll_minus_base"],
+        }
+        for donor, weight in zip(recipe.donors, recipe.weights, strict=True)
+    ]
