@@ -75,6 +75,13 @@ class Job:
     train: TrainConfig
     data: Folder
     mashup: Folder
+    key: str
+    """Digest of all that the arm's result depends on."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the arms that a run ever had: Ray Train goes on with a run of the same name."""
+        return f"{self.arm.name}-{self.key}"
 
 
 def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
         run_config=RunConfig(
-            name=job.arm.name,
+            name=job.name,
             storage_path=storage.path,
             storage_filesystem=storage.files,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
@@ -117,7 +124,7 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     return {
         **outcome,
         "best_step": outcome["curve"][int(np.argmin(losses))]["step"],
-        "checkpoint": f"{job.arm.name}/{Path(best.path).name}",
+        "checkpoint": f"{job.name}/{Path(best.path).name}",
     }
 
 
@@ -338,7 +345,7 @@ def _adapted(job: Job) -> PeftModel:
     if job.arm.init == "base":
         fresh = LoraConfig(
             r=job.lora.rank,
-            lora_alpha=job.lora.alpha,  # type: ignore[arg-type]
+            lora_alpha=job.lora.alpha,
             target_modules=list(job.lora.target_modules),
             base_model_name_or_path=job.base,
             task_type="CAUSAL_LM",

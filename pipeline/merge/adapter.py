@@ -148,7 +148,7 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
         tensors[module] = (full.a_RI, full.b_OR)
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=_target_modules(list(deltas), shapes),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",

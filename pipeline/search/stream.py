@@ -6,7 +6,7 @@ was reported is never lost, and a search that starts again scores only what has 
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,14 @@ class Work:
     scores: Folder
 
 
-def engine_config(base: str, catalogue: pa.Table, search: SearchConfig, max_tokens: int) -> EngineConfig:
-    """The engine that can hold every adapter of `catalogue`."""
-    leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves or ()}
+def engine_config(base: str, max_rank: int, target_modules: Iterable[str], search: SearchConfig, max_tokens: int) -> EngineConfig:
+    """The engine that holds adapters up to `max_rank` on these modules."""
     resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
     return EngineConfig(
         base=base,
         dtype=search.dtype,
-        max_rank=max(catalogue["rank"].to_pylist()),
-        target_modules=tuple(sorted(leaves)),
+        max_rank=max_rank,
+        target_modules=tuple(sorted(target_modules)),
         max_tokens=max_tokens,
         adapters_per_batch=search.adapters_per_batch,
         tensor_parallel_size=max(1, resources.gpus),

@@ -1,0 +1,155 @@
+"""The command `mashup`: a subcommand for each stage, and `mashup run CONFIG.yaml` for all of them.
+
+Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong.
+"""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.errors import InputError
+
+app = typer.Typer(
+    help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a local path or s3://...")]
+Base = Annotated[str, typer.Option(help="Base model: a Hub id or a local folder.")]
+Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file or an object-store prefix.")]
+
+
+@app.command()
+def index(base: Base, pool: Pool, run: RunFolder) -> None:
+    """Check every adapter of a pool against the base model and write the catalogue."""
+    from pipeline import run as page
+
+    page.index(page.Run(_config(run, base, pool, {"train": ""})))
+
+
+@app.command()
+def search(
+    base: Base,
+    pool: Pool,
+    target: Annotated[str, typer.Option(help="The target's train split: JSONL, Parquet or a datasets folder.")],
+    run: RunFolder,
+    samples: Annotated[int, typer.Option(help="Rows to score every candidate on, hold-out included.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+    budget: Annotated[float, typer.Option(help="Share of the exhaustive cost; reserved, all is scored today.")] = 1.0,
+) -> None:
+    """Score every adapter of a pool on a sample of the target and print the leaderboard."""
+    from pipeline import run as page
+    from pipeline.report.terminal import leaderboard_table
+
+    asked = {"samples": samples, "seed": seed, "engine": engine, "budget": budget}
+    this = page.Run(_config(run, base, pool, {"train": target}, search=asked))
+    this.save_config()
+    page.index(this)
+    page.samples(this)
+    page.search(this)
+    Console().print(leaderboard_table(this.folder.read_table("leaderboard.parquet")))
+
+
+@app.command()
+def merge(run: RunFolder) -> None:
+    """Choose donors on the hold-out samples and merge them into one adapter, or say that the base is the better start."""
+    from pipeline import run as page
+
+    page.merge_donors(page.Run.open(run))
+
+
+@app.command()
+def train(
+    run: RunFolder,
+    init: Annotated[str | None, typer.Option(help="base or mashup; by default what the selection chose.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the first of the config.")] = None,
+    seed: Annotated[int | None, typer.Option(help="By default the first of the config.")] = None,
+) -> None:
+    """Finetune one arm and print the folder of its best checkpoint."""
+    from pipeline import run as page
+
+    if init not in (None, "base", "mashup"):
+        raise InputError(f"--init {init}: must be base or mashup")
+    typer.echo(page.train(page.Run.open(run), init, lr, seed))
+
+
+@app.command()
+def compare(run: RunFolder) -> None:
+    """Finetune every init at every learning rate and seed, and compare them at the same budget."""
+    from pipeline import run as page
+
+    this = page.Run.open(run)
+    page.compare(this)
+    _print_summary(this.folder)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html from whatever the run has, and print its path."""
+    from pipeline import run as page
+
+    typer.echo(page.report(page.Run.open(run)))
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What the run is asked to do; see README.")],
+    run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
+) -> None:
+    """Run all stages; go on where an earlier attempt stopped. Prints the result and the path of the report."""
+    from pipeline import run as page
+    from pipeline.config import load_config
+    from pipeline.storage import Folder
+
+    asked = load_config(config, run=run)
+    page.run_all(asked)
+    folder = Folder.at(asked.run)
+    _print_summary(folder)
+    typer.echo(f"{folder.uri}/report.html")
+
+
+def main() -> None:
+    """Run the command line with the exit codes of this module's docstring."""
+    # Set before transformers or Ray are imported: their notes would bury the progress.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", 1)
+    except Exception as error:  # the last line of defence: one line for the user, the traceback on demand
+        if os.environ.get("MASHUP_TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        _fail(f"{type(error).__name__}: {lines[-1]} (the same command goes on from here; MASHUP_TRACEBACK=1 shows more)", 1)
+
+
+def _config(run: str, base: str, pool: str, target: dict[str, Any], **sections: Any) -> Any:
+    from pipeline.config import build_config
+
+    return build_config({"run": run, "base": base, "pool": pool, "target": target, **sections}, "options")
+
+
+def _print_summary(folder: Any) -> None:
+    from pipeline.report.terminal import summary_table
+
+    Console().print(summary_table(folder.read_json("summary.json"), folder.read_json("selection.json")))
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"mashup: {message}", style="red", markup=False)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

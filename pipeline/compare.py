@@ -1,0 +1,188 @@
+"""Base against mashup at the same budget: Ray Tune runs every arm, validation picks, test reports.
+
+An arm is an init at a learning rate and a seed. All arms see the same rows in the same order for the same number of steps. The
+learning rate of an init, and the checkpoint of an arm, are those of the lowest validation NLL; the test split is touched once,
+by the chosen checkpoints alone.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.metrics import interpolate, steps_to_parity
+from pipeline.storage import Folder
+from pipeline.train import Job, curve_table, evaluate_on_test, fit
+
+RESULT_FILE = "result.json"
+TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
+Outcome = dict[str, Any]
+"""What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
+
+
+def train_arms(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> list[Outcome]:
+    """Train every arm that has no result yet in `storage`, side by side where the cluster has room.
+
+    Raises:
+        RuntimeError: an arm failed; the others' results are kept.
+    """
+    todo = [job for job in jobs if not storage.exists(f"{job.name}/{RESULT_FILE}")]
+    if todo:
+        _tune(todo, storage, say)
+    return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
+
+
+def compare(config: Config, outcomes: Sequence[Outcome], run: Folder) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of all curves, and what it comes to: per init the chosen rate and its test metrics, and the parity.
+
+    Raises:
+        RuntimeError: every arm of an init diverged.
+    """
+    inits = list(dict.fromkeys(outcome["init"] for outcome in outcomes))
+    chosen = {init: _chosen([outcome for outcome in outcomes if outcome["init"] == init]) for init in inits}
+    tested = _test(config, [outcome for arms in chosen.values() for outcome in arms], run)
+    summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
+    if {"base", "mashup"} <= set(inits):
+        summary["parity"] = parity(chosen["base"], chosen["mashup"])
+    return curve_table(outcomes), summary
+
+
+def parity(base: Sequence[Outcome], mashup: Sequence[Outcome]) -> dict[str, Any]:
+    """When the mashup's validation NLL reaches the base run's final one, seed by seed, linearly interpolated.
+
+    Returns:
+        Means over seeds of the steps and of the training seconds at parity, None unless every seed reaches it; the base's
+        steps, training seconds and target.
+    """
+    pairs = [_parity(one["curve"], other["curve"]) for one, other in zip(base, mashup, strict=True)]
+    reached = [pair for pair in pairs if pair is not None]
+    all_reached = len(reached) == len(pairs)
+    last = [outcome["curve"][-1] for outcome in base]
+    steps = fmean(step for step, _ in reached) if all_reached else None
+    base_steps = fmean(point["step"] for point in last)
+    return {
+        "reached": all_reached,
+        "seeds_reached": f"{len(reached)} of {len(pairs)}",
+        "steps": steps,
+        "base_steps": base_steps,
+        "steps_saved": None if steps is None else 1 - steps / base_steps,
+        "train_seconds": fmean(seconds for _, seconds in reached) if all_reached else None,
+        "base_seconds": fmean(point["seconds"] for point in last),
+        "target_nll": fmean(point["eval_nll"] for point in last),
+    }
+
+
+def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, Any]:
+    """Wall-clock to parity: the mashup pays for everything that the base start does without."""
+    if parity["train_seconds"] is None:
+        return {**parity, "seconds": None, "seconds_saved": None}
+    seconds = parity["train_seconds"] + overhead_seconds
+    return {**parity, "seconds": seconds, "seconds_saved": 1 - seconds / parity["base_seconds"]}
+
+
+def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> None:
+    train = jobs[0].train
+    resources = cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
+    at_once = max(1, cluster.engine_slots(resources) // train.workers)
+    tuner = tune.Tuner(
+        # The trial only waits for its Ray Train run, which takes the resources.
+        tune.with_resources(_drive, {"CPU": 0.01}),
+        param_space={"job": tune.grid_search(list(jobs)), "storage": storage},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=storage.path, storage_filesystem=storage.files, verbose=0, callbacks=[_Follow(say)]
+        ),
+    )
+    results = tuner.fit()
+    if results.errors:
+        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {results.errors[0]}")
+
+
+def _drive(trial: dict[str, Any]) -> None:
+    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
+    job: Job = trial["job"]
+    storage: Folder = trial["storage"]
+    outcome = fit(job, storage, callbacks=[TuneReportCallback()])
+    about = {"name": job.name, "init": job.arm.init, "lr": job.arm.lr, "seed": job.arm.seed}
+    storage.write_json(f"{job.name}/{RESULT_FILE}", about | outcome)
+
+
+class _Follow(tune.Callback):
+    """Says each evaluation of each arm as it comes."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        job: Job = trial.config["job"]
+        steps = f"step {result['step']}/{job.train.steps}"
+        self._say(f"{job.arm.name}: {steps}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["job"].name)
+
+
+def _chosen(arms: Sequence[Outcome]) -> list[Outcome]:
+    """The arms of the learning rate with the lowest best validation NLL, mean over seeds."""
+    sound = [arm for arm in arms if arm["diverged_at"] is None]
+    rates = {arm["lr"] for arm in sound}
+    complete = [rate for rate in rates if all(arm["diverged_at"] is None for arm in arms if arm["lr"] == rate)]
+    if not complete:
+        raise RuntimeError(f"init {arms[0]['init']}: training diverged at every learning rate; add a lower one")
+    best = min(complete, key=lambda rate: (fmean(_best_nll(arm) for arm in sound if arm["lr"] == rate), rate))
+    return sorted((arm for arm in sound if arm["lr"] == best), key=lambda arm: arm["seed"])
+
+
+def _best_nll(arm: Outcome) -> float:
+    return float(min(point["eval_nll"] for point in arm["curve"]))
+
+
+def _test(config: Config, arms: Sequence[Outcome], run: Folder) -> dict[str, dict[str, float]]:
+    resources = cluster.worker_resources(config.train.cpus_per_worker, config.train.gpus_per_worker)
+    task = ray.remote(evaluate_on_test).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
+    )
+    checkpoints = {arm["name"]: run.sub("train", *arm["checkpoint"].split("/")) for arm in arms}
+    found: dict[str, dict[str, float]] = ray.get(task.remote(config.base, config.train.dtype, run.sub("data"), checkpoints))
+    return found
+
+
+def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict[str, dict[str, float]]) -> dict[str, Any]:
+    init = arms[0]["init"]
+    best = min(arms, key=_best_nll)
+    return {
+        "lr": arms[0]["lr"],
+        "seeds": [arm["seed"] for arm in arms],
+        **{metric: _spread([tested[arm["name"]][metric] for arm in arms]) for metric in TEST_METRICS},
+        "validation_nll_start": fmean(arm["curve"][0]["eval_nll"] for arm in arms),
+        "validation_nll_final": fmean(arm["curve"][-1]["eval_nll"] for arm in arms),
+        "validation_nll_best": fmean(_best_nll(arm) for arm in arms),
+        "best_step": best["best_step"],
+        "checkpoint": f"train/{best['checkpoint']}",
+        "train_seconds": fmean(arm["curve"][-1]["seconds"] for arm in arms),
+        "startup_seconds": fmean(arm["startup_seconds"] for arm in arms),
+        "diverged": [one["name"] for one in outcomes if one["init"] == init and one["diverged_at"] is not None],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean over seeds and their sample standard deviation; one seed has none."""
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
+
+
+def _parity(base: Sequence[dict[str, Any]], mashup: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """Step and training seconds at which one mashup curve reaches the final loss of one base curve."""
+    steps = [point["step"] for point in mashup]
+    step = steps_to_parity(steps, [point["eval_nll"] for point in mashup], base[-1]["eval_nll"])
+    if step is None:
+        return None
+    return step, interpolate(steps, [point["seconds"] for point in mashup], step)

