@@ -90,15 +90,20 @@ def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> N
     train = jobs[0].train
     resources = cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
     at_once = max(1, cluster.engine_slots(resources) // train.workers)
+    drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
     tuner = tune.Tuner(
         # The trial only waits for its Ray Train run, which takes the resources.
-        tune.with_resources(_drive, {"CPU": 0.01}),
-        param_space={"job": tune.grid_search(list(jobs)), "storage": storage},
+        tune.with_resources(drive, {"CPU": 0.01}),
+        param_space={"arm": tune.grid_search([job.name for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=storage.path, storage_filesystem=storage.files, verbose=0, callbacks=[_Follow(say)]
+            name="tune",
+            storage_path=storage.path,
+            storage_filesystem=storage.files,
+            verbose=0,
+            callbacks=[_Follow(say, train.steps)],
         ),
     )
     results = tuner.fit()
@@ -106,10 +111,9 @@ def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> N
         raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {results.errors[0]}")
 
 
-def _drive(trial: dict[str, Any]) -> None:
+def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
     """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
-    job: Job = trial["job"]
-    storage: Folder = trial["storage"]
+    job = jobs[trial["arm"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     about = {"name": job.name, "init": job.arm.init, "lr": job.arm.lr, "seed": job.arm.seed}
     storage.write_json(f"{job.name}/{RESULT_FILE}", about | outcome)
@@ -118,17 +122,21 @@ def _drive(trial: dict[str, Any]) -> None:
 class _Follow(tune.Callback):
     """Says each evaluation of each arm as it comes."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, say: Callable[[str], None], steps: int):
+        self._say, self._steps = say, steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks with the state of the experiment; the terminal stays here."""
+        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        job: Job = trial.config["job"]
-        steps = f"step {result['step']}/{job.train.steps}"
-        self._say(f"{job.arm.name}: {steps}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
+        if "eval_nll" in result:  # the last result of a trial carries no metrics
+            where = f"{trial.config['arm']}: step {result['step']}/{self._steps}"
+            self._say(f"{where}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
 
 
 def _trial_name(trial: Any) -> str:
-    return str(trial.config["job"].name)
+    return str(trial.config["arm"])
 
 
 def _chosen(arms: Sequence[Outcome]) -> list[Outcome]:

@@ -9,8 +9,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ EVALUATION_TOKENS = 2048
 
 WARMUP = 0.05
 MAX_FAILURES = 2
+Report = Callable[[dict[str, Any], Path | None], None]
 STATE_FILE = "trainer_state.pt"
 CURVE_FILE = "curve.json"
 
@@ -130,7 +132,12 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
 
 def train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    Finetuning(config["job"]).run()
+    context = ray.train.get_context()
+    finetuning = Finetuning(config["job"], context.get_world_rank(), context.get_world_size(), _report_to_ray)
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            finetuning.restore(Path(folder))
+    finetuning.run()
 
 
 def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int]:
@@ -210,13 +217,13 @@ class CompletionLoss(nn.Module):
 
 
 class Finetuning:
-    """One worker's share of an arm."""
+    """One worker's share of an arm. Knows no Ray: `report` takes the metrics of each evaluation and, from the first worker, a
+    folder with the checkpoint."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, rank: int, world: int, report: Report):
         started = time.perf_counter()
         self.job, self.arm = job, job.arm
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world, self.report = rank, world, report
         self.rows = {
             split: Rows(job.data.read_table(f"{split}.parquet").select(SAMPLES.names)) for split in ("train", "validation")
         }
@@ -231,21 +238,30 @@ class Finetuning:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
         self.diverged_at: int | None = None
-        self._restore()
         self.startup = time.perf_counter() - started
 
     def run(self) -> None:
         """Train to the last step; evaluate, checkpoint and report on the way."""
         stops = evaluation_steps(self.job.train.steps, self.job.train.evaluations)
         if not self.curve:
-            self._report(train_nll=float("nan"))
-        for stop in stops[stops.index(self.step) + 1 :]:
+            self._evaluate(train_nll=float("nan"))
+        for stop in [stop for stop in stops if stop > self.step]:
+            if self.diverged_at is not None:
+                return
             started = time.perf_counter()
             losses = list(self._advance(stop))
             self.seconds += time.perf_counter() - started
-            self._report(train_nll=sum(losses) / max(1, len(losses)))
-            if self.diverged_at is not None:
-                return
+            self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint that `_save` wrote."""
+        self.model.load_adapter(str(folder), adapter_name="default", is_trainable=True)
+        state = torch.load(folder / STATE_FILE, weights_only=True)
+        outcome = json.loads((folder / CURVE_FILE).read_text())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.tokens, self.seconds = state["progress"]
+        self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
 
     def _advance(self, stop: int) -> Iterator[float]:
         """Train up to `stop`; yields the mean NLL a learned token of each global batch. Ends early where it diverges."""
@@ -278,17 +294,18 @@ class Finetuning:
         self.tokens += int(counts[1])
         return nll
 
-    def _report(self, train_nll: float) -> None:
+    def _evaluate(self, train_nll: float) -> None:
         self.model.eval()
         rows = self.rows["validation"]
         metrics = as_metrics(self._sum(evaluate(self.model.get_base_model(), rows, range(self.rank, len(rows), self.world))))
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = self._save(Path(folder)) if self.rank == 0 else None
-            ray.train.report(point, checkpoint=checkpoint)
+            if self.rank == 0:
+                self._save(Path(folder))
+            self.report(point, Path(folder) if self.rank == 0 else None)
 
-    def _save(self, folder: Path) -> Checkpoint:
+    def _save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder))
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -298,20 +315,6 @@ class Finetuning:
         torch.save(state, folder / STATE_FILE)
         outcome = {"curve": self.curve, "diverged_at": self.diverged_at, "startup_seconds": self.startup}
         (folder / CURVE_FILE).write_text(json.dumps(outcome))
-        return Checkpoint.from_directory(str(folder))
-
-    def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            self.model.load_adapter(folder, adapter_name="default", is_trainable=True)
-            state = torch.load(Path(folder) / STATE_FILE, weights_only=True)
-            outcome = json.loads((Path(folder) / CURVE_FILE).read_text())
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step, self.tokens, self.seconds = state["progress"]
-        self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over all workers."""
@@ -340,6 +343,11 @@ def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([row for outcome in outcomes for row in outcome["curve"]], schema=COMPARISON)
 
 
+def _report_to_ray(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    """A barrier among the workers; returns when the checkpoint is stored."""
+    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(checkpoint)) if checkpoint else None)
+
+
 def _adapted(job: Job) -> PeftModel:
     model = load_model(job.base, fast_dtype(job.train.dtype))
     if job.arm.init == "base":
@@ -355,5 +363,6 @@ def _adapted(job: Job) -> PeftModel:
         return PeftModel.from_pretrained(model, str(fetch_adapter(job.mashup.uri, Path(cache))), is_trainable=True)
 
 
+@lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n_rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)

@@ -75,7 +75,7 @@ def score_stream(work: Work, engine: EngineConfig, search: SearchConfig) -> Iter
             batch_size=engine.adapters_per_batch,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=1, max_size=min(batches, slots)),
-            fn_constructor_args=(search.engine, engine, ray.put(work.samples), work.scores),
+            fn_constructor_args=(search.engine, engine, work.samples, work.scores),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             runtime_env=cluster.worker_env(resources),
@@ -87,9 +87,9 @@ def score_stream(work: Work, engine: EngineConfig, search: SearchConfig) -> Iter
 class ScoringActor:
     """Holds one engine; called by Ray Data with batches of (adapter_id, uri)."""
 
-    def __init__(self, engine: str, config: EngineConfig, samples: Any, scores: Folder):
+    def __init__(self, engine: str, config: EngineConfig, samples: pa.Table, scores: Folder):
         started = time.perf_counter()
-        self.samples: pa.Table = ray.get(samples)
+        self.samples = samples
         self.files = ScoreFiles(scores)
         self.scorer: Scorer = build_scorer(engine, config)
         self.startup = time.perf_counter() - started
