@@ -46,9 +46,12 @@ def search(
     """Score every adapter of a pool on a sample of the target and print the leaderboard."""
     from pipeline import run as page
     from pipeline.report.terminal import leaderboard_table
+    from pipeline.samples import target_paths
 
     asked = {"samples": samples, "seed": seed, "engine": engine, "budget": budget}
-    this = page.Run(_config(run, base, pool, {"train": target}, search=asked))
+    config = _config(run, base, pool, {"train": target}, search=asked)
+    target_paths(config)
+    this = page.Run(config)
     this.save_config()
     page.index(this)
     page.samples(this)

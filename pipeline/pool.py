@@ -33,8 +33,6 @@ def build_catalogue(base: str, pool: str) -> pa.Table:
     """
     shapes, head = linear_shapes(base)
     found = pa.table(list_adapters(pool), schema=pa.schema([("adapter_id", pa.string()), ("uri", pa.string())]))
-    if not len(found):
-        raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
     rows = (
         ray.data.from_arrow(found)
         .repartition(target_num_rows_per_block=ADAPTERS_PER_TASK)
@@ -50,7 +48,7 @@ def list_adapters(pool: str) -> dict[str, list[str]]:
     """adapter_id and uri of everything in a pool that may be an adapter.
 
     Raises:
-        InputError: there is no such pool, or two lines of a list file give the same id.
+        InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
     """
     folder = Folder.at(pool)
     try:
@@ -63,6 +61,8 @@ def list_adapters(pool: str) -> dict[str, list[str]]:
         pairs = _from_folder(folder)
     else:
         raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
+    if not pairs:
+        raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
     return {"adapter_id": [name for name, _ in pairs], "uri": [uri for _, uri in pairs]}
 
 

@@ -40,7 +40,7 @@ from pipeline.progress import Progress
 from pipeline.reduce import Scored, propose, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
-from pipeline.samples import ROLES, take_samples
+from pipeline.samples import take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, paired_difference
 from pipeline.search.store import ScoreFiles
 from pipeline.search.stream import Work, engine_config, score_stream
@@ -109,6 +109,7 @@ def run_all(config: Config) -> dict[str, Any]:
     Raises:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
+    target_paths(config)  # a wrong path is said now, not after an hour of indexing
     run = Run(config)
     run.save_config()
     index(run)
@@ -124,6 +125,7 @@ def run_all(config: Config) -> dict[str, Any]:
 def index(run: Run) -> None:
     """Check every adapter of the pool."""
     config = run.config
+    linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool)
     key = digest(_base_state(config.base), listing, _state(config.pool))
     if run.ready("index", key):
@@ -139,7 +141,7 @@ def index(run: Run) -> None:
 def samples(run: Run) -> None:
     """Draw the sample of the target task and tokenise its training splits."""
     config = run.config
-    files = [_state(path) for role in ROLES if (path := getattr(config.target, role))]
+    files = [_state(path) for path in target_paths(config).values()]
     key = digest(_base_state(config.base), config.target.model_dump(), files, _sampling(config))
     if run.ready("samples", key):
         return

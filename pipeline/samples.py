@@ -56,8 +56,7 @@ def take_samples(config: Config) -> Splits:
     Raises:
         InputError: a file is missing, malformed or empty, or has no usable completion.
     """
-    target = config.target
-    paths = {role: path for role in ROLES if (path := getattr(target, role)) is not None}
+    paths = target_paths(config)
     rows = _tokenised(paths, config)
     counts = {role: dict(Counter(_of_role(rows, role)["problem"].fill_null("used").to_pylist())) for role in paths}
     usable = {role: _usable(rows, role, path, counts[role]) for role, path in paths.items()}
@@ -65,15 +64,26 @@ def take_samples(config: Config) -> Splits:
     return Splits(_search_sample(training["train"], config, counts["train"]), training, counts)
 
 
+def target_paths(config: Config) -> dict[str, str]:
+    """The target's data, by its role.
+
+    Raises:
+        InputError: there is nothing at a path.
+    """
+    paths = {role: path for role in ROLES if (path := getattr(config.target, role)) is not None}
+    for role, path in paths.items():
+        if not Folder.at(path).exists():
+            raise InputError(f"{path}: no such file or folder (target.{role})")
+    return paths
+
+
 def read_rows(path: str, role: str) -> ray.data.Dataset:
     """A column `row` with each row of a data set as JSON text.
 
     Raises:
-        InputError: there is nothing to read at `path`.
+        InputError: it is of no known form.
     """
     folder = Folder.at(path)
-    if not folder.exists():
-        raise InputError(f"{path}: no such file or folder (target.{role})")
     if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
         return _from_datasets(path, role)
     if path.endswith(".parquet") or any(folder.list_files(".parquet") if not path.endswith((".jsonl", ".json")) else []):
@@ -124,7 +134,8 @@ def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
         read_rows(path, role).map_batches(tokenise_batch, batch_format="pyarrow", fn_kwargs={"role": role, **options})
         for role, path in paths.items()
     ]
-    batches = parts[0].union(*parts[1:]).iter_batches(batch_format="pyarrow", batch_size=None)
+    rows = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+    batches = rows.iter_batches(batch_format="pyarrow", batch_size=None)
     tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
     return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
 

@@ -268,10 +268,10 @@ class Finetuning:
         self.model.train()
         while self.step < stop:
             nll = self._train_step()
+            self.step += 1
             if not math.isfinite(nll):
                 self.diverged_at = self.step
                 return
-            self.step += 1
             yield nll
 
     def _train_step(self) -> float:

@@ -1,0 +1,108 @@
+"""The mashup's model card: a README.md with the front matter that the Hugging Face Hub reads."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.report.words import METHODS, Json, count, nll, one_line, percent, signed
+
+TAGS = ["lora", "mashup-learning", "merge"]
+
+
+def model_card(selection: Json, config: Config, samples_count: Json) -> str:
+    """The card of a merged adapter.
+
+    Args:
+        selection: as in selection.json, its verdict 'mashup'.
+        samples_count: the number of `search` and `holdout` samples, as samples.json has them.
+
+    Raises:
+        ValueError: the verdict is 'base', so that there is no mashup to describe.
+    """
+    if selection["verdict"] != "mashup":
+        raise ValueError(f"selection.json: the verdict is {selection['verdict']!r}; only a mashup has a model card")
+    front = {"base_model": config.base, "library_name": "peft", "tags": TAGS}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        "# Mashup of " + count(len(selection["donors"]), "LoRA adapter"),
+        _introduction(config),
+        "## Donors\n\n" + _donor_table(selection["donors"]),
+        f"NLL and its difference to the base: nats a completion token on {count(samples_count['search'], 'search sample')}.",
+        "## Merge\n\n" + _merge_list(selection),
+        "## Candidates\n\n" + _candidate_table(selection),
+        f"Hold-out NLL: nats a completion token on {count(samples_count['holdout'], 'sample')} that played no part in ranking "
+        "the donors. The error is the standard error of the paired difference.",
+        "## Use\n\n" + _usage(config.base),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape_markdown(text: object) -> str:
+    """`text` as one line that Markdown shows as it is, in a table cell too. Underscores inside words are left alone."""
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], one_line(text))
+
+
+def _introduction(config: Config) -> str:
+    return (
+        f"A LoRA adapter for {escape_markdown(config.base)}, merged from adapters of earlier finetunes as a start for a new one. "
+        f"The donors were chosen by their loss on a sample of {escape_markdown(config.target.train)}. "
+        f"Made by mashup-learning {__version__}."
+    )
+
+
+def _donor_table(donors: Sequence[Json]) -> str:
+    header = ["Adapter", "Weight", "Rank", "NLL", "NLL minus base", "SHA-256 of adapter_model.safetensors"]
+    return _table(header, [_donor_row(donor) for donor in donors])
+
+
+def _donor_row(donor: Json) -> list[Any]:
+    numbers = [f"{donor['weight']:.4g}", donor["rank"], nll(donor["nll"]), signed(donor["nll_minus_base"])]
+    return [donor["adapter_id"], *numbers, donor["sha256"]]
+
+
+def _merge_list(selection: Json) -> str:
+    recipe = selection["recipe"]
+    kept = next((one["kept_energy"] for one in selection["candidates"] if one["name"] == recipe["name"]), None)
+    lines = [
+        f"Method: `{recipe['method']}`, the {METHODS.get(recipe['method'], 'method of that name')}",
+        f"Rank: {recipe['rank']}",
+        f"Kept energy: {percent(kept)} of the squared norm, in the module that lost most",
+        f"Why: {escape_markdown(selection['why'])}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _candidate_table(selection: Json) -> str:
+    chosen = selection["recipe"]["name"]
+    rows = [_candidate_row(candidate, candidate["name"] == chosen) for candidate in selection["candidates"]]
+    rows.append(["base, without any adapter", "", "", nll(selection["base_holdout_nll"]), signed(0.0), ""])
+    return _table(["Candidate", "Donors", "Rank", "Hold-out NLL", "minus base", "Error"], rows)
+
+
+def _candidate_row(candidate: Json, is_chosen: bool) -> list[Any]:
+    name = f"{candidate['name']} (this one)" if is_chosen else candidate["name"]
+    losses = [nll(candidate["holdout_nll"]), signed(candidate["holdout_nll_minus_base"]), nll(candidate["stderr"])]
+    return [name, ", ".join(candidate["donors"]), candidate["rank"], *losses]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *([escape_markdown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _usage(base: str) -> str:
+    return "\n".join(
+        [
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({base!r})",
+            'model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=True)  # or its id on the Hub',
+            "```",
+        ]
+    )

@@ -1,0 +1,98 @@
+"""What the command line prints: the leaderboard after a search; after a run the verdict in plain words, and base against
+mashup in a small table. Strings from adapters are printed as they are, never read as Rich's markup.
+"""
+
+import pyarrow as pa
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report import words
+from pipeline.report.words import Json
+from pipeline.tables import BASE_ID
+
+TOP = 25
+"""Places of the leaderboard that are printed; the base's is always among them."""
+
+
+def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
+    """The first places of a leaderboard, and the base's."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Place", justify="right")
+    table.add_column("Adapter", overflow="fold")
+    for name in ("NLL", "minus base", "hold-out"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = leaderboard.to_pylist()
+    shown = [row for row in rows if row["place"] <= TOP or row["adapter_id"] == BASE_ID]
+    for row in shown:
+        table.add_row(*map(Text, _place(row)), style="bold" if row["adapter_id"] == BASE_ID else None)
+    left = len(rows) - len(shown)
+    return Group(table, Text(f"{words.count(left, 'more place')} in leaderboard.parquet")) if left else table
+
+
+def summary_table(summary: Json, selection: Json | None) -> RenderableType:
+    """The end of a run for a terminal."""
+    lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), summary.get("note")]
+    return Group(
+        Text(words.one_line(words.verdict(summary, selection)), style="bold"),
+        _arms(summary),
+        *(Text(line) for line in lines if line),
+    )
+
+
+def _place(row: Json) -> list[str]:
+    difference = f"{words.signed(row['nll_minus_base'])} ± {words.nll(row['nll_minus_base_stderr'])}"
+    return [
+        str(row["place"]),
+        words.one_line(row["adapter_id"]),
+        words.nll(row["nll"]),
+        difference,
+        words.signed(row["holdout_nll_minus_base"]),
+    ]
+
+
+def _arms(summary: Json) -> Table:
+    inits = summary["inits"]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", style="dim")
+    for init in inits:
+        table.add_column(Text(init), justify="right")
+    for name, cells in _rows(inits):
+        table.add_row(name, *(Text(cell) for cell in cells))
+    return table
+
+
+def _rows(inits: Json) -> list[tuple[str, list[str]]]:
+    arms = list(inits.values())
+    test = [(name, [words.metric(key, arm.get(key)) for arm in arms]) for key, name in words.TEST_METRICS]
+    return [
+        *test,
+        ("Validation NLL at the start", [words.nll(arm["validation_nll_start"]) for arm in arms]),
+        ("Validation NLL, best", [f"{words.nll(arm['validation_nll_best'])} (step {arm['best_step']})" for arm in arms]),
+        ("Validation NLL at the end", [words.nll(arm["validation_nll_final"]) for arm in arms]),
+        ("Learning rate", [words.rate(arm["lr"]) for arm in arms]),
+        ("Training time", [words.duration(arm["train_seconds"]) for arm in arms]),
+    ]
+
+
+def _parity_line(summary: Json) -> str | None:
+    parity = words.parity_of(summary)
+    if not parity:
+        return None
+    overhead = words.duration(summary["overhead_seconds"]["total"])
+    if not parity["reached"]:
+        return f"Parity not reached in {words.steps(parity['base_steps'])}; {overhead} went into finding and merging donors."
+    steps = f"{words.step(parity['steps'])} of {words.step(parity['base_steps'])}"
+    spent = f"{words.duration(parity['seconds'])} with {overhead} of overhead, base {words.duration(parity['base_seconds'])}"
+    return f"Parity at step {steps}: {spent} ({words.compared_time(parity['seconds_saved'])})."
+
+
+def _donor_line(selection: Json | None) -> str | None:
+    donors = selection["donors"] if selection else []
+    named = ", ".join(f"{words.one_line(donor['adapter_id'])} (weight {donor['weight']:.3g})" for donor in donors)
+    return f"Donors: {named}" if named else None
+
+
+def _adapter_line(summary: Json) -> str | None:
+    return f"Best finetuned adapter, by validation NLL: {summary['adapter']}" if summary.get("adapter") else None

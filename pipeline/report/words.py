@@ -1,0 +1,196 @@
+"""Numbers and verdicts in plain words: the page, the terminal and the model card say the same thing the same way."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Json = Mapping[str, Any]
+
+NOTHING = "–"
+"""Shown for a number that is not there."""
+
+METHODS = {
+    "exact": "weighted sum of the donors' delta weights (scale x B A), cut to the rank below by an SVD",
+    "ab_mean": "weighted mean of the donors' A and B matrices, each apart",
+}
+
+TEST_METRICS = (
+    ("test_exact_match", "Exact match on the test split"),
+    ("test_token_accuracy", "Token accuracy on the test split"),
+    ("test_nll", "NLL on the test split"),
+)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number that a reader looks for first, and what it is measured against."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def nll(value: float | None) -> str:
+    """A loss in nats a token."""
+    return f"{value:.4f}" if is_number(value) else NOTHING
+
+
+def signed(value: float | None) -> str:
+    """A difference of losses, with a true minus sign."""
+    return f"{value:+.4f}".replace("-", "−") if is_number(value) else NOTHING
+
+
+def percent(value: float | None) -> str:
+    return f"{100 * value:.1f} %" if value is not None and is_number(value) else NOTHING
+
+
+def duration(seconds: float | None) -> str:
+    """`8.4 s`, `5 min 12 s` or `2 h 05 min`."""
+    if seconds is None or not is_number(seconds):
+        return NOTHING
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return "{} min {:02} s".format(*divmod(round(seconds), 60))
+    return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
+
+
+def rate(value: float) -> str:
+    """A learning rate: `5e-4`, not `0.0005` or `5e-04`."""
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def step(value: float) -> str:
+    """A step, interpolated or whole: `29.3`, `1,200`."""
+    return f"{round(value, 1):,g}"
+
+
+def steps(value: float) -> str:
+    return "1 step" if value == 1 else f"{step(value)} steps"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def one_line(text: object) -> str:
+    """`text` with every run of whitespace and control characters as one space: an adapter's id may hold anything."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip()
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters, the middle left out: ids often differ at their ends."""
+    text = one_line(text)
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def unbroken(text: str) -> str:
+    """`text` with no line break between a number and its unit, or after a plus-minus sign."""
+    return re.sub(r"(?<=\d) (?=(%|s|min|h)\b|%)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
+
+
+def parity_of(summary: Json | None) -> Json | None:
+    """What is known of parity; None where no mashup was trained against the base."""
+    return (summary.get("parity") or None) if summary and summary["verdict"] == "mashup" else None
+
+
+def verdict(summary: Json | None, selection: Json | None) -> str:
+    """What came out of the run, in a sentence or two. Slower, or parity not reached, is said as plainly as a gain."""
+    found = summary or selection
+    if not found:
+        return "No donors have been chosen yet: the search has not been run."
+    if found["verdict"] == "base":
+        return f"Start from the base: {found['why']}."
+    mashup = f"mashup of {count(len(found['donors']), 'donor')}"
+    parity = parity_of(summary)
+    if not parity:
+        return f"A {mashup} was made: {found['why']}. It has not been compared with the base yet."
+    if not parity["reached"]:
+        return f"The {mashup} does not reach the base's final validation loss within {steps(parity['base_steps'])}."
+    when = f"after {step(parity['steps'])} of {steps(parity['base_steps'])}"
+    return f"The {mashup} reaches the base's final validation loss {when}.{_time_clause(parity)}"
+
+
+def headlines(summary: Json) -> list[Headline]:
+    """The figures on top of the page, parity first."""
+    parity, inits = parity_of(summary), summary["inits"]
+    first = [_steps(parity), _wall_clock(parity, summary)] if parity else [_search_cost(summary)]
+    return first + [_test(key, name, inits) for key, name in TEST_METRICS]
+
+
+def metric(key: str, value: Json | None) -> str:
+    """A test metric, with its spread over seeds where there were several."""
+    if not value:
+        return NOTHING
+    write = nll if key.endswith("nll") else percent
+    spread = value.get("spread")
+    return write(value["mean"]) if spread is None else f"{write(value['mean'])} ± {write(spread)}"
+
+
+def compared_time(share_saved: float | None) -> str:
+    """`12.0 % faster`, `12.0 % slower`, or `as fast`."""
+    if share_saved is None:
+        return NOTHING
+    if round(abs(share_saved), 3) == 0:
+        return "as fast"
+    return f"{percent(abs(share_saved))} {'faster' if share_saved > 0 else 'slower'}"
+
+
+def _time_clause(parity: Json) -> str:
+    saved = parity["seconds_saved"]
+    if saved is None:
+        return ""
+    if round(abs(saved), 3) == 0:
+        return " With all overhead counted, that takes as long as training from the base."
+    return f" With all overhead counted, that takes {percent(abs(saved))} {'less' if saved > 0 else 'more'} time than the base."
+
+
+def _steps(parity: Json) -> Headline:
+    name = "Steps to parity"
+    if not parity["reached"]:
+        seeds = f" ({parity['seeds_reached']} seeds did)" if "seeds_reached" in parity else ""
+        target = f"the base ends at a validation NLL of {nll(parity['target_nll'])}"
+        return Headline(name, "not reached", f"in {steps(parity['base_steps'])}{seeds}; {target}")
+    saved = parity["steps_saved"]
+    detail = f"{percent(saved)} fewer steps to the base's final validation NLL" if saved is not None else ""
+    return Headline(name, f"{step(parity['steps'])} of {step(parity['base_steps'])}", detail)
+
+
+def _wall_clock(parity: Json, summary: Json) -> Headline:
+    name, overhead = "Wall-clock to parity, overhead included", duration(summary["overhead_seconds"]["total"])
+    if not parity["reached"]:
+        return Headline(name, "not reached", f"{overhead} went into finding and merging donors; base {_base_time(parity)}")
+    detail = f"{duration(parity['seconds'])}, of which {overhead} finding and merging donors; base {_base_time(parity)}"
+    return Headline(name, compared_time(parity["seconds_saved"]), detail)
+
+
+def _base_time(parity: Json) -> str:
+    return f"{duration(parity['base_seconds'])} for {steps(parity['base_steps'])}"
+
+
+def _search_cost(summary: Json) -> Headline:
+    spent = duration((summary.get("overhead_seconds") or {}).get("total"))
+    return Headline("Time spent on the pool", spent, "index, samples, search over all candidates, merge")
+
+
+def _test(key: str, name: str, inits: Json) -> Headline:
+    base, mashup = ((inits.get(init) or {}).get(key) for init in ("base", "mashup"))
+    if not (base and mashup):
+        return Headline(name, metric(key, base or mashup), "base" if base else "mashup")
+    is_nll = key.endswith("nll")
+    write = nll if is_nll else percent
+    difference = mashup["mean"] - base["mean"]
+    change = signed(difference) if is_nll else f"{100 * difference:+.1f} points".replace("-", "−")
+    spreads = [write(arm["spread"]) for arm in (base, mashup) if arm.get("spread") is not None]
+    over_seeds = f"; over seeds ± {' and ± '.join(spreads)}" if spreads else ""
+    return Headline(name, f"{write(base['mean'])} → {write(mashup['mean'])}", f"base → mashup: {change}{over_seeds}")

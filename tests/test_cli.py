@@ -1,0 +1,178 @@
+"""The command line: complete help, and for each bad input one clear line, exit code 2, and nothing half-written."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.cli import main
+
+
+@pytest.fixture
+def config(tiny_base: str, make_adapter: Any, write_jsonl: Any, tmp_path: Path) -> dict[str, Any]:
+    make_adapter(tmp_path / "pool/one", tiny_base)
+    rows = [{"prompt": f"Add {n} and 1.", "completion": str(n + 1)} for n in range(30)]
+    return {
+        "run": str(tmp_path / "run"),
+        "base": tiny_base,
+        "pool": str(tmp_path / "pool"),
+        "target": {"train": write_jsonl(tmp_path / "train.jsonl", rows)},
+        "search": {"samples": 8, "engine": "transformers"},
+    }
+
+
+@pytest.fixture
+def mashup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    # Ray's log handlers keep the standard error of the test that started Ray, which is closed by now.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mashup", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+def write(config: dict[str, Any], tmp_path: Path) -> str:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(tmp_path / "config.yaml")
+
+
+def assert_one_clear_line(found: tuple[int, str], *parts: str) -> None:
+    code, error = found
+    message = [line for line in error.strip().splitlines() if line.startswith("mashup: ")]
+    assert code == 2, error
+    assert len(message) == 1, error
+    assert all(part in message[0] for part in parts), message[0]
+    assert "Traceback" not in error
+
+
+def test_missing_config_file(mashup: Any, tmp_path: Path) -> None:
+    assert_one_clear_line(mashup("run", str(tmp_path / "none.yaml")), "none.yaml", "cannot read")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("run: [", ["not valid YAML"]),
+        ("just a text", ["expected keys"]),
+        ("run: r\nbase: b\npool: p\n", ["'target' is missing"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\nserch: {}\n", ["unknown key 'serch'", "search"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\nsearch: {sampels: 3}\n", ["unknown key 'search.sampels'", "samples"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\ntrain: {steps: -1}\n", ["train.steps", "-1"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\ntrain: {learning_rates: [0]}\n", ["must be positive"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\nmerge: {k: none}\n", ["merge.k", "none"]),
+        ("run: r\nbase: b\npool: p\ntarget: {train: t}\nsearch: {engine: fast}\n", ["search.engine", "fast"]),
+    ],
+)
+def test_bad_config(mashup: Any, tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_clear_line(mashup("run", str(tmp_path / "c.yaml")), "c.yaml", *parts)
+
+
+def test_missing_pool(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    config["pool"] = str(tmp_path / "nowhere")
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "nowhere", "no such adapter pool")
+
+
+def test_empty_pool(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    config["pool"] = str(tmp_path / "empty")
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "empty", "no adapter found")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_pool_without_a_valid_adapter(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "pool/one/adapter_model.safetensors").write_bytes(b"\x00" * 20)
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "none of its 1 adapters is valid", "corrupt weights")
+    assert not (tmp_path / "run/catalogue.parquet").exists()
+
+
+def test_unknown_base(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    config["base"] = str(tmp_path / "no-model")
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "no-model", "no such folder")
+
+
+def test_unknown_base_on_the_hub(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    config["base"] = "nobody/no-such-model"
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "nobody/no-such-model", "unknown base model")
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["no such file"]),
+        ("", ["empty"]),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', ["line 2", "malformed JSON"]),
+        ('{"prompt": "a", "completion": "b"}\n[1]\n', ["line 2", "not a JSON object"]),
+        ('{"prompt": "a", "completion": ""}\n' * 20, ["no row can be used", "20 x empty completion"]),
+        ('{"text": "a"}\n' * 20, ["no row can be used", "neither messages nor prompt and completion"]),
+    ],
+)
+def test_bad_target(mashup: Any, config: dict[str, Any], tmp_path: Path, content: str | None, parts: list[str]) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    if content is not None:
+        (tmp_path / "train.jsonl").write_text(content)
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "train.jsonl", *parts)
+    assert not (tmp_path / "run/samples.parquet").exists()
+    assert not (tmp_path / "run/data").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_no_write_permission(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    """A file stands where the run folder should be: root, too, cannot write there."""
+    (tmp_path / "file").write_text("")
+    config["run"] = str(tmp_path / "file/run")
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "file/run", "cannot write here")
+
+
+@pytest.mark.parametrize("command", ["merge", "train", "compare", "report"])
+def test_a_stage_without_a_run(mashup: Any, command: str, tmp_path: Path) -> None:
+    assert_one_clear_line(mashup(command, "--run", str(tmp_path / "none")), "no run here", "mashup search")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [("merge", "mashup search"), ("train", "mashup merge"), ("compare", "mashup merge")]
+)
+def test_a_stage_before_the_one_it_needs(mashup: Any, config: dict[str, Any], command: str, missing: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    assert_one_clear_line(mashup(command, "--run", str(tmp_path / "run")), "is not there yet", missing)
+
+
+def test_unknown_option_and_missing_option_exit_with_2(mashup: Any) -> None:
+    assert mashup("merge", "--fast")[0] == 2
+    assert mashup("index", "--base", "x")[0] == 2
+
+
+def test_an_error_while_working_is_one_line_and_exit_code_1(mashup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr("pipeline.config.load_config", broken)
+    code, error = mashup("run", str(tmp_path / "c.yaml"))
+    assert code == 1
+    assert "the disk is full" in error
+    assert "Traceback" not in error
+
+
+def test_help_names_every_command_and_option_as_installed() -> None:
+    """The installed command, as a user calls it."""
+    found = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    for command in ("index", "search", "merge", "train", "compare", "report", "run"):
+        assert command in found.stdout
+        page = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "--run" in page.stdout

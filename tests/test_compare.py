@@ -1,0 +1,64 @@
+"""What the comparison concludes from curves: the chosen learning rate, parity, and wall-clock with its overhead."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.compare import _chosen, parity, with_overhead
+
+
+def arm(init: str, losses: list[float], *, lr: float = 1e-4, seed: int = 0, diverged_at: int | None = None) -> dict[str, Any]:
+    """An outcome with an evaluation every ten steps and a second a step."""
+    curve = [{"step": 10 * n, "seconds": 10.0 * n, "eval_nll": loss} for n, loss in enumerate(losses)]
+    return {"name": f"{init}-{lr}-{seed}", "init": init, "lr": lr, "seed": seed, "curve": curve, "diverged_at": diverged_at}
+
+
+def test_parity_is_interpolated_between_evaluations() -> None:
+    found = parity([arm("base", [3.0, 2.0, 1.0])], [arm("mashup", [2.0, 1.5, 0.5])])
+    assert found["steps"] == pytest.approx(15.0)
+    assert found["train_seconds"] == pytest.approx(15.0)
+    assert found["steps_saved"] == pytest.approx(0.25)
+    assert found["target_nll"] == 1.0
+
+
+def test_parity_is_not_reached_unless_every_seed_reaches_it() -> None:
+    base = [arm("base", [3.0, 1.0], seed=0), arm("base", [3.0, 1.0], seed=1)]
+    mashup = [arm("mashup", [2.0, 0.9], seed=0), arm("mashup", [2.0, 1.1], seed=1)]
+    found = parity(base, mashup)
+    assert (found["reached"], found["seeds_reached"], found["steps"], found["steps_saved"]) == (False, "1 of 2", None, None)
+
+
+def test_a_start_below_the_target_is_at_parity_at_once() -> None:
+    assert parity([arm("base", [3.0, 2.0])], [arm("mashup", [1.0, 0.5])])["steps"] == 0.0
+
+
+def test_overhead_is_paid_by_the_mashup_alone() -> None:
+    found = with_overhead(parity([arm("base", [3.0, 1.0])], [arm("mashup", [1.0, 0.5])]), overhead_seconds=25.0)
+    assert found["seconds"] == 25.0
+    assert found["seconds_saved"] == pytest.approx(-1.5)
+
+
+def test_overhead_of_a_parity_not_reached_is_not_a_number() -> None:
+    found = with_overhead(parity([arm("base", [3.0, 1.0])], [arm("mashup", [2.0, 1.5])]), overhead_seconds=25.0)
+    assert found["seconds"] is None
+    assert found["seconds_saved"] is None
+
+
+def test_validation_picks_the_rate_by_the_mean_over_seeds() -> None:
+    arms = [
+        arm("base", [3.0, 1.0], lr=1e-4, seed=0),
+        arm("base", [3.0, 2.0], lr=1e-4, seed=1),
+        arm("base", [3.0, 1.2], lr=5e-4, seed=0),
+        arm("base", [3.0, 1.2], lr=5e-4, seed=1),
+    ]
+    assert [(one["lr"], one["seed"]) for one in _chosen(arms)] == [(5e-4, 0), (5e-4, 1)]
+
+
+def test_a_rate_that_diverged_is_never_picked() -> None:
+    arms = [arm("base", [3.0, 0.1], lr=1.0, diverged_at=10), arm("base", [3.0, 2.0], lr=1e-4)]
+    assert [one["lr"] for one in _chosen(arms)] == [1e-4]
+
+
+def test_an_init_that_diverged_everywhere_is_an_error_with_the_way_out() -> None:
+    with pytest.raises(RuntimeError, match="add a lower one"):
+        _chosen([arm("base", [3.0], lr=1.0, diverged_at=1)])

@@ -1,0 +1,206 @@
+"""Pools: folders, list files and object stores -> a catalogue in which every adapter is valid or set aside with a reason."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.basemodel import linear_shapes
+from pipeline.errors import InputError
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.pool import build_catalogue, inspect_batch, list_adapters
+from pipeline.storage import Folder
+from pipeline.tables import CATALOGUE
+
+Make = Callable[..., Path]
+
+
+def entries(catalogue: pa.Table) -> dict[str, dict[str, Any]]:
+    return {row["adapter_id"]: row for row in catalogue.to_pylist()}
+
+
+def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
+    """Catalogue rows without Ray, duplicates not yet set aside."""
+    shapes, head = linear_shapes(base)
+    return entries(inspect_batch(pa.table(list_adapters(str(pool))), base, shapes, head))
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_folder_of_nested_adapters_becomes_a_catalogue(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    pool = tmp_path / "pool"
+    make_adapter(pool / "a", tiny_base, rank=3, alpha=6, seed=1)
+    make_adapter(pool / "deep" / "er" / "b", tiny_base, rank=9, use_rslora=True, targets=["up_proj"], seed=2)
+    make_adapter(pool / "a" / "checkpoint-10", tiny_base, seed=3)
+    make_adapter(pool / "z-twin", tiny_base, rank=3, alpha=6, seed=1)
+    make_adapter(pool / "z-scaled", tiny_base, rank=3, alpha=12, seed=1)
+    make_adapter(pool / "base", tiny_base, seed=4)
+    edit_config(make_adapter(pool / "renamed", tiny_base, seed=5), base_model_name_or_path="org/another-name")
+    (make_adapter(pool / "pickled", tiny_base, seed=6) / WEIGHTS_FILE).rename(pool / "pickled" / "adapter_model.bin")
+    make_adapter(pool / "unlike", tiny_base, seed=7, use_dora=True)
+    (pool / "notes").mkdir()
+    (pool / "notes" / "README.md").write_text("nothing here")
+
+    catalogue = build_catalogue(tiny_base, str(pool))
+    rows = entries(catalogue)
+    assert catalogue.schema == CATALOGUE
+    assert list(rows) == sorted(rows)
+    valid = {name for name, row in rows.items() if row["status"] == "ok"}
+    assert valid == {"a", "a/checkpoint-10", "deep/er/b", "renamed", "z-scaled"}
+    assert all(rows[name]["reason"] is None for name in valid)
+    b = rows["deep/er/b"]
+    assert (b["rank"], b["alpha"], b["use_rslora"], b["target_modules"]) == (9, 8.0, True, ["up_proj"])
+    assert b["uri"] == str(pool / "deep" / "er" / "b")
+    assert b["bytes"] == (pool / "deep" / "er" / "b" / WEIGHTS_FILE).stat().st_size
+    assert len(b["sha256"]) == 64
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] == "set_aside"}
+    assert reasons.keys() == {"z-twin", "base", "pickled", "unlike"}
+    assert "duplicate of a" in reasons["z-twin"]
+    assert "stands for the base model" in reasons["base"]
+    assert "pickle: adapter_model.bin" in reasons["pickled"]
+    assert "DoRA" in reasons["unlike"]
+    assert "org/another-name" in rows["renamed"]["warning"]
+    assert rows["a"]["warning"] is None
+
+
+def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    make_adapter(tmp_path / "only", tiny_base)
+    assert list_adapters(str(tmp_path / "only")) == {"adapter_id": ["only"], "uri": [str(tmp_path / "only")]}
+
+
+def spoil(kind: str, folder: Path) -> None:
+    weights = folder / WEIGHTS_FILE
+    if kind == "NaN":
+        tensors = load_file(weights)
+        next(iter(tensors.values()))[0, 0] = float("nan")
+        save_file(tensors, weights)
+    elif kind == "scalars":
+        save_file({name: torch.tensor(1.0) for name in load_file(weights)}, weights)
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:200])
+    else:
+        changes = {
+            "JSON": None,
+            "regex": {"target_modules": "(q"},
+            "rank_pattern": {"rank_pattern": [1]},
+            "name": {"base_model_name_or_path": 5},
+            "alpha": {"lora_alpha": 10**400},
+        }[kind]
+        (folder / CONFIG_FILE).write_text("{") if changes is None else edit_config(folder, **changes)
+
+
+@pytest.mark.parametrize("kind", ["NaN", "scalars", "truncated", "JSON", "regex", "rank_pattern", "name", "alpha"])
+def test_a_broken_adapter_is_set_aside_and_stops_no_other(kind: str, tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    make_adapter(tmp_path / "good", tiny_base)
+    spoil(kind, make_adapter(tmp_path / "broken", tiny_base))
+    rows = inspected(tiny_base, tmp_path)
+    assert rows["good"]["status"] == "ok"
+    assert rows["broken"]["status"] == "set_aside"
+    assert rows["broken"]["reason"]
+
+
+def hub_cache(root: Path, repo: str, source: Path) -> None:
+    """Lay `source` out as the Hub's cache has a downloaded repository."""
+    folder = root / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (snapshot / name).write_bytes((source / name).read_bytes())
+
+
+def test_a_list_file_names_paths_and_hub_ids(
+    tmp_path: Path, tiny_base: str, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "near", tiny_base, seed=1)
+    make_adapter(tmp_path / "two" / "deep", tiny_base, seed=2)
+    absolute = make_adapter(tmp_path / "absolute", tiny_base, seed=3)
+    hub_cache(tmp_path / "hub", "org/donor", absolute)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = ["# donors", "near", "two/deep  # a path of two parts", "", str(absolute), "org/donor", "hf://org/absent", "./gone"]
+    (tmp_path / "pool.txt").write_text("\n".join(lines))
+    rows = inspected(tiny_base, tmp_path / "pool.txt")
+    assert {name: row["uri"] for name, row in rows.items()} == {
+        "near": str(tmp_path / "near"),
+        "two/deep": str(tmp_path / "two" / "deep"),
+        str(absolute): str(absolute),
+        "org/donor": "hf://org/donor",
+        "org/absent": "hf://org/absent",
+        "./gone": str(tmp_path / "gone"),
+    }
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"near", "two/deep", str(absolute), "org/donor"}
+    assert "cannot be fetched from the Hub" in rows["org/absent"]["reason"]
+    assert "adapter_config.json is missing" in rows["./gone"]["reason"]
+
+
+def test_a_list_file_that_names_an_adapter_twice_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "pool.txt").write_text("org/a\norg/b\nhf://org/a\n")
+    with pytest.raises(InputError, match="'org/a' is listed twice"):
+        list_adapters(str(tmp_path / "pool.txt"))
+
+
+@pytest.mark.parametrize("pool", ["gone", "empty", "notes.txt"])
+def test_a_pool_without_adapters_is_an_input_error(pool: str, tmp_path: Path, tiny_base: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("# nothing yet\n")
+    message = "no such adapter pool" if pool == "gone" else "no adapter found"
+    with pytest.raises(InputError, match=f"{pool}: {message}"):
+        build_catalogue(tiny_base, str(tmp_path / pool))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pool_without_a_valid_adapter_is_an_input_error(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    edit_config(make_adapter(tmp_path / "a", tiny_base), peft_type="IA3")
+    edit_config(make_adapter(tmp_path / "b", tiny_base), use_dora=True)
+    with pytest.raises(InputError, match=r"none of its 2 adapters is valid .*(1 x not LoRA.*1 x DoRA|1 x DoRA.*1 x not LoRA)"):
+        build_catalogue(tiny_base, str(tmp_path))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_object_store_prefix_is_a_pool(bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    store = Folder.at(f"{bucket}/adapters")
+    for number, name in enumerate(["a", "deep/b"]):
+        store.upload(make_adapter(tmp_path / name, tiny_base, seed=number), name)
+    assert list_adapters(f"{bucket}/adapters/") == {
+        "adapter_id": ["a", "deep/b"],
+        "uri": [f"{bucket}/adapters/a", f"{bucket}/adapters/deep/b"],
+    }
+    rows = entries(build_catalogue(tiny_base, f"{bucket}/adapters"))
+    assert {name: row["status"] for name, row in rows.items()} == {"a": "ok", "deep/b": "ok"}
+    with pytest.raises(InputError, match="no such adapter pool"):
+        build_catalogue(tiny_base, f"{bucket}/nothing")
+
+
+def test_a_list_file_in_an_object_store_names_object_store_adapters(
+    bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make
+) -> None:
+    Folder.at(bucket).upload(make_adapter(tmp_path / "a", tiny_base), "adapters/a")
+    Folder.at(bucket).write_text("list.txt", f"{bucket}/adapters/a\n{bucket}/adapters/gone\n")
+    rows = inspected(tiny_base, f"{bucket}/list.txt")
+    assert rows[f"{bucket}/adapters/a"]["status"] == "ok"
+    assert rows[f"{bucket}/adapters/gone"]["status"] == "set_aside"
+
+
+def test_an_endpoint_in_the_uri_holds_for_every_adapter(
+    bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Folder.at(f"{bucket}/adapters").upload(make_adapter(tmp_path / "a", tiny_base), "a")
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    pool = f"{bucket}/adapters?endpoint_override={endpoint}"
+    rows = inspected(tiny_base, pool)
+    assert rows["a"]["status"] == "ok"
+    assert Folder.at(pool).sub("a").uri == rows["a"]["uri"]

@@ -1,0 +1,197 @@
+"""The whole page on a tiny model: end to end, interrupted by a kill, with a changed config, and with no donor that helps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.cli import main
+from pipeline.config import TrainConfig
+from pipeline.samples import tokenise
+from pipeline.storage import Folder
+from pipeline.tables import SAMPLES
+from pipeline.train import Arm, Finetuning, Job, Lora
+
+WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number", "brown", "lazy"]
+ROWS = [{"prompt": f"{a} and {b}", "completion": b} for a in WORDS for b in WORDS]
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_base: str, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two donors that were trained on the target's kind of task, two that were not, and one that is set aside."""
+    folder = tmp_path_factory.mktemp("pool")
+    for seed in (1, 2):
+        _train_donor(folder / f"related/{seed}", tiny_base, seed, tmp_path_factory.mktemp("donor"))
+        make_adapter(folder / f"random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
+    (folder / "pickled").mkdir()
+    (folder / "pickled/adapter_config.json").write_text((folder / "random/1/adapter_config.json").read_text())
+    (folder / "pickled/adapter_model.bin").write_bytes(b"never opened")
+    return folder
+
+
+@pytest.fixture
+def config(tiny_base: str, pool: Path, write_jsonl: Any, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "run": str(tmp_path / "run"),
+        "base": tiny_base,
+        "pool": str(pool),
+        "target": {"train": write_jsonl(tmp_path / "train.jsonl", ROWS)},
+        "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
+        "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
+    }
+
+
+def _train_donor(target: Path, base: str, seed: int, work: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    import pyarrow as pa
+
+    tokens = [{"sample_id": str(n), "split": "train", **tokenise(row, tokenizer)} for n, row in enumerate(ROWS)]
+    data = Folder.at(work)
+    for split in ("train", "validation"):
+        data.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
+    settings = TrainConfig(steps=10 * seed, batch_size=16, evaluations=1, dtype="float32")
+    lora = Lora(4 * seed, 8.0, ("q_proj", "v_proj", "up_proj"))
+
+    def keep(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        assert checkpoint is not None
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (target / name).write_bytes((checkpoint / name).read_bytes())
+
+    Finetuning(Job(Arm("base", 1e-2, seed), base, lora, settings, data, data, "donor"), 0, 1, keep).run()
+
+
+def mashup(*arguments: str) -> int:
+    """The command, in this process. Gives its exit code."""
+    before, sys.argv = sys.argv, ["mashup", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def run_config(config: dict[str, Any], tmp_path: Path) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return str(file)
+
+
+def scores(run: Path) -> list[tuple[Any, ...]]:
+    table = pads.dataset([str(file) for file in run.glob("scores/*.parquet")]).to_table()
+    return sorted(tuple(row.values()) for row in table.to_pylist())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    run = tmp_path / "run"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"{run}/report.html"
+
+    catalogue = {row["adapter_id"]: row for row in pq.read_table(run / "catalogue.parquet").to_pylist()}
+    assert catalogue["pickled"]["status"] == "set_aside"
+    assert len(scores(run)) == 5 * 24  # the base and four donors on every sample
+
+    leaderboard = pq.read_table(run / "leaderboard.parquet").to_pylist()
+    assert [row["adapter_id"].partition("/")[0] for row in leaderboard[:2]] == ["related", "related"]
+
+    selection, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("selection", "summary"))
+    assert selection["verdict"] == "mashup"
+    assert {donor["adapter_id"].partition("/")[0] for donor in selection["donors"]} == {"related"}
+    assert {"exact-1", "exact-2"} <= {candidate["name"] for candidate in selection["candidates"]}
+    inits = summary["inits"]
+    assert inits["mashup"]["validation_nll_start"] < inits["base"]["validation_nll_start"]
+    assert summary["overhead_seconds"]["total"] == pytest.approx(
+        sum(summary["overhead_seconds"][stage] for stage in ("index", "samples", "search", "merge"))
+    )
+    assert len(pq.read_table(run / "comparison.parquet")) == 2 * 4
+    for folder in ("mashup", "finetuned"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config["base"]), str(run / folder))
+        assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+    assert "base_model" in (run / "mashup/README.md").read_text()
+
+    # Again: nothing is computed. With another training budget: only what depends on it.
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")}
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")} == before
+    config["train"]["steps"] = 3
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    changed = {file.name for file in before if not file.exists() or file.stat().st_mtime_ns != before[file]}
+    assert changed == {"comparison.parquet"}
+
+
+def test_a_killed_run_goes_on(config: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL the driver in mid-search: the scores on disk are kept, none is computed twice, the tables are complete."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 200
+    while not list(run.glob("scores/*.parquet")) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    children = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    psutil.wait_procs(children, timeout=60)
+    kept = {file: file.stat().st_mtime_ns for file in run.glob("scores/*.parquet")}
+    assert kept
+    assert not (run / "leaderboard.parquet").exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    pairs = [row[:2] for row in scores(run)]
+    assert len(pairs) == len(set(pairs)) == 5 * 24
+    assert "already done" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_no_donor_helps_so_the_base_is_the_start(
+    config: dict[str, Any], tiny_base: str, make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(tmp_path / "pool/noise", tiny_base, rank=8, alpha=64, targets=["q_proj", "v_proj", "down_proj"], std=1.0)
+    config |= {"pool": str(tmp_path / "pool")}
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    selection, summary = (json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("selection", "summary"))
+    assert selection["verdict"] == summary["verdict"] == "base"
+    assert list(summary["inits"]) == ["base"]
+    assert summary["parity"] is None
+    assert not (tmp_path / "run/mashup").exists()
+    assert "base" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    where = ["--base", config["base"], "--pool", config["pool"], "--run", run]
+    assert mashup("index", *where) == 0
+    search = ["--target", config["target"]["train"], "--samples", "16", "--seed", "1", "--engine", "transformers"]
+    assert mashup("search", *where, *search) == 0
+    assert "related/" in capsys.readouterr().out
+    assert mashup("merge", "--run", run) == 0
+    assert mashup("report", "--run", run) == 0
+    assert (tmp_path / "run/report.html").is_file()
+    content = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    content["train"] |= {"steps": 2, "batch_size": 4, "evaluations": 1, "learning_rates": [1e-3], "cpus_per_worker": 1}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert mashup("train", "--run", run) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "adapter_model.safetensors").is_file()
+    assert mashup("compare", "--run", run) == 0

@@ -1,0 +1,339 @@
+"""Target data -> samples: masks against an independent rendering, the draw, the splits and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline import samples
+from pipeline.config import Config, build_config
+from pipeline.errors import InputError
+from pipeline.samples import Splits, take_samples, tokenise
+from pipeline.tables import SAMPLES
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture
+def config_for(tiny_base: str) -> Callable[..., Config]:
+    def config(train: str | Path, base: str = tiny_base, samples: int = 8, seed: int = 0, **target: Any) -> Config:
+        content = {"run": "r", "base": base, "pool": "p", "target": {"train": str(train), **target}}
+        return build_config({**content, "search": {"samples": samples, "seed": seed}}, "test")
+
+    return config
+
+
+def rows(n: int, start: int = 0) -> list[Row]:
+    return [{"prompt": f"What is {i} plus {i}?", "completion": f"The sum is {2 * i}."} for i in range(start, start + n)]
+
+
+def as_messages(row: Row) -> Row:
+    return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+
+
+def ids_of(splits: Splits, split: str) -> list[str]:
+    return splits.training[split]["sample_id"].to_pylist()
+
+
+def masked(tokens: Row, mask: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode([token for token, inside in zip(tokens["input_ids"], tokens[mask], strict=True) if inside])
+
+
+FORMS: dict[str, Row] = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Answer in one short sentence."},
+            {"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": "Paris"},
+            {"role": "user", "content": "And again?"},
+            {"role": "assistant", "content": "The capital of France is Paris."},
+        ]
+    },
+    "texts": {"prompt": "Is this review positive?", "completion": "Yes, it is.\nVery much so."},
+    "message lists": {
+        "prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "7 times 6?"}],
+        "completion": [{"role": "assistant", "content": "42"}],
+    },
+    "other columns": {"prompt": "café?", "completion": "naïve 日本 🎉", "label": 3, "messages": None},
+    "answer that repeats the prompt": {"prompt": "Paris", "completion": "Paris"},
+    "answer that is a word of the template": {"prompt": "Who are you?", "completion": "assistant"},
+    "answer that ends in blanks": {"prompt": "Say x", "completion": " x \n"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_are_those_of_the_chat_template_and_the_mask_is_the_answer(form: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = FORMS[form]
+    tokens = tokenise(row, tokenizer)
+    turns = row.get("messages") or as_messages(row)["messages"]
+    if isinstance(row.get("prompt"), list):
+        turns = [*row["prompt"], *row["completion"]]
+    answer = turns[-1]["content"]
+    # Independently: ids of the prompt with its generation prompt, then of the answer, then of the end of the turn.
+    prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(turns, return_dict=False)
+    length = whole.index(tokenizer.eos_token_id, len(prompt)) + 1
+    assert tokens["input_ids"] == whole[:length]
+    assert tokens["completion_mask"] == [False] * len(prompt) + [True] * (length - len(prompt) - 1) + [False]
+    assert tokens["learn_mask"] == [False] * len(prompt) + [True] * (length - len(prompt))
+    assert masked(tokens, "completion_mask", tokenizer) == answer
+    assert masked(tokens, "learn_mask", tokenizer) == answer + "<|im_end|>"
+
+
+def test_a_base_without_a_chat_template_gets_the_texts_joined_and_its_end_token(untied_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(untied_base)
+    tokens = tokenise({"prompt": "The capital of France is", "completion": " Paris."}, tokenizer)
+    assert tokens["input_ids"] == [*tokenizer("The capital of France is Paris.")["input_ids"], tokenizer.eos_token_id]
+    assert masked(tokens, "completion_mask", tokenizer) == " Paris."
+    assert masked(tokens, "learn_mask", tokenizer) == " Paris.<|im_end|>"
+
+
+def test_a_template_that_strips_the_answer_and_thinks_before_it(tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokens = tokenise({"prompt": "Add 1 and 2", "completion": "  It is 3.\n"}, tokenizer)
+    assert masked(tokens, "completion_mask", tokenizer) == "It is 3."
+    assert masked(tokens, "learn_mask", tokenizer) == "It is 3.<|im_end|>"
+
+
+BAD_ROWS: dict[str, tuple[Row, str]] = {
+    "empty text": ({"prompt": "x", "completion": ""}, "empty completion"),
+    "blank text": ({"prompt": "x", "completion": " \n"}, "empty completion"),
+    "no text": ({"prompt": "x", "completion": None}, "empty completion"),
+    "last turn is the user's": ({"messages": [{"role": "user", "content": "hello"}]}, "empty completion"),
+    "no messages": ({"messages": []}, "without text"),
+    "message without content": ({"messages": [{"role": "assistant"}]}, "without text"),
+    "message is a text": ({"messages": ["hello"]}, "without text"),
+    "other columns": ({"text": "hello"}, "neither messages nor prompt and completion"),
+    "prompt alone": ({"prompt": "hello"}, "neither messages nor prompt and completion"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_cannot_be_used_says_why(case: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    row, reason = BAD_ROWS[case]
+    with pytest.raises(ValueError, match=reason):
+        tokenise(row, tokenizer)
+
+
+def test_an_answer_without_a_question_is_counted_not_fatal(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match="empty conversation"):
+        tokenise({"messages": [{"role": "assistant", "content": "Hello."}]}, tokenizer)
+
+
+def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    monkeypatch.setattr(samples, "load_tokenizer", lambda base: tokenizer)
+    batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
+    found = samples.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
+    assert found["problem"].to_pylist() == ["System role not supported"] * 2
+
+
+def shown(splits: Splits) -> list[Row]:
+    """Everything that a run draws from."""
+    return [splits.search.to_pylist(), *(splits.training[role].to_pylist() for role in ("train", "validation", "test"))]
+
+
+def write_as(kind: str, folder: Path, data: list[Row]) -> Path:
+    """`data` in one of the file formats that a target may have."""
+    folder.mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(data), folder / "train.parquet", row_group_size=7)
+        return folder / "train.parquet"
+    if kind == "parquet folder":
+        for number in range(3):
+            pq.write_table(pa.Table.from_pylist(data[number::3]), folder / f"{number}.parquet")
+        return folder
+    if kind == "Dataset":
+        Dataset.from_list(data).save_to_disk(folder / "d")
+        return folder / "d"
+    if kind == "DatasetDict":
+        DatasetDict({"train": Dataset.from_list(data), "other": Dataset.from_list(rows(2))}).save_to_disk(folder / "d")
+        return folder / "d"
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in data))
+    return folder / "train.jsonl"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_draw_depends_on_content_and_seed_alone(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    data = rows(40)
+    expected = shown(take_samples(config_for(write_as("jsonl", tmp_path / "a", data))))
+    messages = [as_messages(row) for row in data]
+    others = {
+        "jsonl": data[::-1],
+        "parquet": messages,
+        "parquet folder": data,
+        "Dataset": data[20:] + data[:20],
+        "DatasetDict": messages,
+    }
+    for kind, content in others.items():
+        found = take_samples(config_for(write_as(kind, tmp_path / kind.replace(" ", "-"), content)))
+        assert shown(found) == expected, kind
+    other_seed = take_samples(config_for(tmp_path / "a" / "train.jsonl", seed=1))
+    assert shown(other_seed) != expected
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_splits_are_disjoint_and_complete(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(40)), samples=8))
+    train, validation, test = (ids_of(splits, role) for role in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (32, 4, 4)
+    assert len({*train, *validation, *test}) == 40
+    drawn = splits.search["sample_id"].to_pylist()
+    assert set(drawn) <= set(train)
+    assert splits.search["split"].to_pylist() == ["search"] * 6 + ["holdout"] * 2
+    assert len(set(drawn)) == 8
+    assert all(table.schema.names == SAMPLES.names for table in [splits.search, *splits.training.values()])
+    assert {role: set(table["split"].to_pylist()) for role, table in splits.training.items()} == {
+        "train": {"train"},
+        "validation": {"validation"},
+        "test": {"test"},
+    }
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_given_splits_are_read_and_limited(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    paths = {
+        role: write_jsonl(tmp_path / f"{role}.jsonl", rows(10, start)) for role, start in [("validation", 100), ("test", 200)]
+    }
+    train = write_jsonl(tmp_path / "train.jsonl", rows(20))
+    splits = take_samples(config_for(train, validation_rows=3, test_rows=4, **paths))
+    assert {role: len(table) for role, table in splits.training.items()} == {"train": 20, "validation": 3, "test": 4}
+    assert splits.counts == {
+        "train": {"used": 20, "repeated (trained on, sampled once)": 0},
+        "validation": {"used": 10},
+        "test": {"used": 10},
+    }
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_repeated_rows_are_sampled_once_and_stay_on_one_side_of_a_split(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    data = [row for row in rows(12) for _ in range(5)]
+    splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", data), samples=64))
+    drawn = splits.search["sample_id"].to_pylist()
+    train, validation, test = (set(ids_of(splits, role)) for role in ("train", "validation", "test"))
+    assert sorted(drawn) == sorted(train)
+    assert splits.counts["train"]["repeated (trained on, sampled once)"] == len(ids_of(splits, "train")) - len(train)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_passed_over_are_counted(tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]) -> None:
+    bad = [{"prompt": "x", "completion": "word " * 200}, {"prompt": "x", "completion": ""}, {"prompt": "x", "completion": " "}]
+    splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", bad + rows(20)), max_tokens=64))
+    assert splits.counts["train"] == {
+        "used": 20,
+        "longer than 64 tokens": 1,
+        "empty completion": 2,
+        "repeated (trained on, sampled once)": 0,
+    }
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_line_separators_of_unicode_do_not_end_a_json_line(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    data = [{"prompt": f"a\u2028b {i}", "completion": "c\x85d\u2029e"} for i in range(20)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in data), encoding="utf-8")
+    assert take_samples(config_for(path)).counts["train"]["used"] == 20
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_base_without_chat_template_takes_a_whole_target(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str], untied_base: str
+) -> None:
+    splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(20)), base=untied_base))
+    tokenizer = AutoTokenizer.from_pretrained(untied_base)
+    for row in splits.training["train"].to_pylist():
+        assert masked(row, "completion_mask", tokenizer).startswith("The sum is")
+
+
+def fault(kind: str, folder: Path) -> str:
+    """A target with something wrong; its path."""
+    path = folder / "t.jsonl"
+    good = [json.dumps(row) for row in rows(20)]
+    texts = {
+        "malformed line": "\n".join([*good[:3], '{"prompt": ', *good[3:]]),
+        "list for an object": "\n".join([*good, "[1, 2]"]),
+        "empty": "",
+        "only blank lines": "\n\n\n",
+        "unusable": '{"text": "a"}\n{"prompt": "a", "completion": ""}\n',
+        "too few to split": "\n".join(good[:2]),
+        "too few to search": "\n".join(good[:3]),
+    }
+    if kind in texts:
+        path.write_text(texts[kind], encoding="utf-8")
+    elif kind == "other encoding":
+        path.write_bytes('{"prompt": "café", "completion": "x"}\n'.encode("latin-1") * 3)
+    elif kind == "not a Parquet file":
+        (path := folder / "t.parquet").write_text("no Parquet at all")
+    elif kind == "empty Parquet":
+        pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path := folder / "t.parquet")
+    elif kind == "other suffix":
+        (path := folder / "t.csv").write_text("prompt,completion\na,b\n")
+    elif kind == "empty folder":
+        (path := folder / "empty").mkdir()
+    elif kind == "split that is not there":
+        DatasetDict({"other": Dataset.from_list(rows(5))}).save_to_disk(path := folder / "d")
+    else:
+        path = folder / "missing.jsonl"
+    return str(path)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("malformed line", "t.jsonl: line 4 is malformed JSON"),
+        ("list for an object", "t.jsonl: line 21 is not a JSON object"),
+        ("empty", "t.jsonl: the data set is empty"),
+        ("only blank lines", "t.jsonl: the data set is empty"),
+        ("unusable", "t.jsonl: no row can be used .*1 x neither messages nor prompt and completion"),
+        ("too few to split", "too few to split"),
+        ("too few to search", "too few to search with"),
+        ("other encoding", "t.jsonl: line 1 is malformed JSON"),
+        ("not a Parquet file", "t.parquet"),
+        ("empty Parquet", "t.parquet: the data set is empty"),
+        ("other suffix", "t.csv: target.train must be"),
+        ("empty folder", "empty: target.train must be"),
+        ("split that is not there", "no split 'train'"),
+        ("missing", "missing.jsonl: no such file or folder .target.train"),
+    ],
+)
+def test_a_target_that_cannot_be_used_is_an_input_error(
+    kind: str, message: str, tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        take_samples(config_for(fault(kind, tmp_path)))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_unknown_base_is_an_input_error(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(20)), base="/no/such/base"))

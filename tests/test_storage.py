@@ -1,0 +1,124 @@
+"""Folders on a local disk and on an S3 server: the same behaviour, whole files only."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.storage import Folder
+
+SCHEMA = pa.schema([("n", pa.int64())])
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "local":
+        return Folder.at(tmp_path / "run")
+    return Folder.at(f"{request.getfixturevalue('bucket')}/run")
+
+
+def test_documents_come_back_as_written(folder: Folder) -> None:
+    folder.write_text("a/b.txt", "grüße\n")
+    folder.write_json("c.json", {"x": [1, None]})
+    folder.write_table("t.parquet", pa.table({"n": [1, 2]}))
+    assert folder.read_text("a/b.txt") == "grüße\n"
+    assert folder.read_json("c.json") == {"x": [1, None]}
+    assert folder.read_table("t.parquet").to_pydict() == {"n": [1, 2]}
+    assert folder.sub("a").read_text("b.txt") == "grüße\n"
+    assert folder.sub("a").uri == f"{folder.uri}/a"
+
+
+def test_what_is_there_and_what_is_not(folder: Folder) -> None:
+    assert not folder.exists("a.txt")
+    assert folder.list_files() == []
+    folder.write_text("b.txt", "x")
+    folder.write_text("a.txt", "x")
+    folder.write_text("sub/c.txt", "x")
+    assert folder.exists()
+    assert folder.exists("a.txt")
+    assert folder.list_files() == ["a.txt", "b.txt"]
+    assert folder.list_files(".json") == []
+
+
+def test_writing_again_replaces(folder: Folder) -> None:
+    folder.write_text("a.txt", "long content")
+    folder.write_text("a.txt", "new")
+    assert folder.read_text("a.txt") == "new"
+    assert folder.list_files() == ["a.txt"]
+
+
+def test_delete_removes_files_and_folders_and_minds_nothing_missing(folder: Folder) -> None:
+    folder.write_text("a.txt", "x")
+    folder.write_text("sub/b.txt", "x")
+    for name in ("a.txt", "sub", "missing"):
+        folder.delete(name)
+    assert not folder.exists("a.txt")
+    assert not folder.exists("sub/b.txt")
+
+
+def test_a_data_set_is_all_parquet_files_of_a_folder(folder: Folder) -> None:
+    assert folder.sub("scores").dataset(SCHEMA).to_table().num_rows == 0
+    for number in range(3):
+        folder.write_table(f"scores/{number}.parquet", pa.table({"n": [number]}, schema=SCHEMA))
+    assert sorted(folder.sub("scores").dataset(SCHEMA).to_table()["n"].to_pylist()) == [0, 1, 2]
+
+
+def test_folders_are_copied_there_and_named_files_back(folder: Folder, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.bin").write_bytes(b"\x00\x01")
+    (source / "deep" / "b.txt").write_text("b")
+    folder.upload(source, "copy")
+    assert folder.read_text("copy/deep/b.txt") == "b"
+    folder.sub("copy").download(["a.bin", "missing"], tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["a.bin"]
+    assert (tmp_path / "back" / "a.bin").read_bytes() == b"\x00\x01"
+
+
+def test_a_folder_travels_to_a_worker(folder: Folder) -> None:
+    folder.write_text("a.txt", "x")
+    assert pickle.loads(pickle.dumps(folder)).read_text("a.txt") == "x"
+
+
+def test_a_file_that_is_a_folder_is_read_by_the_empty_name(folder: Folder) -> None:
+    folder.write_text("list.txt", "one\n")
+    assert Folder.at(f"{folder.uri}/list.txt").read_text("") == "one\n"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_whole_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder.at(tmp_path)
+    folder.write_text("a.txt", "old")
+    with pytest.raises(TypeError):
+        folder.write_bytes("a.txt", 5)  # type: ignore[arg-type]
+    assert folder.read_text("a.txt") == "old"
+    assert folder.list_files(".txt") == ["a.txt"]
+
+
+def test_tilde_and_trailing_slash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder.at("~/run/").uri == str(tmp_path / "run")
+    assert Folder.at("/").path == "/"
+
+
+def test_options_of_a_uri_stay_behind_the_path_of_a_sub_folder(object_store: str) -> None:
+    folder = Folder.at(f"s3://bucket/run?endpoint_override={object_store}").sub("a", "b")
+    assert (folder.path, folder.uri) == ("bucket/run/a/b", f"s3://bucket/run/a/b?endpoint_override={object_store}")
+
+
+@pytest.mark.parametrize("uri", ["nope://bucket/x", "s3:///"])
+def test_an_unknown_location_is_an_input_error(uri: str) -> None:
+    with pytest.raises(InputError, match="cannot open this location"):
+        Folder.at(uri)
+
+
+def test_a_place_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write here"):
+        Folder.at(tmp_path / "file" / "run").create()
+
+
+def test_create_makes_the_folder(tmp_path: Path) -> None:
+    Folder.at(tmp_path / "a" / "b").create()
+    assert (tmp_path / "a" / "b").is_dir()
