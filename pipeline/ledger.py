@@ -1,15 +1,16 @@
 """What of a run is done, for which input, and how long it took: `<run>/stages.json`.
 
 A stage is done for a key, the digest of everything that its result depends on. The same key again: its result is kept.
-Another key: its old outputs are removed and it runs anew. Seconds add up over the attempts of one key, so that a run which was
+Another key: what it left is removed and it runs anew, and the stages after it are open again. Seconds add up over the attempts of one key, so that a run which was
 interrupted is honest about its cost; of an attempt that is killed, what passed since its last `beat` is lost.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.storage import Folder
@@ -24,11 +25,19 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class Ledger:
-    """The stages of one run folder."""
+@dataclass(frozen=True)
+class Outputs:
+    """Names in the run folder: the results that others read, and the work that an unfinished attempt can go on with."""
 
-    def __init__(self, run: Folder):
-        self._run = run
+    results: Sequence[str]
+    work: Sequence[str] = ()
+
+
+class Ledger:
+    """The stages of one run folder; `stages` are their outputs, in the order in which they run."""
+
+    def __init__(self, run: Folder, stages: Mapping[str, Outputs]):
+        self._run, self._stages = run, stages
         self.records: dict[str, dict[str, Any]] = run.read_json(FILE) if run.exists(FILE) else {}
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
@@ -45,17 +54,13 @@ class Ledger:
         return float(self.records.get(stage, {}).get("seconds", 0.0))
 
     @contextmanager
-    def perform(self, stage: str, key: str, outputs: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Time an attempt at a stage and mark it done unless it raises. Yields the stage's details, to be filled in.
-
-        Args:
-            outputs: names in the run folder that an attempt for another key left, and that are removed.
-        """
+    def perform(self, stage: str, key: str) -> Iterator[dict[str, Any]]:
+        """Time an attempt at a stage and mark it done unless it raises. Yields the stage's details, to be filled in."""
         record = self.records.get(stage)
         if record is None or record["key"] != key:
-            for name in outputs:
-                self._run.delete(name)
+            self._remove(self._stages[stage].work)
             record = {"key": key, "done": False, "seconds": 0.0, "details": {}}
+        self._reopen_from(stage)
         self.records[stage] = record | {"done": False}
         record = self.records[stage]
         self._running = (stage, time.perf_counter(), record["seconds"])
@@ -74,6 +79,18 @@ class Ledger:
         stage, started, before = self._running
         self.records[stage]["seconds"] = before + time.perf_counter() - started
         self._write()
+
+    def _reopen_from(self, stage: str) -> None:
+        """Remove the results of this stage and of those after it: a reader must not take them for results of this input."""
+        order = list(self._stages)
+        for later in order[order.index(stage) :]:
+            self._remove(self._stages[later].results)
+            if later in self.records:
+                self.records[later]["done"] = False
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._run.delete(name)
 
     def _write(self) -> None:
         self._written = time.perf_counter()

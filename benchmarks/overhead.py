@@ -1,0 +1,148 @@
+"""What Ray and our own code cost on top of the bare engine and the bare training loop.
+
+    python -m benchmarks.overhead [--quick] [--base FOLDER] [--engine vllm]
+
+Three ratios, each of two things measured in this one run:
+    search_over_engine        seconds a batch of adapters of the Ray Data search / of the bare engine in a process of its own
+    train_over_bare           seconds of the training steps under Ray Train / of the same loop without Ray
+    driver_memory_growth      peak memory of the driver at 10 N adapters / at N adapters
+Start-up is left out of the first two and printed apart.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import ray
+import typer
+
+from benchmarks.pools import TARGETS, VOCABULARY, random_adapters, random_samples, tiny_base
+from pipeline import cluster
+from pipeline.basemodel import linear_shapes
+from pipeline.config import SearchConfig, TrainConfig
+from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
+from pipeline.search.stream import Work, engine_config, score_stream
+from pipeline.storage import Folder
+from pipeline.train import Arm, Finetuning, Job, Lora, fit
+
+RANK = 8
+PER_BATCH = 4
+
+
+def main(
+    base: Annotated[str, typer.Option(help="Base model folder; by default a tiny random one.")] = "",
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+    quick: Annotated[bool, typer.Option(help="Fewer batches and steps.")] = False,
+) -> None:
+    """Measure the three ratios and print them as one JSON object."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = base or tiny_base(folder / "base")
+        growth = _memory_growth(small=50 if quick else 200)
+        cluster.connect()
+        found = _search(folder, base, engine, batches=4 if quick else 12) | _train(folder, base, steps=10 if quick else 40)
+    print(json.dumps(found | {"driver_memory_growth": round(growth, 3)}))
+
+
+def _search(folder: Path, base: str, engine: str, batches: int) -> dict[str, Any]:
+    adapters = random_adapters(folder / "pool", base, PER_BATCH * batches, RANK)
+    samples = random_samples(16, 64, _vocabulary(base))
+    search = SearchConfig(engine=engine, adapters_per_batch=PER_BATCH, actors=1)
+    config = engine_config(base, RANK, TARGETS, search, max_tokens=128)
+    resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
+    bare_task = ray.remote(_bare_search).options(num_cpus=resources.cpus, runtime_env=cluster.worker_env(resources))
+    bare = ray.get(bare_task.remote(engine, config, adapters, samples))
+    scores = folder / "scores"
+    started = time.perf_counter()
+    startup = max(row["startup"] for row in score_stream(Work(adapters, samples, Folder.at(scores)), config, search))
+    wall = time.perf_counter() - started
+    ends = sorted(file.stat().st_mtime for file in scores.glob("*.parquet"))
+    # From the end of the first batch to the end of the last: neither start-up nor a cold first batch is in it.
+    streamed = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return {
+        "search_over_engine": round(streamed / statistics.fmean(bare[1:]), 3),
+        "engine_start_seconds": round(startup, 1),
+        "search_wall_seconds": round(wall, 1),
+        "seconds_a_batch": round(streamed, 3),
+    }
+
+
+def _bare_search(engine: str, config: EngineConfig, adapters: pa.Table, samples: pa.Table) -> list[float]:
+    """Seconds of each batch with the engine alone. A Ray task only for a process with the same environment."""
+    scorer = build_scorer(engine, config)
+    seconds: list[float] = []
+    for batch in adapters.to_batches(max_chunksize=PER_BATCH):
+        started = time.perf_counter()
+        scorer.score([Candidate(row["adapter_id"], Path(row["uri"])) for row in batch.to_pylist()], samples)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _train(folder: Path, base: str, steps: int) -> dict[str, Any]:
+    data = Folder.at(folder / "data")
+    for split, count in (("train", 64), ("validation", 8)):
+        data.write_table(f"{split}.parquet", random_samples(count, 64, _vocabulary(base)))
+    settings = TrainConfig(steps=steps, batch_size=8, evaluations=1)
+    job = Job(Arm("base", 1e-4, 0), base, Lora(RANK, 16.0, TARGETS), settings, data, data, "bench")
+    resources = cluster.worker_resources(settings.cpus_per_worker, settings.gpus_per_worker)
+    bare_task = ray.remote(_bare_train).options(num_cpus=resources.cpus, runtime_env=cluster.worker_env(resources))
+    bare = ray.get(bare_task.remote(job))
+    started = time.perf_counter()
+    outcome = fit(job, Folder.at(folder / "train"))
+    wall = time.perf_counter() - started
+    under_ray = outcome["curve"][-1]["seconds"]
+    return {
+        "train_over_bare": round(under_ray / bare, 3),
+        "train_wall_seconds": round(wall, 1),
+        "train_start_seconds": round(outcome["startup_seconds"], 1),
+        "seconds_a_step": round(under_ray / steps, 3),
+    }
+
+
+def _bare_train(job: Job) -> float:
+    finetuning = Finetuning(job, 0, 1, lambda metrics, checkpoint: None)
+    finetuning.run()
+    return finetuning.seconds
+
+
+def _memory_growth(small: int) -> float:
+    """Peak memory of the driver that scores 10 N adapters over that for N. Each in a process of its own, on a tiny base."""
+    peaks = []
+    for count in (small, 10 * small):
+        command = [sys.executable, "-c", f"from benchmarks.overhead import driver_peak; driver_peak({count})"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.strip().splitlines()[-1]))
+    return peaks[1] / peaks[0]
+
+
+def driver_peak(count: int) -> None:
+    """Score `count` adapters of a tiny base through Ray Data and print this process' peak memory in KiB."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = tiny_base(folder / "base")
+        adapters = random_adapters(folder / "pool", base, count, rank=2)
+        samples = random_samples(2, 16, VOCABULARY)
+        search = SearchConfig(engine="transformers", adapters_per_batch=8, actors=1)
+        cluster.connect()
+        config = engine_config(base, 2, TARGETS, search, max_tokens=32)
+        for _ in score_stream(Work(adapters, samples, Folder.at(folder / "scores")), config, search):
+            pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _vocabulary(base: str) -> int:
+    from transformers import AutoConfig
+
+    linear_shapes(base)  # an unknown base gives a clear error
+    return int(AutoConfig.from_pretrained(base).vocab_size)
+
+
+if __name__ == "__main__":
+    typer.run(main)

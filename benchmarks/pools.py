@@ -1,0 +1,68 @@
+"""Bases, pools and samples for the benchmarks: a tiny random Llama and adapters for it, or real ones that the user names."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.merge.adapter import from_factors, write_adapter
+from pipeline.merge.delta import Factors
+from pipeline.tables import SAMPLES
+
+TARGETS = ("q_proj", "v_proj")
+VOCABULARY = 512
+
+
+def tiny_base(folder: Path) -> str:
+    """A random Llama of 2 layers, without a tokenizer: enough for rows that are token ids already."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def random_adapters(folder: Path, base: str, count: int, rank: int) -> pa.Table:
+    """`count` adapters of random weights, as catalogue rows (adapter_id, uri)."""
+    shapes, _ = linear_shapes(base)
+    chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in TARGETS}
+    names = [f"random-{number:05d}" for number in range(count)]
+    for seed, name in enumerate(names):
+        write_adapter(folder / name, from_factors(base, _random_deltas(chosen, rank, seed), rank, 2 * rank, shapes, seed))
+    return pa.table({"adapter_id": names, "uri": [str(folder / name) for name in names]})
+
+
+def random_samples(count: int, length: int, vocabulary: int, completion: int = 8) -> pa.Table:
+    """Rows of random token ids, the last `completion` of them the answer."""
+    generator = torch.Generator().manual_seed(0)
+    mask = [False] * (length - completion) + [True] * completion
+    rows = [
+        {
+            "sample_id": str(number),
+            "split": "search",
+            "input_ids": torch.randint(3, vocabulary, (length,), generator=generator).tolist(),
+            "completion_mask": mask,
+            "learn_mask": mask,
+        }
+        for number in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schema=SAMPLES)
+
+
+def _random_deltas(shapes: Shapes, rank: int, seed: int) -> dict[str, Factors]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: Factors(
+            torch.randn(rank, inputs, generator=generator) / inputs**0.5, torch.randn(outputs, rank, generator=generator) * 0.02
+        )
+        for name, (outputs, inputs) in shapes.items()
+    }

@@ -1,0 +1,170 @@
+"""Tiny models, adapters and one Ray cluster, all built here: no test reaches a network host."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog near the river bank.",
+    "What is the capital of France? The capital of France is Paris.",
+    "Add the numbers: 12 + 30 = 42, and 7 times 6 is 42 as well.",
+    "user assistant system: answer the question in one short sentence.",
+    "Is this review positive or negative? The hotel was clean and quiet.",
+]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+VOCABULARY = 400
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of 2 layers with seeded weights and a ChatML tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-base"
+    _tokenizer().save_pretrained(folder)
+    _seeded_model(tie_word_embeddings=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def untied_base(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, with an output head of its own and without a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "untied-base"
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    _seeded_model(tie_word_embeddings=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """make_adapter(folder, base, *, rank, alpha, targets, seed, std, **LoraConfig fields): an adapter as PEFT writes it."""
+
+    def make(
+        folder: Path,
+        base: str,
+        *,
+        rank: int = 4,
+        alpha: float = 8,
+        targets: Iterable[str] | str = ("q_proj", "v_proj"),
+        seed: int = 0,
+        std: float = 0.05,
+        **overrides: Any,
+    ) -> Path:
+        torch.manual_seed(seed)
+        chosen = targets if isinstance(targets, str) else list(targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM", **overrides)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    weight.normal_(std=std)
+        model.save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_jsonl() -> Callable[[Path, Iterable[dict[str, Any]]], str]:
+    """write_jsonl(path, rows): one JSON object a line; gives the path back as text."""
+
+    def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """A local S3 server that the usual AWS variables point to; gives its endpoint."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield settings["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store: str, request: pytest.FixtureRequest) -> str:
+    """The URI of a fresh bucket."""
+    from pipeline.storage import Folder
+
+    uri = f"s3://bucket-{abs(hash(request.node.nodeid))}"
+    Folder.at(f"{uri}?allow_bucket_creation=true").create()
+    return uri
+
+
+@pytest.fixture(scope="session")
+def ray_session(object_store: str) -> Iterator[None]:
+    """One local Ray cluster for all tests that need one; its workers inherit the way to the object store."""
+    import ray
+    from ray.data import DataContext
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def _seeded_model(tie_word_embeddings: bool) -> LlamaForCausalLM:
+    """Weights large enough that the logits are not flat."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype=torch.float32,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    return fast

@@ -1,0 +1,74 @@
+"""The model card: front matter that the Hub can read, every number that a user of the mashup needs, no broken table."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from conftest import RunData
+
+from pipeline.config import Config
+from pipeline.report.card import escape_markdown, model_card
+
+SAMPLES = {"search": 96, "holdout": 32}
+
+
+def card(run: RunData, config: Config) -> str:
+    return model_card(run.documents["selection.json"], config, SAMPLES)
+
+
+def front_matter(text: str) -> Any:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_front_matter_is_what_the_hub_reads(run_data: RunData, config: Config) -> None:
+    assert front_matter(card(run_data, config)) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "library_name": "peft",
+        "tags": ["lora", "mashup-learning", "merge"],
+    }
+
+
+@pytest.mark.parametrize("base", ["it's: a # path", "a\nlibrary_name: other", "'\"{}[]", "---\n"])
+def test_no_base_name_breaks_out_of_the_front_matter(run_data: RunData, config: Config, base: str) -> None:
+    text = card(run_data, config.model_copy(update={"base": base}))
+    block = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    assert block
+    assert yaml.safe_load(block[1]) == {**front_matter(card(run_data, config)), "base_model": base}
+
+
+def test_every_donor_is_named_with_its_hash_and_loss(run_data: RunData, config: Config) -> None:
+    text = card(run_data, config)
+    for donor in run_data.documents["selection.json"]["donors"]:
+        row = next(line for line in text.splitlines() if donor["sha256"] in line)
+        assert row.startswith(f"| {donor['adapter_id']} | 0.3333 | {donor['rank']} | {donor['nll']:.4f} | −")
+
+
+def test_the_mashup_and_its_rivals_are_listed_with_their_losses(run_data: RunData, config: Config) -> None:
+    text = card(run_data, config)
+    for candidate in run_data.documents["selection.json"]["candidates"]:
+        assert f"{candidate['holdout_nll']:.4f}" in text
+    assert "exact-3 (this one)" in text
+    assert "1.5810" in text
+    assert "Rank: 48" in text
+    assert "Kept energy: 100.0 %" in text
+    assert "PeftModel.from_pretrained" in text
+
+
+def test_ids_cannot_break_a_table(make_run: Callable[..., RunData], config: Config) -> None:
+    lines = card(make_run(hostile=True), config).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert columns == {7}
+    assert not any("<script>" in line for line in lines)
+    assert any(line.startswith(r"| a\|b\`c d |") for line in tables)
+
+
+def test_words_with_underscores_stay_readable() -> None:
+    assert escape_markdown("qa_train_0 _x_ __y__ *z*") == r"qa_train_0 \_x\_ \_\_y\_\_ \*z\*"
+
+
+def test_a_run_without_a_mashup_has_no_card(config: Config) -> None:
+    with pytest.raises(ValueError, match="only a mashup has a model card"):
+        model_card({"verdict": "base"}, config, SAMPLES)

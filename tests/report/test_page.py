@@ -1,0 +1,168 @@
+"""The page from run folders in every state: whole, begun, without a mashup, and with ids that would break it."""
+
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import RunData
+
+from pipeline.report.page import VISIBLE_ROWS, write_report
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Outline(HTMLParser):
+    """The tags and the text of a page; fails where a tag is not closed."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attributes for name, attributes in self.tags if name == tag)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page_of(run: RunData, folder: Path) -> Outline:
+    write_report(run.write(folder))
+    return Outline((folder / "report.html").read_text())
+
+
+def test_the_page_is_written_into_the_run(run_data: RunData, tmp_path: Path) -> None:
+    assert write_report(run_data.write(tmp_path)) == f"{tmp_path}/report.html"
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_whole_run_shows_every_section(run_data: RunData, tmp_path: Path) -> None:
+    page = page_of(run_data, tmp_path)
+    assert [attributes.get("id") for attributes in page.all("section")] == [
+        *("verdict", "curves", "merge", "leaderboard", "set-aside", "samples", "time", "definitions", "config")
+    ]
+    assert len(list(page.all("svg"))) == 4
+    assert "not run yet" not in page.text
+    assert "Mashup for medicine/train.jsonl" in page.text
+    assert "40 adapters found in the pool; 7 adapters set aside." in page.text
+    assert "longer than 1024 tokens" in page.text
+    assert "2.13.0+cpu" in page.text
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(run_data: RunData, tmp_path: Path) -> None:
+    page = page_of(run_data, tmp_path)
+    assert not list(page.all("script"))
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert links == ["data:,"]
+    assert not re.search(r"@import|url\((?!#)", (tmp_path / "report.html").read_text())
+
+
+def test_a_long_leaderboard_is_folded_and_complete(run_data: RunData, tmp_path: Path) -> None:
+    page = page_of(run_data, tmp_path)
+    leaderboard = run_data.tables["leaderboard.parquet"]
+    assert f"{len(leaderboard) - VISIBLE_ROWS} more places" in page.text
+    assert all(f" {name} " in page.text for name in leaderboard["adapter_id"].to_pylist())
+
+
+def test_failures_of_scoring_are_listed_with_those_of_the_index(run_data: RunData, tmp_path: Path) -> None:
+    text = page_of(run_data, tmp_path).text
+    assert "the engine stopped 2 times while scoring it (last: CUDA error <unknown>)" in text
+    assert "use_dora: true is not supported" in text
+
+
+def test_hostile_ids_are_shown_and_not_obeyed(make_run: Callable[..., RunData], tmp_path: Path) -> None:
+    page = page_of(make_run(hostile=True), tmp_path)
+    assert not list(page.all("script"))
+    assert not list(page.all("b"))
+    assert "<script>alert(1)</script>" in page.text
+    assert "$\\frac{--> &lt;b&gt;" in page.text
+
+
+def test_no_string_of_the_run_becomes_markup(run_data: RunData, tmp_path: Path) -> None:
+    places = ("why", "note", "target", "stage", "detail", "warning", "uri")
+    evil = {place: f'"><img src={place} onerror=alert(1)>' for place in places}
+    documents, catalogue = run_data.documents, run_data.tables["catalogue.parquet"]
+    documents["selection.json"]["why"] = evil["why"]
+    documents["selection.json"]["donors"][0]["uri"] = evil["uri"]
+    documents["summary.json"]["note"] = evil["note"]
+    documents["config.yaml"]["target"]["train"] = evil["target"]
+    documents["stages.json"][evil["stage"]] = {"seconds": 1.0, "done": False, "key": "", "details": {"x": evil["detail"]}}
+    warning = pa.array([evil["warning"]] * len(catalogue))
+    run_data.tables["catalogue.parquet"] = catalogue.set_column(catalogue.column_names.index("warning"), "warning", warning)
+    page = page_of(run_data, tmp_path)
+    assert not list(page.all("img"))
+    assert [place for place in places if evil[place] not in page.text] == []
+
+
+def test_a_run_with_only_a_catalogue_says_what_was_not_run(run_data: RunData, tmp_path: Path) -> None:
+    run = RunData({}, {"catalogue.parquet": run_data.tables["catalogue.parquet"]})
+    text = page_of(run, tmp_path).text
+    assert "No donors have been chosen yet" in text
+    for part in ("Training and comparison", "Selection and merge", "Search", "Sampling", "Stages"):
+        assert f"{part}: not run yet." in text
+    assert "40 adapters found in the pool; 6 adapters set aside." in text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "samples.json", "selection.json", "stages.json", "summary.json"])
+def test_any_document_may_be_missing(run_data: RunData, tmp_path: Path, name: str) -> None:
+    del run_data.documents[name]
+    assert page_of(run_data, tmp_path).text
+
+
+@pytest.mark.parametrize("name", ["catalogue.parquet", "leaderboard.parquet", "comparison.parquet"])
+def test_any_table_may_be_missing_or_empty(run_data: RunData, tmp_path: Path, name: str) -> None:
+    run_data.tables[name] = run_data.tables[name].slice(0, 0)
+    assert page_of(run_data, tmp_path / "empty").text
+    del run_data.tables[name]
+    assert page_of(run_data, tmp_path / "missing").text
+
+
+def test_a_table_of_another_shape_is_named(run_data: RunData, tmp_path: Path) -> None:
+    run_data.tables["leaderboard.parquet"] = run_data.tables["leaderboard.parquet"].drop_columns(["stderr"])
+    with pytest.raises(ValueError, match=r"leaderboard\.parquet: column 'stderr' is missing"):
+        write_report(run_data.write(tmp_path))
+
+
+def test_a_run_that_starts_from_the_base(run_data: RunData, tmp_path: Path, lose_mashup: Callable[..., None]) -> None:
+    lose_mashup(run_data.documents["summary.json"])
+    why = "none of 33 scored donors beats the base on the search and on the hold-out samples"
+    nobody: dict[str, Any] = {"recipe": None, "donors": [], "candidates": [], "base_holdout_nll": None}
+    run_data.documents["selection.json"] = {"verdict": "base", "why": why, **nobody}
+    text = page_of(run_data, tmp_path).text
+    assert "Start from the base: no donor beats the base." in text
+    assert f"Nothing: {why}." in text
+    assert "Steps to parity not reached" not in text
+
+
+def test_parity_not_reached_is_a_headline(run_data: RunData, tmp_path: Path, lose_parity: Callable[..., None]) -> None:
+    lose_parity(run_data.documents["summary.json"])
+    text = page_of(run_data, tmp_path).text
+    assert "does not reach the base's final validation loss within 100 steps" in text
+    assert "Steps to parity not reached in 100 steps (1 of 2 seeds did)" in text
+
+
+def test_a_diverged_arm_is_named(run_data: RunData, tmp_path: Path) -> None:
+    run_data.documents["summary.json"]["inits"]["base"]["diverged"] = ["base-lr0.01-seed0"]
+    assert "Diverged, started from base: base-lr0.01-seed0." in page_of(run_data, tmp_path).text

@@ -1,0 +1,57 @@
+"""What is printed at the end of a command, as plain text of a narrow terminal."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from conftest import RunData
+from rich.console import Console, RenderableType
+
+from pipeline.report.terminal import leaderboard_table, summary_table
+
+
+def printed(what: RenderableType, width: int = 120) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(what)
+    return stream.getvalue()
+
+
+def test_the_verdict_and_both_starts_are_printed(run_data: RunData, summary: dict[str, Any]) -> None:
+    text = printed(summary_table(summary, run_data.documents["selection.json"]))
+    assert "29.3 of 100 steps" in text
+    assert "40.2 % slower" in text
+    assert all(part in text for part in ("base", "mashup", "64.1 % ± 1.1 %", "66.8 % ± 1.1 %", "5e-4", "runs/medicine/finetuned"))
+
+
+def test_parity_not_reached_is_printed(summary: dict[str, Any], lose_parity: Callable[[dict[str, Any]], None]) -> None:
+    lose_parity(summary)
+    assert "Parity not reached in 100 steps; 7 min 35 s went into finding" in printed(summary_table(summary, None))
+
+
+def test_a_run_that_starts_from_the_base_has_one_column(summary: dict[str, Any], lose_mashup: Callable[..., None]) -> None:
+    lose_mashup(summary)
+    text = printed(summary_table(summary, None))
+    assert text.startswith("Start from the base: no donor beats the base.")
+    assert "mashup" not in text
+
+
+def test_ids_are_not_read_as_markup(make_run: Callable[..., RunData]) -> None:
+    documents = make_run(hostile=True).documents
+    documents["selection.json"]["donors"][0]["adapter_id"] = "[red]x[/red]\x1b[31m"
+    assert "[red]x[/red] [31m" in printed(summary_table(documents["summary.json"], documents["selection.json"]))
+
+
+def test_the_leaderboard_prints_whole_ids_and_the_base(run_data: RunData) -> None:
+    table = run_data.tables["leaderboard.parquet"]
+    text = printed(leaderboard_table(table))
+    place = table["adapter_id"].to_pylist().index("base") + 1
+    assert place > 25
+    assert f"{place}   base" in text
+    assert "pool/natural-questions-open-short-answers-r16-seed0" in text
+    assert "8 more places in leaderboard.parquet" in text
+
+
+def test_the_leaderboard_fits_a_narrow_terminal(run_data: RunData) -> None:
+    text = printed(leaderboard_table(run_data.tables["leaderboard.parquet"]), width=80)
+    assert "−0.9300 ± 0.0294" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,75 @@
+"""Numbers and verdicts in words: units, signs, and no softening of a loss."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.report import words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.44, "8.4 s"), (59.97, "1 min 00 s"), (312, "5 min 12 s"), (3599.9, "1 h 00 min"), (7500, "2 h 05 min"), (None, "–")],
+)
+def test_a_duration_is_written_with_its_units(seconds: float | None, text: str) -> None:
+    assert words.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(5e-4, "5e-4"), (1e-4, "1e-4"), (2.5e-5, "2.5e-5"), (0.01, "1e-2")])
+def test_a_learning_rate_is_short(value: float, text: str) -> None:
+    assert words.rate(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(29.27, "29.3"), (100.0, "100"), (1234.5, "1,234.5"), (20_000, "20,000")])
+def test_a_step_is_never_in_exponent_form(value: float, text: str) -> None:
+    assert words.step(value) == text
+
+
+def test_numbers_that_are_not_there_are_a_dash() -> None:
+    assert {words.nll(None), words.nll(math.nan), words.signed(math.inf), words.percent(None)} == {words.NOTHING}
+
+
+def test_a_long_id_keeps_both_ends() -> None:
+    assert words.shorten("organisation/task-name-r16-seed3", 16) == "organis…16-seed3"
+    assert words.shorten("a\n\x1b[31mb", 16) == "a [31mb"
+
+
+def test_a_slower_mashup_is_said_to_be_slower(summary: dict[str, Any]) -> None:
+    assert "29.3 of 100 steps" in words.verdict(summary, None)
+    assert "40.2 % more time than the base" in words.verdict(summary, None)
+    assert words.headlines(summary)[1].value == "40.2 % slower"
+
+
+def test_a_faster_mashup_is_said_to_be_faster(summary: dict[str, Any]) -> None:
+    summary["parity"]["seconds_saved"] = 0.25
+    assert "25.0 % less time than the base" in words.verdict(summary, None)
+    assert words.headlines(summary)[1].value == "25.0 % faster"
+
+
+def test_parity_that_is_not_reached_is_said_first(summary: dict[str, Any], lose_parity: Callable[[dict[str, Any]], None]) -> None:
+    lose_parity(summary)
+    assert "does not reach the base's final validation loss within 100 steps" in words.verdict(summary, None)
+    assert [headline.value for headline in words.headlines(summary)[:2]] == ["not reached", "not reached"]
+
+
+def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
+    exact = words.headlines(summary)[2]
+    assert exact.value == "64.1 % → 66.8 %"
+    assert "+2.7 points" in exact.detail
+
+
+def test_a_run_that_starts_from_the_base_has_no_parity(summary: dict[str, Any], lose_mashup: Callable[..., None]) -> None:
+    lose_mashup(summary)
+    assert words.verdict(summary, None) == "Start from the base: no donor beats the base."
+    assert words.headlines(summary)[0].name == "Time spent on the pool"
+    assert "±" in words.headlines(summary)[1].value
+
+
+def test_a_verdict_needs_no_later_stage(summary: dict[str, Any]) -> None:
+    assert "has not been run" in words.verdict(None, None)
+    merged = {"verdict": "mashup", "why": "exact-1 wins", "donors": [{}]}
+    assert (
+        words.verdict(None, merged) == "A mashup of 1 donor was made: exact-1 wins. It has not been compared with the base yet."
+    )

@@ -1,0 +1,121 @@
+"""The config file: defaults, and messages that name the file, the key and the value."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import Config, build_config, load_config
+from pipeline.errors import InputError
+
+MINIMAL: dict[str, Any] = {"run": "runs/x", "base": "org/model", "pool": "adapters/", "target": {"train": "train.jsonl"}}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    def write(**changes: Any) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+        return str(path)
+
+    return write
+
+
+def test_four_keys_are_enough(write: Callable[..., str]) -> None:
+    config = load_config(write())
+    assert (config.run, config.base, config.pool, config.target.train) == ("runs/x", "org/model", "adapters/", "train.jsonl")
+    assert (config.search.samples, config.merge.k, config.train.steps) == (128, "auto", 100)
+    assert config.target.validation is None
+    assert config.compare.inits == ("base", "mashup")
+
+
+def test_values_of_the_file_replace_defaults(write: Callable[..., str]) -> None:
+    sections = {
+        "search": {"samples": 16, "engine": "transformers", "actors": 2},
+        "merge": {"k": 3, "method": "ab_mean", "rank": 8},
+        "train": {"learning_rates": [1e-3], "seeds": [1, 2]},
+    }
+    config = load_config(write(**sections))
+    assert (config.search.samples, config.search.engine, config.search.actors) == (16, "transformers", 2)
+    assert (config.merge.k, config.merge.method, config.merge.rank) == (3, "ab_mean", 8)
+    assert (config.train.learning_rates, config.train.seeds) == ((1e-3,), (1, 2))
+
+
+def test_overrides_win_unless_they_are_none(write: Callable[..., str]) -> None:
+    config = load_config(write(), run="runs/y", base=None)
+    assert (config.run, config.base) == ("runs/y", "org/model")
+
+
+def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
+    config = build_config(MINIMAL, "test")
+    assert build_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), "again") == config
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serach": {}}, r"unknown key 'serach' \(known there: run, base, pool, target"),
+        ({"search": {"sample": 3}}, r"unknown key 'search.sample' \(known there: samples, holdout"),
+        ({"target": {}}, "key 'target.train' is missing"),
+        ({"base": 5}, "base: .*got 5"),
+        ({"search": {"samples": 1}}, "search.samples: .*greater than or equal to 2, got 1"),
+        ({"search": {"samples": "many"}}, "search.samples: .*got 'many'"),
+        ({"search": {"engine": "tgi"}}, "search.engine: .*'vllm' or 'transformers', got 'tgi'"),
+        ({"search": {"budget": 0}}, "search.budget: .*got 0"),
+        ({"search": {"holdout": 1.0}}, "search.holdout: .*got 1.0"),
+        ({"search": None}, "search: .*got None"),
+        ({"merge": {"k": 0}}, "merge.k: must be positive, got 0"),
+        ({"merge": {"rank": -3}}, "merge.rank: must be positive, got -3"),
+        ({"train": {"learning_rates": []}}, "train.learning_rates: "),
+        ({"train": {"learning_rates": [1e-4, -1.0]}}, "train.learning_rates: must be positive, got -1.0"),
+        ({"train": {"learning_rates": [float("nan")]}}, "train.learning_rates: must be positive, got nan"),
+        ({"train": {"steps": 0}}, "train.steps: .*got 0"),
+        ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),
+        ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place_and_value(
+    changes: dict[str, Any], message: str, write: Callable[..., str]
+) -> None:
+    path = write(**changes)
+    with pytest.raises(InputError, match=message) as refusal:
+        load_config(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["actors", "cpus_per_actor", "gpus_per_actor"])
+def test_numbers_of_resources_are_not_negative(field: str) -> None:
+    with pytest.raises(InputError, match=f"search.{field}"):
+        build_config({**MINIMAL, "search": {field: -1}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"- a\n- b\n", "expected keys such as run, base, pool and target, got list"),
+        (b"", "got NoneType"),
+        (b"1: 2\n", "config.yaml: "),
+    ],
+)
+def test_a_file_that_holds_no_keys(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_config(str(tmp_path / "config.yaml"))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the config file"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+def test_every_field_but_the_plain_ones_says_what_it_is() -> None:
+    fields = {name: field for name, field in Config.model_fields.items() if field.annotation is str}
+    assert all(field.description for field in fields.values())

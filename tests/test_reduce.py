@@ -1,0 +1,121 @@
+"""From a leaderboard to a selection: who is eligible, which recipes are tried, which one wins, or nobody."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import MergeConfig
+from pipeline.merge.recipes import Recipe
+from pipeline.reduce import Scored, choose, eligible_donors, propose, selection
+from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD
+
+
+def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:
+    """Rows of (adapter, search difference to the base, hold-out difference), the base among them."""
+    ranked = sorted([*rows, (BASE_ID, 0.0, 0.0)], key=lambda row: row[1])
+    return pa.Table.from_pylist(
+        [
+            {"place": place, "adapter_id": name, "nll": 2 + search, "nll_minus_base": search, "holdout_nll_minus_base": held}
+            for place, (name, search, held) in enumerate(ranked, start=1)
+        ],
+        schema=LEADERBOARD,
+    )
+
+
+def catalogue(**ranks: int) -> pa.Table:
+    rows = [
+        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "rank": rank, "status": "ok"}
+        for name, rank in ranks.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=CATALOGUE)
+
+
+BOARD = leaderboard(("a", -0.5, -0.4), ("b", -0.4, 0.1), ("c", -0.3, -0.2), ("d", -0.1, -0.3), ("e", 0.2, -0.5))
+POOL = catalogue(a=4, b=8, c=16, d=2, e=4)
+
+
+def test_eligible_is_who_beats_the_base_on_both_splits() -> None:
+    assert [row["adapter_id"] for row in eligible_donors(BOARD)] == ["a", "c", "d"]
+
+
+def test_a_donor_whose_loss_is_not_a_number_is_not_eligible() -> None:
+    assert eligible_donors(leaderboard(("a", float("nan"), -1.0), ("b", -1.0, float("nan")))) == []
+
+
+def test_auto_proposes_the_top_k_of_every_size_that_the_donors_allow() -> None:
+    recipes = propose(BOARD, POOL, MergeConfig())
+    assert [recipe.donors for recipe in recipes] == [("a",), ("a", "c"), ("a", "c", "d")]
+    assert [recipe.rank for recipe in recipes] == [4, 20, 22]
+    assert {recipe.method for recipe in recipes} == {"exact"}
+    assert all(sum(recipe.weights) == pytest.approx(1) for recipe in recipes)
+
+
+@pytest.mark.parametrize(("k", "donors"), [(1, ("a",)), (2, ("a", "c")), (9, ("a", "c", "d"))])
+def test_a_given_k_is_one_recipe_of_as_many_donors_as_there_are(k: int, donors: tuple[str, ...]) -> None:
+    assert [recipe.donors for recipe in propose(BOARD, POOL, MergeConfig(k=k))] == [donors]
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "expected"),
+    [
+        ({"k": 2, "rank": 3}, {"a": 4, "c": 16}, 3),
+        ({"k": 2}, {"a": 60, "c": 60}, 64),
+        ({"k": 2}, {"a": 100, "c": 60}, 100),
+        ({"k": 2, "method": "ab_mean"}, {"a": 16, "c": 16}, 16),
+    ],
+    ids=["given", "capped", "the largest donor's above the cap", "ab_mean adds no rank"],
+)
+def test_the_rank_of_a_recipe(config: dict[str, Any], ranks: dict[str, int], expected: int) -> None:
+    board = leaderboard(*((name, -0.1 - place, -0.1) for place, name in enumerate(ranks)))
+    (recipe,) = propose(board, catalogue(**ranks), MergeConfig(**config))
+    assert recipe.rank == expected
+
+
+def test_no_eligible_donor_no_recipe() -> None:
+    assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig()) == []
+    assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig(k=2)) == []
+
+
+def scored(donors: str, difference: float) -> Scored:
+    weights = (1 / len(donors),) * len(donors)
+    return Scored(Recipe(tuple(donors), weights, "exact", 8), 2 + difference, difference, 0.01, 1.0)
+
+
+def test_the_lowest_hold_out_loss_wins_if_it_beats_the_base() -> None:
+    best = scored("ac", -0.6)
+    assert choose([scored("a", -0.4), best, scored("acd", 0.1)]) == best
+    assert choose([scored("a", 0.0), scored("ac", 0.1)]) is None
+    assert choose([]) is None
+
+
+def test_a_candidate_whose_loss_is_not_a_number_never_wins() -> None:
+    assert choose([scored("a", float("nan")), scored("ac", -0.1)]) == scored("ac", -0.1)
+    assert choose([scored("ac", -0.1), scored("a", float("nan"))]) == scored("ac", -0.1)
+    assert choose([scored("a", float("nan"))]) is None
+
+
+def test_a_selection_names_the_donors_the_reason_and_the_rivals() -> None:
+    found = selection([scored("a", -0.4), scored("ac", -0.6)], BOARD, POOL, base_nll=2.0)
+    assert found["verdict"] == "mashup"
+    assert "exact-2 has the lowest hold-out loss of 2 candidates: -0.6000" in found["why"]
+    assert found["base_holdout_nll"] == 2.0
+    assert found["recipe"]["donors"] == ("a", "c")
+    assert [(d["adapter_id"], d["weight"], d["uri"], d["rank"]) for d in found["donors"]] == [
+        ("a", 0.5, "/pool/a", 4),
+        ("c", 0.5, "/pool/c", 16),
+    ]
+    assert [donor["nll_minus_base"] for donor in found["donors"]] == [-0.5, -0.3]
+    assert [candidate["holdout_nll_minus_base"] for candidate in found["candidates"]] == [-0.6, -0.4]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "why"),
+    [
+        ([], "none of 5 scored donors beats the base on the search and on the hold-out samples"),
+        ([scored("a", 0.2)], "none of 1 candidate merges beats the base on the hold-out samples"),
+    ],
+)
+def test_a_selection_of_nobody_says_why(candidates: list[Scored], why: str) -> None:
+    found = selection(candidates, BOARD, POOL, base_nll=None)
+    assert (found["verdict"], found["recipe"], found["donors"], found["why"]) == ("base", None, [], why)
