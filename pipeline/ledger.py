@@ -1,8 +1,9 @@
 """What of a run is done, for which input, and how long it took: `<run>/stages.json`.
 
 A stage is done for a key, the digest of everything that its result depends on. The same key again: its result is kept.
-Another key: what it left is removed and it runs anew, and the stages after it are open again. Seconds add up over the attempts of one key, so that a run which was
-interrupted is honest about its cost; of an attempt that is killed, what passed since its last `beat` is lost.
+Another key: what it left is removed and it runs anew, and the stages after it are open again. Seconds add up over the
+attempts of one key, so that a run which was interrupted is honest about its cost; of an attempt that is killed, what passed
+since its last `beat` is lost.
 """
 
 import hashlib

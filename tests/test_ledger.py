@@ -7,7 +7,6 @@ import pytest
 from pipeline.ledger import Ledger, Outputs, digest
 from pipeline.storage import Folder
 
-
 STAGES = {"search": Outputs(["board"], work=["scores"]), "merge": Outputs(["selection"], work=["candidates"])}
 
 

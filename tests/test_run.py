@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
@@ -57,8 +58,6 @@ def config(tiny_base: str, pool: Path, write_jsonl: Any, tmp_path: Path) -> dict
 
 def _train_donor(target: Path, base: str, seed: int, work: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    import pyarrow as pa
-
     tokens = [{"sample_id": str(n), "split": "train", **tokenise(row, tokenizer)} for n, row in enumerate(ROWS)]
     data = Folder.at(work)
     for split in ("train", "validation"):
@@ -98,6 +97,7 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(row.values()) for row in table.to_pylist())
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mashup("run", run_config(config, tmp_path)) == 0
@@ -136,30 +136,40 @@ def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert changed == {"comparison.parquet"}
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_run_goes_on(config: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL the driver in mid-search: the scores on disk are kept, none is computed twice, the tables are complete."""
+    """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
     command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     run = tmp_path / "run"
-    deadline = time.monotonic() + 200
-    while not list(run.glob("scores/*.parquet")) and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.05)
-    children = psutil.Process(first.pid).children(recursive=True)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    psutil.wait_procs(children, timeout=60)
-    kept = {file: file.stat().st_mtime_ns for file in run.glob("scores/*.parquet")}
-    assert kept
+    _kill_when(command, lambda: bool(list(run.glob("scores/*.parquet"))))
     assert not (run / "leaderboard.parquet").exists()
+    kept = {file: file.stat().st_mtime_ns for file in run.glob("scores/*.parquet")}
+    _kill_when(command, lambda: bool(list(run.glob("train/*/checkpoint_*/curve.json"))))
+    assert not (run / "comparison.parquet").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     pairs = [row[:2] for row in scores(run)]
     assert len(pairs) == len(set(pairs)) == 5 * 24
-    assert "already done" in done.stderr
+    assert done.stderr.count("already done") == 4
+    curves = pq.read_table(run / "comparison.parquet").to_pylist()
+    assert [row["step"] for row in curves if row["init"] == "base"] == [0, 2, 4, 6]
     assert "Traceback" not in done.stderr
     assert not list(run.rglob("*.partial"))
+
+
+def _kill_when(command: list[str], reached: Callable[[], bool]) -> None:
+    """Start a command and SIGKILL it, by its process id, once something is there; wait until its Ray has gone too."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not reached() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert reached()
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(children, timeout=60)
 
 
 @pytest.mark.usefixtures("ray_session")
