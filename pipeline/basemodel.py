@@ -44,7 +44,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 def load_model(base: str, dtype: torch.dtype) -> Any:
     """The base model with weights in `dtype`, on this process' device, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(base), dtype=dtype)
     return model.to(device()).eval()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipeline.errors import InputError
 
@@ -43,6 +43,14 @@ class SearchConfig(Section):
     actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")
     cpus_per_actor: float | Auto = "auto"
     gpus_per_actor: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs; above 1: tensor parallelism")
+
+    @field_validator("actors", "cpus_per_actor", "gpus_per_actor")
+    @classmethod
+    def not_negative(cls, value: float | str, info: ValidationInfo) -> float | str:
+        least = 0 if info.field_name == "gpus_per_actor" else 1e-9
+        if not isinstance(value, str) and value < least:
+            raise ValueError("must be positive")
+        return value
 
 
 class MergeConfig(Section):

@@ -3,6 +3,7 @@
 All losses are in nats a completion token: sums of -log p and of tokens are kept, and divided once.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,10 +48,10 @@ def steps_to_parity(steps: Sequence[float], losses: Sequence[float], target: flo
         The step; None where the curve never gets there.
     """
     for place, loss in enumerate(losses):
-        if loss > target:
+        if not loss <= target:  # NaN is not parity
             continue
-        if place == 0:
-            return float(steps[0])
+        if place == 0 or not math.isfinite(losses[place - 1]):
+            return float(steps[place])
         before, after = losses[place - 1], loss
         share = (before - target) / (before - after)
         return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))

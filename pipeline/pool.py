@@ -117,7 +117,7 @@ def _from_folder(folder: Folder) -> list[tuple[str, str]]:
     pairs = []
     for parent in sorted(parents):
         tail = parent.removeprefix(folder.path).strip("/")
-        pairs.append((tail or Path(folder.path).name, f"{folder.uri}/{tail}".rstrip("/")))
+        pairs.append((tail or Path(folder.path).name, folder.sub(tail).uri if tail else folder.uri))
     return pairs
 
 

@@ -4,6 +4,7 @@ Donors are ranked on the search split. How many of them to merge, and whether to
 split, which played no part in the ranking.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
 
 def choose(scored: Sequence[Scored]) -> Scored | None:
     """The candidate of the lowest hold-out loss, if it is below the base's; None: start from the base."""
-    best = min(scored, key=lambda candidate: candidate.nll_minus_base, default=None)
+    numbers = (candidate for candidate in scored if not math.isnan(candidate.nll_minus_base))
+    best = min(numbers, key=lambda candidate: candidate.nll_minus_base, default=None)
     return best if best and best.nll_minus_base < 0 else None
 
 

@@ -10,6 +10,7 @@ row has a place, the hash of seed and content, and the draw takes the lowest pla
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.basemodel import load_tokenizer
@@ -86,10 +88,14 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
     folder = Folder.at(path)
     if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
         return _from_datasets(path, role)
-    if path.endswith(".parquet") or any(folder.list_files(".parquet") if not path.endswith((".jsonl", ".json")) else []):
-        return ray.data.read_parquet(folder.path, filesystem=folder.files).map_batches(_as_json, batch_format="pyarrow")
+    if path.endswith(".parquet") or (folder.is_folder and any(folder.list_files(".parquet"))):
+        try:
+            return ray.data.read_parquet(folder.path, filesystem=folder.files).map_batches(_as_json, batch_format="pyarrow")
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{path}: target.{role} is not valid Parquet ({error})") from error
     if path.endswith((".jsonl", ".json")):
-        return ray.data.read_text(folder.path, filesystem=folder.files).rename_columns({"text": "row"})
+        files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
+        return files.map_batches(_lines, batch_size=1, batch_format="pyarrow")
     raise InputError(f"{path}: target.{role} must be .jsonl, .parquet, a folder of .parquet or a folder saved by datasets")
 
 
@@ -140,13 +146,13 @@ def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
     return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
 
 
-def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
+def _tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
     row = _parse(text)
     if row is None:
         return {"problem": "malformed"}
     try:
         tokens = tokenise(row, tokenizer)
-    except ValueError as error:
+    except (ValueError, TemplateError) as error:
         return {"problem": str(error)}
     if len(tokens["input_ids"]) > max_tokens:
         return {"problem": f"longer than {max_tokens} tokens"}
@@ -156,7 +162,7 @@ def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, seed: int, max
     return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def _parse(text: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -192,10 +198,10 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
         return prompt + answer, len(prompt), len(prompt) + len(answer)
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    after = len(prompt) if text.startswith(prompt) else 0
-    # Some templates strip the answer; some put more than the generation prompt before it.
-    for wanted in (answer, answer.strip()):
-        start = text.find(wanted, after) if after else text.rfind(wanted)
+    # The generation prompt need not be a part of the whole text: some templates open a block for thoughts with it.
+    after = len(os.path.commonprefix([text, prompt]))
+    for wanted in (answer, answer.strip()):  # some templates strip the answer
+        start = text.find(wanted, after)
         if start >= 0:
             return text, start, start + len(wanted)
     raise ValueError("the chat template changes the completion's text")
@@ -224,7 +230,7 @@ def _usable(rows: pa.Table, role: str, path: str, counts: dict[str, int]) -> pa.
 
 def _first_malformed(path: str) -> str:
     file = Folder.at(path)
-    for number, line in enumerate(file.read_text("").splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes("").split(b"\n"), start=1):
         try:
             if not line.strip() or isinstance(json.loads(line), dict):
                 continue
@@ -242,13 +248,14 @@ def _training_splits(usable: dict[str, pa.Table], config: Config) -> dict[str, p
     absent = [role for role in limits if role not in usable]
     train = usable["train"]
     size = max(1, int(len(train) * SPLIT_OFF))
-    if len(train) <= size * len(absent):
-        raise InputError(
-            f"{target.train}: {len(train)} usable rows are too few to split {' and '.join(absent)} off; give more rows"
-        )
-    for number, role in enumerate(absent):
-        splits[role] = train.slice(number * size, size)
-    splits["train"] = train.slice(size * len(absent))
+    for role in absent:
+        splits[role] = train.slice(0, size)
+        # Not slice(size): a content that is there several times stays on one side.
+        train = train.filter(pc.invert(pc.is_in(train["sample_id"], splits[role]["sample_id"].combine_chunks())))
+    if not len(train):
+        rows = len(usable["train"])
+        raise InputError(f"{target.train}: {rows} usable rows are too few to split {' and '.join(absent)} off; give more rows")
+    splits["train"] = train
     return {role: _as_samples(splits[role].slice(0, limits.get(role)), role) for role in ROLES}
 
 
@@ -280,4 +287,10 @@ def _from_datasets(path: str, role: str) -> ray.data.Dataset:
 
 
 def _as_json(batch: pa.Table) -> Iterator[pa.Table]:
-    yield pa.table({"row": pa.array([json.dumps(row, default=str) for row in batch.to_pylist()], pa.string())})
+    yield pa.table({"row": pa.array([json.dumps(row, default=str).encode() for row in batch.to_pylist()], pa.binary())})
+
+
+def _lines(batch: pa.Table) -> Iterator[pa.Table]:
+    """Lines end in a line feed alone: JSON may hold other line separators of Unicode, at which str.splitlines would cut."""
+    for content in batch["bytes"].to_pylist():
+        yield pa.table({"row": pa.array([line for line in content.split(b"\n") if line.strip()], pa.binary())})

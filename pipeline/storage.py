@@ -48,9 +48,14 @@ class Folder:
     def is_local(self) -> bool:
         return isinstance(self.files, fs.LocalFileSystem)
 
+    @property
+    def is_folder(self) -> bool:
+        return self.files.get_file_info(self.path).type == fs.FileType.Directory
+
     def sub(self, *names: str) -> "Folder":
         tail = "/".join(names)
-        return Folder(f"{self.uri}/{tail}", f"{self.path}/{tail}", self.files)
+        place, mark, options = self.uri.partition("?")  # s3://bucket/folder?endpoint_override=...
+        return Folder(f"{place}/{tail}{mark}{options}", f"{self.path}/{tail}", self.files)
 
     def join(self, name: str = "") -> str:
         return f"{self.path}/{name}" if name else self.path

@@ -18,15 +18,23 @@ class TransformersScorer:
     """Holds the base model; an adapter is put on, scored and taken off again."""
 
     def __init__(self, config: EngineConfig):
-        self.model = load_model(config.base, fast_dtype(config.dtype))
+        self.config = config
+        self._load()
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         return pa.concat_tables([self._score(candidate, samples) for candidate in candidates])
 
+    def _load(self) -> None:
+        self.model = load_model(self.config.base, fast_dtype(self.config.dtype))
+
     def _score(self, candidate: Candidate, samples: pa.Table) -> pa.Table:
         if candidate.folder is None:
             return self._score_rows(candidate.adapter_id, samples)
-        adapted = PeftModel.from_pretrained(self.model, str(candidate.folder)).eval()
+        try:
+            adapted = PeftModel.from_pretrained(self.model, str(candidate.folder)).eval()
+        except Exception:
+            self._load()  # what PEFT had put into the layers before it failed would be scored with the next one
+            raise
         try:
             return self._score_rows(candidate.adapter_id, samples)
         finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -33,7 +34,7 @@ class VllmScorer:
         self.llm = LLM(
             config.base,
             dtype=str(fast_dtype(config.dtype)).removeprefix("torch."),
-            max_model_len=config.max_tokens + 1,  # vLLM wants to generate one token
+            max_model_len=_fitting_length(config),
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=config.tensor_parallel_size,
             enforce_eager=True,
@@ -49,6 +50,11 @@ class VllmScorer:
         self._params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+        # The base apart: in a batch with adapters, vLLM's own CPU code gives tokens without an adapter (index -1) the last one.
+        groups = ([c for c in candidates if c.folder is None], [c for c in candidates if c.folder is not None])
+        return pa.concat_tables([self._score(group, samples) for group in groups if group])
+
+    def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
         prompts = [{"prompt_token_ids": _up_to_last(row, mask)} for row, mask in zip(ids, masks, strict=True)]
         loras = [request for candidate in candidates for request in [self._lora(candidate)] * len(prompts)]
@@ -76,6 +82,12 @@ class VllmScorer:
         target = Path(self._plain_folder.name) / str(number)
         write_adapter(target, plain(adapter))
         return target
+
+
+def _fitting_length(config: EngineConfig) -> int:
+    """Room for the longest row and the one token that vLLM wants to generate, within the base's context."""
+    context = getattr(AutoConfig.from_pretrained(config.base), "max_position_embeddings", None)
+    return min(config.max_tokens + 1, context or config.max_tokens + 1)
 
 
 def _fitting_rank(rank: int) -> int:

@@ -6,6 +6,7 @@ code: no pickle is opened.
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,9 @@ UNSUPPORTED = {
     "velora_config": "VeLoRA: not a plain low-rank delta",
     "kasa_config": "KaSA: not a plain low-rank delta",
 }
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that subtract from the base's weights, so that B A alone is not the delta; PEFT does it again at each load."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,34 @@ def _check_config(content: dict[str, Any]) -> None:
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"corrupt config: r is {rank!r}, a positive whole number is needed")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number is needed")
+    if not _is_number(alpha):
+        raise AdapterError(f"corrupt config: lora_alpha is {str(alpha)[:40]!r}, a number is needed")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = content.get(field) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            raise AdapterError(f"corrupt config: {field} is {pattern!r}, module patterns with numbers are needed")
+    if any(value < 1 for value in (content.get("rank_pattern") or {}).values()):
+        raise AdapterError(f"corrupt config: rank_pattern is {content['rank_pattern']!r}, positive ranks are needed")
+    _check_targets(content.get("target_modules"))
+    init = content.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise AdapterError(f"init_lora_weights={init!r}: it changes the base weights; save it with PEFT's conversion to LoRA")
+    if not isinstance(content.get("base_model_name_or_path"), str | None):
+        raise AdapterError(f"corrupt config: base_model_name_or_path is {content['base_model_name_or_path']!r}")
+
+
+def _check_targets(targets: Any) -> None:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise AdapterError(f"corrupt config: target_modules {targets!r} is no regular expression ({error})") from error
+    elif not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"corrupt config: target_modules is {targets!r}, names or a regular expression are needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _missing_weights(folder: Path) -> str:
@@ -221,6 +251,8 @@ def _pair(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         module, half = _split_name(name)
         if not tensor.is_floating_point():
             raise AdapterError(f"corrupt weights: {name} has dtype {tensor.dtype}, floating point is needed")
+        if tensor.ndim != 2:
+            raise AdapterError(f"wrong shapes: {name} has {tensor.ndim} dimensions, 2 are needed")
         halves.setdefault(module, {})[half] = tensor
     if not halves:
         raise AdapterError("missing weights: the file holds no tensor")

@@ -59,7 +59,7 @@ def merge(recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, 
         deltas[module], energy = truncate(merged, recipe.rank)
         kept = min(kept, energy)
     first = donors[0]
-    alpha = recipe.rank * first.scale(first.modules[0])
+    alpha = recipe.rank * (abs(first.scale(first.modules[0])) or 1.0)
     return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
 
 

@@ -1,5 +1,6 @@
 """The reducer of the search: scores -> leaderboard, file by file, so that memory holds one file at a time."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,17 @@ def build_leaderboard(files: ScoreFiles, samples: pa.Table) -> pa.Table:
         ValueError: the base has no scores.
     """
     search, holdout = (_ids(samples, split) for split in ("search", "holdout"))
-    base = files.of_adapter(BASE_ID, search + holdout)
+    try:
+        base = files.of_adapter(BASE_ID, search + holdout)
+    except KeyError as error:
+        raise ValueError(f"{files.folder.uri}: the base model has no score on sample {error}; run the search again") from error
     rows: dict[str, dict[str, Any]] = {}
     for fragment in files.scores().get_fragments():
         for adapter_id, scores in _by_adapter(fragment.to_table()):
             if len(scores) >= len(samples):
                 rows[adapter_id] = _row(adapter_id, aligned(scores, search + holdout), base, len(search))
-    ranked = sorted(rows.values(), key=lambda row: (row["nll"], row["adapter_id"]))
+    # NaN compares with nothing and would leave the rest unsorted.
+    ranked = sorted(rows.values(), key=lambda row: (math.isnan(row["nll"]), row["nll"], row["adapter_id"]))
     return pa.Table.from_pylist([{"place": place, **row} for place, row in enumerate(ranked, start=1)], schema=LEADERBOARD)
 
 

@@ -105,6 +105,8 @@ class ScoringActor:
 
     def _score(self, candidates: Sequence[Candidate]) -> tuple[pa.Table, dict[str, str]]:
         """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other."""
+        if not candidates:
+            return SCORES.empty_table(), {}
         try:
             return self.scorer.score(candidates, self.samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept

@@ -1,0 +1,80 @@
+"""The fast engine against the oracle, in an actor with the environment that the search gives its actors."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.engines.transformers import TransformersScorer
+from pipeline.merge.adapter import WEIGHTS_FILE
+from pipeline.tables import SCORES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
+)
+
+
+@pytest.fixture(scope="module")
+def vllm_score(ray_session: None, engine_config: EngineConfig) -> Iterator[Callable[..., pa.Table]]:
+    """vllm_score(candidates, samples): by one engine for the whole module, as its start takes some 15 s."""
+    import ray
+
+    from pipeline.cluster import Resources, worker_env
+    from pipeline.engines.scorer import build_scorer
+
+    class Engine:
+        def __init__(self, config: EngineConfig):
+            self.scorer = build_scorer("vllm", config)
+
+        def score(self, candidates: list[Candidate], samples: pa.Table) -> pa.Table:
+            return self.scorer.score(candidates, samples)
+
+    resources = Resources(cpus=1, gpus=0, threads=2)
+    actor = ray.remote(Engine).options(num_cpus=1, runtime_env=worker_env(resources)).remote(engine_config)
+    yield lambda *work: ray.get(actor.score.remote(*work), timeout=240)
+    ray.kill(actor)
+
+
+def assert_alike(found: pa.Table, expected: pa.Table) -> None:
+    """Equal rows in any order, the losses within 1e-3 a token."""
+    assert found.schema == SCORES
+    keys = [("adapter_id", "ascending"), ("sample_id", "ascending")]
+    for row, wanted in zip(found.sort_by(keys).to_pylist(), expected.sort_by(keys).to_pylist(), strict=True):
+        close = pytest.approx(wanted["nll_sum"], abs=1e-3 * wanted["n_tokens"])
+        assert row == {**wanted, "nll_sum": close}
+
+
+def test_scores_are_those_of_the_oracle(
+    vllm_score: Callable[..., pa.Table], engine_config: EngineConfig, candidates: list[Candidate], samples: pa.Table
+) -> None:
+    """In batches of two, so that adapters share a batch with each other and with the base, and push each other out."""
+    oracle = TransformersScorer(engine_config)
+    for start in (0, 1, 3, 0):
+        batch = candidates[start : start + 2]
+        assert_alike(vllm_score(batch, samples), oracle.score(batch, samples))
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_working(
+    vllm_score: Callable[..., pa.Table],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    weights = make_adapter(tmp_path, tiny_base) / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match="corrupt weights"):
+        vllm_score([candidates[1], Candidate("broken", tmp_path)], samples)
+    assert_alike(vllm_score(candidates[:2], samples), TransformersScorer(engine_config).score(candidates[:2], samples))
+
+
+def test_further_samples_of_a_known_adapter(
+    vllm_score: Callable[..., pa.Table], engine_config: EngineConfig, candidates: list[Candidate], samples: pa.Table
+) -> None:
+    parts = [vllm_score(candidates[1:3], part) for part in (samples.slice(0, 5), samples.slice(5))]
+    assert_alike(pa.concat_tables(parts), TransformersScorer(engine_config).score(candidates[1:3], samples))

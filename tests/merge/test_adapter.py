@@ -1,0 +1,340 @@
+"""Reading, checking and writing adapters, with PEFT itself as the ground truth."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.errors import AdapterError
+from pipeline.merge.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_adapter,
+    from_factors,
+    plain,
+    read_adapter,
+    write_adapter,
+)
+from pipeline.merge.delta import Factors
+
+Q0 = "model.layers.0.self_attn.q_proj"
+Q0_A = f"base_model.model.{Q0}.lora_A.weight"
+Q0_B = f"base_model.model.{Q0}.lora_B.weight"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "rank": 9},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6}},
+    "alpha_pattern": {"alpha_pattern": {"v_proj": 3}},
+    "both_patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32, "layers.0.self_attn.v_proj": 1}},
+    "rslora_patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 5}},
+    "all_linear": {"targets": "all-linear", "rank": 2},
+    "regex": {"targets": r".*layers\.1\.mlp\.(up|down)_proj"},
+    "one_layer": {"layers_to_transform": [1]},
+    "excluded": {"targets": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+
+
+@pytest.fixture(scope="module")
+def base_layers(tiny_base: str) -> tuple[Shapes, str | None]:
+    return linear_shapes(tiny_base)
+
+
+@pytest.fixture
+def good(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+    """A valid adapter that a test may spoil."""
+    return make_adapter(tmp_path / "good", tiny_base)
+
+
+def deltas_by_peft(folder: Path, base: str) -> dict[str, Tensor]:
+    """What PEFT's own merge adds to each weight of the base."""
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).merge_and_unload().state_dict()
+    changed = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+    return {name.removesuffix(".weight"): delta for name, delta in changed.items()}
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_and_check(folder: Path, base_layers: tuple[Shapes, str | None]) -> None:
+    check_adapter(read_adapter(folder), *base_layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deltas_are_those_that_peft_merges(
+    kind: str, tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], base_layers: tuple[Shapes, str | None]
+) -> None:
+    adapter = read_adapter(make_adapter(tmp_path, tiny_base, **KINDS[kind]))
+    check_adapter(adapter, *base_layers)
+    expected = deltas_by_peft(tmp_path, tiny_base)
+    assert adapter.modules == sorted(expected)
+    for module, delta in expected.items():
+        torch.testing.assert_close(adapter.factors(module).dense(), delta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_has_one_rank_and_the_same_deltas(
+    kind: str, tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], base_layers: tuple[Shapes, str | None]
+) -> None:
+    adapter = read_adapter(make_adapter(tmp_path / "a", tiny_base, **KINDS[kind]))
+    write_adapter(tmp_path / "b", plain(adapter))
+    read_and_check(tmp_path / "b", base_layers)
+    assert read_adapter(tmp_path / "b").uniform
+    expected, found = deltas_by_peft(tmp_path / "a", tiny_base), deltas_by_peft(tmp_path / "b", tiny_base)
+    assert sorted(found) == sorted(expected)
+    for module, delta in expected.items():
+        torch.testing.assert_close(found[module], delta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_keeps_config_and_tensors(
+    kind: str, tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    adapter = read_adapter(make_adapter(tmp_path / "a", tiny_base, **KINDS[kind]))
+    write_adapter(tmp_path / "b", adapter)
+    again = read_adapter(tmp_path / "b")
+    assert again.config.to_dict() == adapter.config.to_dict()
+    assert again.modules == adapter.modules
+    for module in adapter.modules:
+        assert all(torch.equal(x, y) for x, y in zip(again.tensors[module], adapter.tensors[module], strict=True))
+
+
+def test_bfloat16_weights_are_read_and_merged_in_float32(good: Path, tiny_base: str) -> None:
+    edit_weights(good, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    adapter = read_adapter(good)
+    a_RI, b_OR = adapter.tensors[Q0]
+    assert a_RI.dtype == torch.bfloat16
+    torch.testing.assert_close(adapter.factors(Q0).dense(), 2.0 * b_OR.float() @ a_RI.float())
+
+
+def test_summary_of_an_adapter(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> None:
+    adapter = read_adapter(make_adapter(tmp_path, tiny_base, rank_pattern={"q_proj": 16}))
+    assert adapter.max_rank == 16
+    assert adapter.target_leaves == ["q_proj", "v_proj"]
+    assert not adapter.uniform
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("alpha", [16.0, 5.5])
+def test_from_factors_gives_the_deltas_at_the_wished_rank(
+    rank: int, alpha: float, tmp_path: Path, tiny_base: str, base_layers: tuple[Shapes, str | None]
+) -> None:
+    shapes, _ = base_layers
+    torch.manual_seed(0)
+    modules = [name for name in shapes if name.endswith(("k_proj", "down_proj"))]
+    deltas = {m: Factors(torch.randn(3, shapes[m][1]) * 0.1, torch.randn(shapes[m][0], 3) * 0.1) for m in modules}
+    write_adapter(tmp_path, from_factors(tiny_base, deltas, rank, alpha, shapes, seed=1))
+    read_and_check(tmp_path, base_layers)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (rank, alpha, ["down_proj", "k_proj"])
+    found = deltas_by_peft(tmp_path, tiny_base)
+    assert sorted(found) == sorted(modules)
+    for module in modules:
+        torch.testing.assert_close(found[module], deltas[module].dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_from_factors_is_a_function_of_its_seed(tiny_base: str, base_layers: tuple[Shapes, str | None]) -> None:
+    delta = {Q0: Factors(torch.ones(1, 128), torch.ones(128, 1))}
+    build = lambda seed: from_factors(tiny_base, delta, 4, 8, base_layers[0], seed).tensors[Q0][0]  # noqa: E731
+    assert torch.equal(build(1), build(1))
+    assert not torch.equal(build(1), build(2))
+
+
+def test_from_factors_names_modules_in_full_where_leaf_names_would_name_more(
+    tmp_path: Path, tiny_base: str, base_layers: tuple[Shapes, str | None]
+) -> None:
+    delta = {Q0: Factors(torch.ones(1, 128), torch.ones(128, 1))}
+    write_adapter(tmp_path, from_factors(tiny_base, delta, 1, 1, base_layers[0], seed=0))
+    read_and_check(tmp_path, base_layers)
+    assert list(deltas_by_peft(tmp_path, tiny_base)) == [Q0]
+
+
+CONFIGS = {
+    "other method": ({"peft_type": "IA3"}, "not LoRA: peft_type is 'IA3'"),
+    "no method": ({"peft_type": None}, "not LoRA"),
+    "dora": ({"use_dora": True}, "DoRA"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "bias": ({"bias": "lora_only"}, "bias='lora_only'"),
+    "modules_to_save": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+    "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    "pissa by fast svd": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+    "r is zero": ({"r": 0}, "r is 0"),
+    "r is negative": ({"r": -4}, "r is -4"),
+    "r is text": ({"r": "4"}, "r is '4'"),
+    "r is true": ({"r": True}, "r is True"),
+    "r is absent": ({"r": None}, "r is None"),
+    "r is not the file's": ({"r": 8}, "wrong shapes: .*lora_A .4, 128.* rank 8"),
+    "alpha is text": ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+    "alpha is NaN": ({"lora_alpha": float("nan")}, "lora_alpha is .?nan"),
+    "alpha is too large for a float": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "more targets than weights": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "missing weights: .*k_proj"),
+    "targets are no regex": ({"target_modules": "(q_proj"}, "corrupt config|target_modules"),
+    "targets are a number": ({"target_modules": 5}, "corrupt config|target_modules"),
+    "rank_pattern is a list": ({"rank_pattern": ["q_proj"]}, "corrupt config|rank_pattern"),
+    "rank_pattern holds text": ({"rank_pattern": {"q_proj": "many"}}, "corrupt config|rank_pattern"),
+    "rank_pattern holds zero": ({"rank_pattern": {"q_proj": 0}}, "rank"),
+    "rank_pattern is not the file's": ({"rank_pattern": {"q_proj": 2}}, "wrong shapes: .*q_proj.* rank 2"),
+    "alpha_pattern holds text": ({"alpha_pattern": {"q_proj": "high"}}, "corrupt config|alpha_pattern"),
+    "alpha_pattern holds NaN": ({"alpha_pattern": {"q_proj": float("nan")}}, "corrupt config|alpha_pattern"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_that_cannot_be_a_donor_is_set_aside(case: str, good: Path, base_layers: tuple[Shapes, str | None]) -> None:
+    changes, reason = CONFIGS[case]
+    edit_config(good, **changes)
+    with pytest.raises(AdapterError, match=reason):
+        read_and_check(good, base_layers)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"peft_type": "LORA", "r": ', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe\x00garbage", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1, 2]", "no JSON object"),
+        (b"{}", "not LoRA"),
+    ],
+)
+def test_config_that_is_no_json_object_is_set_aside(content: bytes, reason: str, good: Path) -> None:
+    (good / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(AdapterError, match=reason):
+        read_adapter(good)
+
+
+def test_config_is_missing(good: Path) -> None:
+    (good / CONFIG_FILE).unlink()
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is missing"):
+        read_adapter(good)
+
+
+def test_unknown_config_keys_of_a_newer_peft_are_passed_over(good: Path, base_layers: tuple[Shapes, str | None]) -> None:
+    edit_config(good, field_of_tomorrow=1)
+    assert check_adapter(read_adapter(good), *base_layers) is None
+
+
+def test_weights_are_missing(good: Path) -> None:
+    (good / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterError, match=r"missing weights: no adapter_model\.safetensors"):
+        read_adapter(good)
+
+
+def test_pickle_is_never_opened(good: Path) -> None:
+    (good / WEIGHTS_FILE).rename(good / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"pickle: adapter_model\.bin is never opened"):
+        read_adapter(good)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -10])
+def test_truncated_weights_are_corrupt(keep: int, good: Path) -> None:
+    path = good / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AdapterError, match="corrupt weights"):
+        read_adapter(good)
+
+
+def test_weights_that_are_noise_are_corrupt(good: Path) -> None:
+    (good / WEIGHTS_FILE).write_bytes(b"\x93" * 5000)
+    with pytest.raises(AdapterError, match="corrupt weights"):
+        read_adapter(good)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [Q0_A, Q0_B])
+def test_nan_and_infinity_are_found_in_either_factor(
+    value: float, name: str, good: Path, base_layers: tuple[Shapes, str | None]
+) -> None:
+    edit_weights(good, lambda tensors: tensors[name].view(-1).__setitem__(7, value))
+    with pytest.raises(AdapterError, match=f"NaN or Inf in the weights of {Q0}"):
+        read_and_check(good, base_layers)
+
+
+TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "no tensor": (lambda t: t.clear(), "holds no tensor"),
+    "only lora_A": (lambda t: t.pop(Q0_B), "has only lora_A"),
+    "a module less than the config names": (lambda t: (t.pop(Q0_A), t.pop(Q0_B)), f"missing weights: .*{Q0}"),
+    "magnitude vector": (lambda t: t.update({f"base_model.model.{Q0}.lora_magnitude_vector": torch.ones(2)}), "DoRA"),
+    "embedding factors": (
+        lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 2)}),
+        "changes the embeddings",
+    ),
+    "whole embeddings": (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(4, 2)}), "embeddings"),
+    "output head": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 128)}), "output head"),
+    "bias": (lambda t: t.update({f"base_model.model.{Q0}.lora_B.bias": torch.ones(128)}), "not plain LoRA: .*bias"),
+    "other prefix": (lambda t: t.update({"transformer.q.lora_A.weight": torch.ones(4, 128)}), "not plain LoRA"),
+    "whole numbers": (lambda t: t.update({Q0_A: torch.ones(4, 128, dtype=torch.int8)}), "dtype torch.int8"),
+    "a layer too many": (
+        lambda t: t.update({name.replace("layers.0", "layers.7"): tensor.clone() for name, tensor in list(t.items())}),
+        "wrong base: it adapts model.layers.7",
+    ),
+    "wider input": (lambda t: t.update({Q0_A: torch.ones(4, 256)}), "wrong shapes"),
+    "wider output": (lambda t: t.update({Q0_B: torch.ones(256, 4)}), "wrong shapes"),
+    "other rank": (lambda t: t.update({Q0_A: torch.ones(5, 128), Q0_B: torch.ones(128, 5)}), "wrong shapes"),
+    "a vector for a matrix": (lambda t: t.update({Q0_A: torch.ones(4)}), "wrong shapes"),
+    "a scalar for a matrix": (lambda t: t.update({Q0_A: torch.tensor(1.0)}), "wrong shapes"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_weights_that_cannot_be_a_donor_are_set_aside(case: str, good: Path, base_layers: tuple[Shapes, str | None]) -> None:
+    change, reason = TENSORS[case]
+    edit_weights(good, change)
+    with pytest.raises(AdapterError, match=reason):
+        read_and_check(good, base_layers)
+
+
+def test_adapter_of_the_output_head_that_peft_wrote_is_set_aside(
+    tmp_path: Path, untied_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path, untied_base, targets=["q_proj", "lm_head"])
+    with pytest.raises(AdapterError, match="output head"):
+        read_and_check(folder, linear_shapes(untied_base))
+
+
+def test_adapter_of_the_embeddings_that_peft_wrote_is_set_aside(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], base_layers: tuple[Shapes, str | None]
+) -> None:
+    with pytest.raises(AdapterError, match="embeddings"):
+        read_and_check(make_adapter(tmp_path, tiny_base, targets=["q_proj", "embed_tokens"]), base_layers)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+    ],
+)
+def test_kinds_of_lora_that_peft_wrote_and_are_not_a_low_rank_delta(
+    overrides: dict[str, Any], reason: str, tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    with pytest.raises(AdapterError, match=reason):
+        read_adapter(make_adapter(tmp_path, tiny_base, **overrides))

@@ -1,0 +1,83 @@
+"""Factor arithmetic against the same sums and truncations done on dense matrices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.merge.delta import Factors, ab_mean, pad, truncate, weighted_sum
+
+SIZES = st.integers(1, 9)
+SEEDS = st.integers(0, 2**31)
+
+
+def factors(rank: int, out: int, inside: int, seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return Factors(draw(rank, inside), draw(out, rank))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(SIZES, st.floats(-2, 2)), min_size=1, max_size=4), SIZES, SIZES, SEEDS)
+def test_weighted_sum_is_the_sum_of_dense_deltas(
+    ranks_and_weights: list[tuple[int, float]], out: int, inside: int, seed: int
+) -> None:
+    parts = [factors(rank, out, inside, seed + place) for place, (rank, _) in enumerate(ranks_and_weights)]
+    weights = [weight for _, weight in ranks_and_weights]
+    merged = weighted_sum(parts, weights)
+    expected = sum(weight * (part.b_OR @ part.a_RI) for part, weight in zip(parts, weights, strict=True))
+    torch.testing.assert_close(merged.dense(), expected)
+    assert merged.rank == sum(rank for rank, _ in ranks_and_weights)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rank=SIZES, out=SIZES, inside=SIZES, wished=SIZES, seed=SEEDS)
+def test_truncate_is_the_truncated_svd_of_the_dense_delta(rank: int, out: int, inside: int, wished: int, seed: int) -> None:
+    delta = factors(rank, out, inside, seed)
+    found, energy = truncate(delta, wished)
+    u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
+    kept = min(wished, rank, out, inside)
+    torch.testing.assert_close(found.dense(), (u[:, :kept] * s[:kept]) @ vh[:kept], rtol=1e-6, atol=1e-8)
+    assert found.rank == kept
+    assert energy == pytest.approx(float((s[:kept] ** 2).sum() / (s**2).sum()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(rank=SIZES, seed=SEEDS)
+def test_truncate_shares_the_scale_between_both_factors(rank: int, seed: int) -> None:
+    found, _ = truncate(factors(rank, 12, 10, seed), rank)
+    torch.testing.assert_close(found.b_OR.norm(dim=0), found.a_RI.norm(dim=1))
+
+
+def test_truncate_of_nothing_keeps_everything() -> None:
+    found, energy = truncate(Factors(torch.zeros(2, 5), torch.zeros(4, 2)), 1)
+    assert energy == 1.0
+    assert torch.equal(found.dense(), torch.zeros(4, 5))
+
+
+def test_ab_mean_averages_the_factors_and_is_not_the_mean_delta() -> None:
+    parts = [factors(3, 6, 5, seed) for seed in range(2)]
+    weights = [0.5, 0.5]
+    found = ab_mean(parts, weights)
+    torch.testing.assert_close(found.a_RI, (parts[0].a_RI + parts[1].a_RI) / 2)
+    torch.testing.assert_close(found.b_OR, (parts[0].b_OR + parts[1].b_OR) / 2)
+    assert (found.dense() - weighted_sum(parts, weights).dense()).norm() > 0.1
+
+
+def test_ab_mean_of_equal_donors_is_that_donor() -> None:
+    one = factors(3, 6, 5, 0)
+    torch.testing.assert_close(ab_mean([one, one], [0.5, 0.5]).dense(), one.dense())
+
+
+@settings(max_examples=30, deadline=None)
+@given(rank=SIZES, more=st.integers(0, 6), seed=SEEDS)
+def test_pad_adds_rank_that_can_learn_and_leaves_the_delta(rank: int, more: int, seed: int) -> None:
+    drawn = factors(rank, 7, 8, seed)
+    delta = Factors(drawn.a_RI.float(), drawn.b_OR.float())
+    padded = pad(delta, rank + more, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(padded.dense(), delta.dense())
+    fresh = padded.a_RI[rank:]
+    assert padded.rank == rank + more
+    assert torch.all(padded.b_OR[:, rank:] == 0)
+    assert torch.all(fresh.abs() <= 8**-0.5)
+    assert torch.all(fresh.abs().sum(dim=1) > 0)

@@ -1,0 +1,148 @@
+"""Merged adapters, loaded by PEFT, against the base with the dense mean of the donors' deltas added to its weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pipeline.basemodel import linear_shapes
+from pipeline.errors import AdapterError
+from pipeline.merge.adapter import Adapter, check_adapter, read_adapter, write_adapter
+from pipeline.merge.delta import ab_mean
+from pipeline.merge.recipes import Merged, Recipe, merge
+
+MIXED: list[dict[str, Any]] = [
+    {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+    {"rank": 9, "alpha": 6, "targets": "all-linear", "use_rslora": True},
+    {"rank": 2, "alpha": 1, "targets": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 4}},
+]
+ALIKE: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2}]
+
+
+@pytest.fixture
+def donors_of(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Callable[..., list[Adapter]]:
+    def donors(kinds: Sequence[dict[str, Any]]) -> list[Adapter]:
+        folders = [
+            make_adapter(tmp_path / f"donor-{n}", tiny_base, **{"seed": n, "std": 0.2} | kind) for n, kind in enumerate(kinds)
+        ]
+        return [read_adapter(folder) for folder in folders]
+
+    return donors
+
+
+def merged_by(base: str, donors: Sequence[Adapter], method: str, rank: int, weights: Sequence[float] | None = None) -> Merged:
+    weights = weights or [1 / len(donors)] * len(donors)
+    recipe = Recipe(tuple(str(n) for n in range(len(donors))), tuple(weights), method, rank)
+    return merge(recipe, donors, base, linear_shapes(base)[0])
+
+
+def dense_sum(donors: Sequence[Adapter], weights: Sequence[float], module: str) -> Tensor:
+    pairs = [(d, w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
+    return sum((w * d.factors(module).dense() for d, w in pairs), torch.zeros(()))
+
+
+def logits_with_deltas(base: str, deltas: dict[str, Tensor]) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for module, delta in deltas.items():
+            model.get_submodule(module).weight += delta
+        return model(input_ids=ids()).logits
+
+
+def logits_by_peft(base: str, folder: Path) -> Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).eval()(input_ids=ids()).logits
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("weights", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.0, -0.2)])
+def test_mixed_donors_merged_exactly_give_the_logits_of_the_dense_mean(
+    weights: tuple[float, ...], tmp_path: Path, tiny_base: str, donors_of: Callable[..., list[Adapter]]
+) -> None:
+    donors = donors_of(MIXED)
+    merged = merged_by(tiny_base, donors, "exact", rank=18, weights=weights)
+    write_adapter(tmp_path / "mashup", merged.adapter)
+    check_adapter(read_adapter(tmp_path / "mashup"), *linear_shapes(tiny_base))
+    modules = set().union(*(donor.tensors for donor in donors))
+    expected = logits_with_deltas(tiny_base, {module: dense_sum(donors, weights, module) for module in modules})
+    found = logits_by_peft(tiny_base, tmp_path / "mashup")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (found - logits_with_deltas(tiny_base, {})).abs().max() > 0.1
+    assert merged.kept_energy == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_small_rank_keeps_the_best_part_of_each_module(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    donors = donors_of(MIXED)
+    merged = merged_by(tiny_base, donors, "exact", rank=3)
+    energies = []
+    for module in merged.adapter.modules:
+        u, s, vh = torch.linalg.svd(dense_sum(donors, [1 / 3] * 3, module), full_matrices=False)
+        torch.testing.assert_close(merged.adapter.factors(module).dense(), (u[:, :3] * s[:3]) @ vh[:3], rtol=1e-3, atol=1e-4)
+        energies.append(float((s[:3] ** 2).sum() / (s**2).sum()))
+    assert merged.adapter.max_rank == 3
+    assert merged.kept_energy == pytest.approx(min(energies), abs=1e-4)
+
+
+def test_one_donor_merged_is_that_donor(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    donor = donors_of(MIXED[1:2])[0]
+    merged = merged_by(tiny_base, [donor], "exact", rank=9).adapter
+    assert merged.modules == donor.modules
+    for module in donor.modules:
+        torch.testing.assert_close(merged.factors(module).dense(), donor.factors(module).dense(), rtol=1e-3, atol=1e-5)
+        assert merged.scale(module) == pytest.approx(donor.scale(module))
+
+
+def test_a_larger_rank_is_filled_with_rank_that_can_learn(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    donors = donors_of(ALIKE)
+    merged = merged_by(tiny_base, donors, "exact", rank=12).adapter
+    for module in merged.modules:
+        a_RI, b_OR = merged.tensors[module]
+        assert a_RI.shape[0] == b_OR.shape[1] == 12
+        assert torch.all(a_RI[8:].abs().sum(dim=1) > 0)
+        assert torch.all(b_OR[:, 8:] == 0)
+        torch.testing.assert_close(merged.factors(module).dense(), dense_sum(donors, [0.5, 0.5], module), rtol=1e-3, atol=1e-5)
+
+
+def test_ab_mean_of_alike_donors_is_the_product_of_means(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    donors = donors_of(ALIKE)
+    merged = merged_by(tiny_base, donors, "ab_mean", rank=4).adapter
+    exact = merged_by(tiny_base, donors, "exact", rank=8).adapter
+    for module in merged.modules:
+        expected = ab_mean([donor.factors(module) for donor in donors], [0.5, 0.5]).dense()
+        torch.testing.assert_close(merged.factors(module).dense(), expected, rtol=1e-3, atol=1e-5)
+        assert (expected - exact.factors(module).dense()).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "other", [{"rank": 5}, {"alpha": 9}, {"use_rslora": True}, {"targets": ["q_proj"]}, {"rank_pattern": {"q_proj": 6}}]
+)
+def test_ab_mean_refuses_mixed_donors(other: dict[str, Any], tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    with pytest.raises(AdapterError, match="ab_mean needs donors of one rank, alpha and set of target modules"):
+        merged_by(tiny_base, donors_of([{}, other]), "ab_mean", rank=4)
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_a_first_donor_of_no_or_negative_scale_gives_finite_weights(
+    alpha: float, tmp_path: Path, tiny_base: str, donors_of: Callable[..., list[Adapter]]
+) -> None:
+    donors = donors_of([{"alpha": alpha}, {}])
+    merged = merged_by(tiny_base, donors, "exact", rank=8).adapter
+    write_adapter(tmp_path / "mashup", merged)
+    again = read_adapter(tmp_path / "mashup")
+    check_adapter(again, *linear_shapes(tiny_base))
+    for module in again.modules:
+        torch.testing.assert_close(again.factors(module).dense(), dense_sum(donors, [0.5, 0.5], module), rtol=1e-3, atol=1e-5)
+
+
+def test_a_recipe_is_named_by_method_and_size() -> None:
+    recipe = Recipe(("a", "b"), (0.5, 0.5), "exact", 8)
+    assert recipe.name == "exact-2"
+    assert recipe.as_dict() == {"name": "exact-2", "donors": ("a", "b"), "weights": (0.5, 0.5), "method": "exact", "rank": 8}
