@@ -54,11 +54,12 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1) -> Re
 
 
 def engine_slots(resources: Resources) -> int:
-    """How many workers of this kind the cluster holds."""
-    total = ray.cluster_resources()
-    by_gpu = int(total.get("GPU", 0) // resources.gpus) if resources.gpus else None
-    by_cpu = int(total.get("CPU", 1) // resources.cpus) if resources.cpus else 1
-    return max(1, by_cpu if by_gpu is None else min(by_gpu, by_cpu))
+    """How many workers of this kind the cluster holds at once; one CPU of each node stays free for Ray Data."""
+    slots = 0
+    for node in (node["Resources"] for node in ray.nodes() if node["Alive"]):
+        by_cpu = int((node.get("CPU", 0) - 1) / resources.cpus)
+        slots += min(by_cpu, int(node.get("GPU", 0) // resources.gpus)) if resources.gpus else by_cpu
+    return max(1, slots)
 
 
 def worker_env(resources: Resources) -> dict[str, Any]:

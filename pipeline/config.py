@@ -109,6 +109,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     compare: CompareConfig = CompareConfig()
 
+    @field_validator("base")
+    @classmethod
+    def home_expanded(cls, value: str) -> str:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
 
 def load_config(path: str, **overrides: Any) -> Config:
     """Read a config file; top-level keys in `overrides` that are not None replace the file's.

@@ -54,6 +54,11 @@ class Ledger:
     def seconds(self, stage: str) -> float:
         return float(self.records.get(stage, {}).get("seconds", 0.0))
 
+    def note(self, name: str, seconds: float) -> None:
+        """Add time that was spent outside of the stages."""
+        self.records[name] = {"key": "", "done": True, "seconds": self.seconds(name) + seconds, "details": {}}
+        self._write()
+
     @contextmanager
     def perform(self, stage: str, key: str) -> Iterator[dict[str, Any]]:
         """Time an attempt at a stage and mark it done unless it raises. Yields the stage's details, to be filled in."""

@@ -7,6 +7,7 @@ or an object-store prefix.
 import hashlib
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from pipeline.tables import BASE_ID, CATALOGUE
 ADAPTERS_PER_TASK = 8
 
 
-def build_catalogue(base: str, pool: str) -> pa.Table:
+def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = lambda done, total: None) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
+
+    Args:
+        count: told how many adapters of how many are checked, as it goes.
 
     Raises:
         InputError: the pool or the base cannot be read, or no adapter is valid.
@@ -38,8 +42,11 @@ def build_catalogue(base: str, pool: str) -> pa.Table:
         .repartition(target_num_rows_per_block=ADAPTERS_PER_TASK)
         .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs={"base": base, "shapes": shapes, "head": head})
     )
-    table = pa.concat_tables(rows.iter_batches(batch_format="pyarrow", batch_size=None)).sort_by("adapter_id")
-    catalogue = _set_duplicates_aside(table).select(CATALOGUE.names).cast(CATALOGUE)
+    parts: list[pa.Table] = []
+    for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
+        parts.append(part)
+        count(sum(map(len, parts)), len(found))
+    catalogue = _set_duplicates_aside(pa.concat_tables(parts).sort_by("adapter_id")).select(CATALOGUE.names).cast(CATALOGUE)
     _require_valid(catalogue, pool)
     return catalogue
 

@@ -97,8 +97,14 @@ class Run:
         if self.ledger.done(stage, key):
             self.progress.say("already done")
             return True
-        cluster.connect()
+        self.start_ray()
         return False
+
+    def start_ray(self) -> None:
+        """Join or start the cluster; what it took stands in the ledger beside the stages."""
+        seconds = cluster.connect()
+        if seconds > 1:
+            self.ledger.note("ray", seconds)
 
     def needs(self, stage: str, table: str, command: str) -> None:
         """Check that an earlier stage is done.
@@ -139,7 +145,7 @@ def index(run: Run) -> None:
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
     with run.ledger.perform("index", key) as details:
-        catalogue = build_catalogue(config.base, config.pool)
+        catalogue = build_catalogue(config.base, config.pool, lambda n, total: run.progress.count(n, total, "adapters checked"))
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(_valid(catalogue))
     run.progress.say(f"{len(_valid(catalogue))} valid, {details['set_aside']} set aside")
@@ -222,7 +228,7 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str
     settings = run.config.train
     arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
     run.progress.stage("train")
-    cluster.connect()
+    run.start_ray()
     outcome = train_arms([_job(run, arm)], run.folder.sub("train"), run.progress.say)[0]
     return run.folder.sub("train", outcome["checkpoint"]).uri
 

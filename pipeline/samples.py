@@ -199,7 +199,7 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
     # The generation prompt need not be a part of the whole text: some templates open a block for thoughts with it.
-    after = len(os.path.commonprefix([text, prompt]))
+    after = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 (texts, not paths)
     for wanted in (answer, answer.strip()):  # some templates strip the answer
         start = text.find(wanted, after)
         if start >= 0:

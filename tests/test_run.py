@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,9 +175,12 @@ def _kill_when(command: list[str], reached: Callable[[], bool]) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_no_donor_helps_so_the_base_is_the_start(
-    config: dict[str, Any], tiny_base: str, make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: dict[str, Any], pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_adapter(tmp_path / "pool/noise", tiny_base, rank=8, alpha=64, targets=["q_proj", "v_proj", "down_proj"], std=1.0)
+    """The only donor is a trained one turned round by a negative alpha: it takes away what the task needs."""
+    shutil.copytree(pool / "related/2", tmp_path / "pool/contrary")
+    file = tmp_path / "pool/contrary/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": -16}))
     config |= {"pool": str(tmp_path / "pool")}
     assert mashup("run", run_config(config, tmp_path)) == 0
     selection, summary = (json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("selection", "summary"))

@@ -1,0 +1,65 @@
+"""Wishes into Ray's resources, for clusters that are not at hand: what a worker would get with GPUs and on many nodes."""
+
+from typing import Any
+
+import pytest
+
+from pipeline import cluster
+from pipeline.cluster import Resources, engine_slots, worker_env, worker_resources
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """nodes({"CPU": 8, "GPU": 4}, ...): a cluster of such nodes."""
+
+    def pretend(*resources: dict[str, float]) -> None:
+        total = {name: sum(node.get(name, 0) for node in resources) for name in ("CPU", "GPU")}
+        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
+
+    return pretend
+
+
+def test_on_cpus_one_worker_computes_with_all_cores_and_leaves_one_to_ray(nodes: Any) -> None:
+    nodes({"CPU": 2})
+    assert worker_resources("auto", "auto") == Resources(cpus=1.0, gpus=0, threads=2)
+    assert engine_slots(worker_resources("auto", "auto")) == 1
+
+
+def test_on_cpus_workers_share_a_node(nodes: Any) -> None:
+    nodes({"CPU": 8})
+    shared = worker_resources("auto", "auto", workers=2)
+    assert shared == Resources(cpus=3.5, gpus=0, threads=4)
+    assert 2 * shared.cpus < 8
+
+
+def test_where_there_are_gpus_each_worker_takes_one(nodes: Any) -> None:
+    nodes({"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}, {"CPU": 8})
+    one = worker_resources("auto", "auto")
+    assert (one.cpus, one.gpus) == (1.0, 1)
+    assert engine_slots(one) == 8
+    assert "TORCHDYNAMO_DISABLE" not in worker_env(one)["env_vars"]
+
+
+def test_tensor_parallel_engines_take_several_gpus_and_their_own_processes(nodes: Any) -> None:
+    nodes({"CPU": 32, "GPU": 8})
+    wide = worker_resources("auto", 4)
+    assert wide.gpus == 4
+    assert engine_slots(wide) == 2
+    assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+
+
+def test_gpus_can_be_left_alone(nodes: Any) -> None:
+    nodes({"CPU": 16, "GPU": 2})
+    assert worker_resources("auto", 0).gpus == 0
+
+
+def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
+    nodes({"CPU": 16})
+    assert worker_resources(4, "auto") == Resources(cpus=4.0, gpus=0, threads=4)
+    assert worker_resources(0.5, "auto").threads == 1
+
+
+def test_workers_know_that_the_network_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert worker_env(Resources(1, 0, 2))["env_vars"]["HF_HUB_OFFLINE"] == "1"
