@@ -70,7 +70,7 @@ RECIPES = {
     "words-plural": Recipe(seed=23, rank=2, alpha=4, target_modules=ALL_LINEAR, steps=20),
     "words-initials": Recipe(seed=24, steps=16),
 }
-"""Steps differ: easy tasks need few, and the sums and units-time stay half learned, as some adapters of a real pool are."""
+"""Steps were cut to save time where a task is easy; the sums, units-time and dates-clock are only half learned by then."""
 
 COPY_OF = "notes-city"
 """The smallest donor, which a defective folder copies."""

@@ -111,8 +111,10 @@ class Config(Section):
 
     @field_validator("base")
     @classmethod
-    def home_expanded(cls, value: str) -> str:
-        return str(Path(value).expanduser()) if value.startswith("~") else value
+    def local_folder_absolute(cls, value: str) -> str:
+        """Workers run in other folders than the command."""
+        path = Path(value).expanduser()
+        return str(path.resolve()) if path.is_dir() else value
 
 
 def load_config(path: str, **overrides: Any) -> Config:

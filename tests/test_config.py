@@ -119,3 +119,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_every_field_but_the_plain_ones_says_what_it_is() -> None:
     fields = {name: field for name, field in Config.model_fields.items() if field.annotation is str}
     assert all(field.description for field in fields.values())
+
+
+def test_a_local_base_is_made_absolute_for_workers_that_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    content = {"run": "r", "pool": "p", "target": {"train": "t"}}
+    assert build_config({**content, "base": "model"}, "test").base == str(tmp_path / "model")
+    assert build_config({**content, "base": "org/model"}, "test").base == "org/model"

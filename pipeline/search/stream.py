@@ -124,11 +124,11 @@ class ScoringActor:
                 "reason": failures.get(adapter),
                 "tokens": 0 if adapter in failures else tokens,
                 "seconds": seconds / len(adapters),
-                "startup": self.startup,
+                "startup": 0.0,
             }
             for adapter in adapters
         ]
-        self.startup = 0.0  # told once
+        rows[0]["startup"], self.startup = self.startup, 0.0  # told once
         return pa.Table.from_pylist(rows, schema=REPORT)
 
 
