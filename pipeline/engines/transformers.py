@@ -11,7 +11,7 @@ from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.tables import SCORES
 
 BATCH_TOKENS = 2048
-"""Padded tokens in one forward pass; larger batches were no faster on two cores."""
+"""Padded tokens in one forward pass."""
 
 
 class TransformersScorer:
