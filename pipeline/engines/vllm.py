@@ -33,6 +33,7 @@ class VllmScorer:
         self._lora_ids: dict[str, int] = {}
         self.llm = LLM(
             config.base,
+            skip_tokenizer_init=True,  # rows are token ids already
             dtype=str(fast_dtype(config.dtype)).removeprefix("torch."),
             max_model_len=_fitting_length(config),
             max_num_seqs=MAX_SEQUENCES,
