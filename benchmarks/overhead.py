@@ -44,11 +44,14 @@ def main(
     """Measure the three ratios and print them as one JSON object."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = base or tiny_base(folder / "base")
-        growth = _memory_growth(small=50 if quick else 200)
+        # Workers run in other folders than this command.
+        base = str(Path(base).resolve()) if base else tiny_base(folder / "base")
+        found = {"driver_memory_growth": round(_memory_growth(small=50 if quick else 200), 3)}
         cluster.connect()
-        found = _search(folder, base, engine, batches=4 if quick else 12) | _train(folder, base, steps=10 if quick else 40)
-    print(json.dumps(found | {"driver_memory_growth": round(growth, 3)}))
+        for part in (_search(folder, base, engine, batches=4 if quick else 12), _train(folder, base, steps=10 if quick else 40)):
+            found |= part
+            typer.echo(f"so far: {part}", err=True)
+    print(json.dumps(found))
 
 
 def _search(folder: Path, base: str, engine: str, batches: int) -> dict[str, Any]:
