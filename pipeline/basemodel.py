@@ -1,6 +1,5 @@
 """The base model as the ground that everything stands on: its config, tokenizer and the shapes of its linear layers."""
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 def load_model(base: str, dtype: torch.dtype) -> Any:
     """The base model with weights in `dtype`, on this process' device, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(base), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return model.to(device()).eval()
 
 
@@ -70,10 +69,10 @@ def _cached_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 def _from_pretrained(kind: Any, base: str) -> Any:
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
-    if looks_local and not Path(base).expanduser().is_dir():
+    if looks_local and not Path(base).is_dir():
         raise InputError(f"{base}: no such folder; 'base' is a local model folder or a Hub id such as org/name")
     try:
-        return kind.from_pretrained(os.path.expanduser(base))
+        return kind.from_pretrained(base)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({reason})") from error

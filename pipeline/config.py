@@ -58,7 +58,7 @@ class MergeConfig(Section):
 
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
     method: Literal["auto", "exact", "ab_mean"] = Field("auto", description="auto: exact")
-    rank: int | Auto = Field("auto", description="rank of the mashup; auto: the largest rank among its donors")
+    rank: int | Auto = Field("auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most")
 
     @field_validator("k", "rank")
     @classmethod

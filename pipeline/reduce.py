@@ -103,6 +103,7 @@ def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[
             "weight": weight,
             "uri": entries[donor]["uri"],
             "sha256": entries[donor]["sha256"],
+            "base_model": entries[donor]["base_model"],
             "rank": entries[donor]["rank"],
             "place": places[donor]["place"],
             "nll": places[donor]["nll"],

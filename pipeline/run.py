@@ -15,6 +15,8 @@ import os
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -265,13 +267,13 @@ def _score(run: Run, work: Work, catalogue: pa.Table, max_rank: int, details: di
     config, files = run.config, ScoreFiles(work.scores)
     leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves}
     engine = engine_config(config.base, max_rank, leaves, config.search, config.target.max_tokens)
-    total = len(files.missing(work.adapters, len(work.samples)))
-    run.progress.say(f"starting {config.search.engine}; {total} of {len(work.adapters)} candidates have no scores yet")
+    todo = files.missing(work.adapters, len(work.samples))
+    run.progress.say(f"starting {config.search.engine}; {len(todo)} of {len(work.adapters)} candidates have no scores yet")
     tokens, seconds = 0, 0.0
-    for done, row in enumerate(score_stream(work, engine, config.search), start=1):
+    for done, row in enumerate(score_stream(replace(work, adapters=todo), engine, config.search), start=1):
         tokens, seconds = tokens + row["tokens"], seconds + row["seconds"]
         details["engine_start_seconds"] = round(details.get("engine_start_seconds", 0.0) + row["startup"], 1)
-        run.progress.count(done, total, f"candidates scored, {tokens / max(seconds, 1e-9):.0f} tokens/s an engine")
+        run.progress.count(done, len(todo), f"candidates scored, {tokens / max(seconds, 1e-9):.0f} tokens/s an engine")
         run.ledger.beat()
     details["tokens"] = details.get("tokens", 0) + tokens
     details["scoring_seconds"] = round(details.get("scoring_seconds", 0.0) + seconds, 1)
@@ -380,7 +382,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
     }
 
 
-def _said_and_timed(run: Run) -> Any:
+def _said_and_timed(run: Run) -> Callable[[str], None]:
     def say(text: str) -> None:
         run.progress.say(text)
         run.ledger.beat()
@@ -396,7 +398,7 @@ def _copy_adapter(source: Folder, run: Folder, name: str) -> None:
 def _require_base(files: ScoreFiles) -> None:
     failures = files.failures()
     if BASE_ID in failures:
-        files.folder.delete("failures")
+        files.forget_failures()
         raise RuntimeError(f"the base model itself could not be scored: {failures[BASE_ID]}")
 
 
@@ -414,16 +416,14 @@ def _sampling(config: Config) -> tuple[int, float, int]:
 
 def _base_state(base: str) -> Any:
     """What tells one base model from another: its name, and for a local folder its files."""
-    return _state(base) if Path(base).expanduser().is_dir() else base
+    return _state(base) if Path(base).is_dir() else base
 
 
 def _state(path: str) -> list[Any]:
     """Names, sizes and times of the files at a path."""
     folder = Folder.at(path)
-    info = folder.files.get_file_info(folder.path)
-    found = (
-        folder.files.get_file_info(fs.FileSelector(folder.path, recursive=True)) if info.type == fs.FileType.Directory else [info]
-    )
+    what = fs.FileSelector(folder.path, recursive=True) if folder.is_folder else [folder.path]
+    found = folder.files.get_file_info(what)
     return sorted((one.path, one.size, one.mtime_ns) for one in found if one.is_file)
 
 

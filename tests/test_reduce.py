@@ -25,7 +25,7 @@ def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:
 
 def catalogue(**ranks: int) -> pa.Table:
     rows = [
-        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "rank": rank, "status": "ok"}
+        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "base_model": None, "rank": rank, "status": "ok"}
         for name, rank in ranks.items()
     ]
     return pa.Table.from_pylist(rows, schema=CATALOGUE)

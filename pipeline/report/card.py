@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from pipeline.config import Config
 from pipeline.report.words import METHODS, Json, count, nll, one_line, percent, signed
 
 TAGS = ["lora", "mashup-learning", "merge"]
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def model_card(selection: Json, config: Config, samples_count: Json) -> str:
@@ -25,18 +27,19 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
     """
     if selection["verdict"] != "mashup":
         raise ValueError(f"selection.json: the verdict is {selection['verdict']!r}; only a mashup has a model card")
-    front = {"base_model": config.base, "library_name": "peft", "tags": TAGS}
+    base = _base_model(config.base, selection["donors"])
+    front = {"base_model": base, "library_name": "peft", "tags": TAGS}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         "# Mashup of " + count(len(selection["donors"]), "LoRA adapter"),
-        _introduction(config),
+        _introduction(base, config.target.train),
         "## Donors\n\n" + _donor_table(selection["donors"]),
         f"NLL and its difference to the base: nats a completion token on {count(samples_count['search'], 'search sample')}.",
         "## Merge\n\n" + _merge_list(selection),
         "## Candidates\n\n" + _candidate_table(selection),
         f"Hold-out NLL: nats a completion token on {count(samples_count['holdout'], 'sample')} that played no part in ranking "
         "the donors. The error is the standard error of the paired difference.",
-        "## Use\n\n" + _usage(config.base),
+        "## Use\n\n" + _usage(base),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -46,10 +49,19 @@ def escape_markdown(text: object) -> str:
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], one_line(text))
 
 
-def _introduction(config: Config) -> str:
+def _base_model(base: str, donors: Sequence[Json]) -> str:
+    """The base as the Hub and other machines know it: of a local folder, the id that all donors name, else its name."""
+    if not Path(base).is_dir():
+        return base
+    claims = {donor["base_model"] for donor in donors}
+    claim = claims.pop() if len(claims) == 1 else None
+    return claim if claim and re.fullmatch(HUB_ID, claim) else Path(base).name
+
+
+def _introduction(base: str, train: str) -> str:
     return (
-        f"A LoRA adapter for {escape_markdown(config.base)}, merged from adapters of earlier finetunes as a start for a new one. "
-        f"The donors were chosen by their loss on a sample of {escape_markdown(config.target.train)}. "
+        f"A LoRA adapter for {escape_markdown(base)}, merged from adapters of earlier finetunes as a start for a new one. "
+        f"The donors were chosen by their loss on a sample of {escape_markdown(train)}. "
         f"Made by mashup-learning {__version__}."
     )
 

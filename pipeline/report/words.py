@@ -12,7 +12,7 @@ NOTHING = "–"
 """Shown for a number that is not there."""
 
 METHODS = {
-    "exact": "weighted sum of the donors' delta weights (scale x B A), cut to the rank below by an SVD",
+    "exact": "weighted sum of the donors' delta weights (scale x B A), factored by an SVD at the rank below",
     "ab_mean": "weighted mean of the donors' A and B matrices, each apart",
 }
 

@@ -35,6 +35,9 @@ class ScoreFiles:
         table = self.folder.sub(FAILURES).dataset(SCORING_FAILURES).to_table()
         return dict(zip(*(table[name].to_pylist() for name in SCORING_FAILURES.names), strict=True))
 
+    def forget_failures(self) -> None:
+        self.folder.delete(FAILURES)
+
     def missing(self, adapters: pa.Table, n_samples: int) -> pa.Table:
         """The rows of `adapters` without a full set of scores and without a failure on record."""
         counts = self.scores().to_table(["adapter_id"])["adapter_id"].value_counts().to_pylist()

@@ -1,7 +1,7 @@
 """The Ray Data plan of the search: a stream of adapters through a pool of actors, each with one scoring engine.
 
 Each actor writes the scores of a batch of adapters as one Parquet file, whole or not at all, before it reports them; what
-was reported is never lost, and a search that starts again scores only what has no scores yet.
+was reported is never lost, and a search that starts again leaves out what `ScoreFiles` has already.
 """
 
 import tempfile
@@ -60,15 +60,14 @@ def engine_config(base: str, max_rank: int, target_modules: Iterable[str], searc
 
 
 def score_stream(work: Work, engine: EngineConfig, search: SearchConfig) -> Iterator[dict[str, Any]]:
-    """Score what has no scores yet. Yields a row of schema REPORT an adapter, as soon as its scores are on disk."""
-    todo = ScoreFiles(work.scores).missing(work.adapters, n_samples=len(work.samples))
-    if not len(todo):
+    """Score every adapter on every sample. Yields a row of schema REPORT an adapter, as soon as its scores are on disk."""
+    if not len(work.adapters):
         return
     resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
-    batches = -(-len(todo) // engine.adapters_per_batch)
+    batches = -(-len(work.adapters) // engine.adapters_per_batch)
     slots = cluster.engine_slots(resources) if search.actors == "auto" else search.actors
     reports = (
-        ray.data.from_arrow(todo)
+        ray.data.from_arrow(work.adapters)
         .repartition(target_num_rows_per_block=engine.adapters_per_batch)
         .map_batches(
             ScoringActor,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,20 @@ def test_the_front_matter_is_what_the_hub_reads(run_data: RunData, config: Confi
         "library_name": "peft",
         "tags": ["lora", "mashup-learning", "merge"],
     }
+
+
+@pytest.mark.parametrize(
+    ("claims", "shown"), [(("org/model", "org/model"), "org/model"), (("org/a", "org/b"), "model"), (("/a/model", None), "model")]
+)
+def test_a_local_base_goes_by_the_id_that_its_donors_name(
+    run_data: RunData, config: Config, tmp_path: Path, claims: tuple[str, ...], shown: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    choice = run_data.documents["selection.json"]
+    donors = [{**choice["donors"][0], "base_model": claim} for claim in claims]
+    text = model_card({**choice, "donors": donors}, config.model_copy(update={"base": str(tmp_path / "model")}), SAMPLES)
+    assert front_matter(text)["base_model"] == shown
+    assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("base", ["it's: a # path", "a\nlibrary_name: other", "'\"{}[]", "---\n"])
