@@ -48,9 +48,13 @@ def main(
         base = str(Path(base).resolve()) if base else tiny_base(folder / "base")
         found = {"driver_memory_growth": round(_memory_growth(small=50 if quick else 200), 3)}
         cluster.connect()
-        for part in (_search(folder, base, engine, batches=4 if quick else 12), _train(folder, base, steps=10 if quick else 40)):
-            found |= part
-            typer.echo(f"so far: {part}", err=True)
+        parts = (
+            lambda: _search(folder, base, engine, batches=4 if quick else 12),
+            lambda: _train(folder, base, steps=10 if quick else 40),
+        )
+        for measure in parts:
+            found |= measure()
+            typer.echo(f"so far: {found}", err=True)
     print(json.dumps(found))
 
 
