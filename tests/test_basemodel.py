@@ -51,14 +51,6 @@ def test_model_is_loaded_in_evaluation_mode_and_in_the_wished_dtype(tiny_base: s
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_tilde_in_a_base_path_works_for_every_part(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(Path(tiny_base).parent))
-    base = f"~/{Path(tiny_base).name}"
-    assert linear_shapes(base)[0]
-    assert load_tokenizer(base).is_fast
-    assert load_model(base, torch.float32) is not None
-
-
 def test_dtype_auto_is_one_that_the_hardware_multiplies() -> None:
     assert fast_dtype("float32") == torch.float32
     assert fast_dtype("auto") in (torch.float32, torch.bfloat16)

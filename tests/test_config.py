@@ -124,6 +124,8 @@ def test_every_field_but_the_plain_ones_says_what_it_is() -> None:
 def test_a_local_base_is_made_absolute_for_workers_that_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     content = {"run": "r", "pool": "p", "target": {"train": "t"}}
+    assert build_config({**content, "base": "~/model"}, "test").base == str(tmp_path / "model")
     assert build_config({**content, "base": "model"}, "test").base == str(tmp_path / "model")
     assert build_config({**content, "base": "org/model"}, "test").base == "org/model"

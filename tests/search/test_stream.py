@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def work_on(uris: dict[str, str], samples: pa.Table, scores: Folder) -> Work:
 
 
 def run(base: str, work: Work, adapters_per_batch: int = 2) -> dict[str, dict[str, Any]]:
-    """The reports by adapter."""
+    """Score what is missing. The reports by adapter."""
     search = SearchConfig(
         engine="transformers", dtype="float32", adapters_per_batch=adapters_per_batch, cpus_per_actor=1, actors=1
     )
-    reports = list(score_stream(work, engine_config(base, 5, ["q_proj", "v_proj"], search, max_tokens=64), search))
+    todo = replace(work, adapters=ScoreFiles(work.scores).missing(work.adapters, len(work.samples)))
+    reports = list(score_stream(todo, engine_config(base, 5, ["q_proj", "v_proj"], search, max_tokens=64), search))
     assert len({report["adapter_id"] for report in reports}) == len(reports)
     return {report["adapter_id"]: report for report in reports}
 
