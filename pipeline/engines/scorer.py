@@ -21,7 +21,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine must know before it starts; the largest rank and the target modules are those of the whole pool."""
+    """What an engine must know before it starts; the largest rank and the target modules are those of the whole pool.
+
+    `max_rank` 0 is an engine for the base alone.
+    """
 
     base: str
     dtype: str

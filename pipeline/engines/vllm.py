@@ -4,8 +4,10 @@ vLLM gives the log-probability of each prompt token (`prompt_logprobs`); complet
 worker's environment decides on threads and on the engine's process: see `cluster.worker_env`.
 """
 
+import itertools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from vllm.lora.request import LoRARequest
 
 from pipeline.basemodel import fast_dtype
 from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.engines.vllm_head import START
 from pipeline.merge.adapter import plain, read_adapter, write_adapter
 from pipeline.tables import SCORES
 
@@ -25,30 +28,39 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 MAX_SEQUENCES = 64
 
 
+@dataclass(frozen=True)
+class Row:
+    """A sample's tokens up to the last one of its completion."""
+
+    ids: list[int]
+    mask: list[bool]
+
+    @property
+    def start(self) -> int:
+        """Its first completion token; a row's first token has nothing before it and never counts."""
+        return max(1, self.mask.index(True))
+
+    @property
+    def params(self) -> SamplingParams:
+        """Asks for log-probabilities from `start` on; what does not know `START` gives those of the tokens before, too."""
+        return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, extra_args={START: self.start})
+
+    def score(self, logprobs: list[dict[int, Any] | None]) -> tuple[float, int, int]:
+        """Sum of -log p, number and first choices of the completion tokens. vLLM's rank counts from 1."""
+        tail = logprobs[len(logprobs) - len(self.ids) + self.start :]
+        tokens = zip(tail, self.ids[self.start :], self.mask[self.start :], strict=True)
+        picked = [entry[token] for entry, token, inside in tokens if inside and entry is not None]
+        return -sum(entry.logprob for entry in picked), len(picked), sum(entry.rank == 1 for entry in picked)
+
+
 class VllmScorer:
-    """One vLLM engine."""
+    """One vLLM engine. It holds the adapters of one batch; those used longest ago make room for others."""
 
     def __init__(self, config: EngineConfig):
-        self._plain_folder = tempfile.TemporaryDirectory(prefix="mashup-plain-")
-        self._lora_ids: dict[str, int] = {}
-        self.llm = LLM(
-            config.base,
-            skip_tokenizer_init=True,  # rows are token ids already
-            dtype=str(fast_dtype(config.dtype)).removeprefix("torch."),
-            max_model_len=_fitting_length(config),
-            max_num_seqs=MAX_SEQUENCES,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=True,
-            enable_prefix_caching=False,  # prompt log-probabilities need the whole prompt computed
-            disable_log_stats=True,
-            enable_lora=True,
-            max_loras=config.adapters_per_batch,
-            max_cpu_loras=config.adapters_per_batch,
-            max_lora_rank=_fitting_rank(config.max_rank),
-            # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
-            lora_target_modules=list(config.target_modules),
-        )
-        self._params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        self._places = config.adapters_per_batch
+        self._held: dict[str, LoRARequest] = {}  # the one used longest ago first
+        self._numbers = itertools.count(1)
+        self.llm = LLM(**_arguments(config))
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         # The base apart: in a batch with adapters, vLLM's own CPU code gives tokens without an adapter (index -1) the last one.
@@ -56,33 +68,63 @@ class VllmScorer:
         return pa.concat_tables([self._score(group, samples) for group in groups if group])
 
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
-        ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
-        prompts = [{"prompt_token_ids": _up_to_last(row, mask)} for row, mask in zip(ids, masks, strict=True)]
-        loras = [request for candidate in candidates for request in [self._lora(candidate)] * len(prompts)]
-        outputs = self.llm.generate(prompts * len(candidates), self._params, lora_request=loras, use_tqdm=False)
-        rows: dict[str, list[Any]] = {name: [] for name in SCORES.names}
-        for place, output in enumerate(outputs):
-            candidate, sample = divmod(place, len(prompts))
-            nll, count, hits = _completion(output.prompt_logprobs, ids[sample], masks[sample])
-            values = (candidates[candidate].adapter_id, samples["sample_id"][sample].as_py(), nll, count, hits)
-            for name, value in zip(SCORES.names, values, strict=True):
-                rows[name].append(value)
-        return pa.table(rows, schema=SCORES)
+        rows = [_row(*row) for row in zip(samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist(), strict=True)]
+        requests = self._hold(candidates)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": row.ids} for row in rows] * len(candidates),
+            [row.params for row in rows] * len(candidates),
+            lora_request=[request for request in requests for _ in rows],
+            use_tqdm=False,
+        )
+        scores = [row.score(output.prompt_logprobs) for row, output in zip(rows * len(candidates), outputs, strict=True)]
+        names = [candidate.adapter_id for candidate in candidates for _ in rows]
+        columns = [names, samples["sample_id"].to_pylist() * len(candidates), *zip(*scores, strict=True)]
+        return pa.table([pa.array(c, field.type) for c, field in zip(columns, SCORES, strict=True)], schema=SCORES)
 
-    def _lora(self, candidate: Candidate) -> LoRARequest | None:
-        if candidate.folder is None:
-            return None
-        number = self._lora_ids.setdefault(candidate.adapter_id, len(self._lora_ids) + 1)
-        return LoRARequest(candidate.adapter_id, number, str(self._readable(candidate.folder, number)))
+    def _hold(self, candidates: Sequence[Candidate]) -> list[LoRARequest | None]:
+        """What vLLM knows each candidate by. An adapter that it still holds is not read again."""
+        adapters = [(candidate.adapter_id, candidate.folder) for candidate in candidates if candidate.folder is not None]
+        for name, folder in sorted(adapters, key=lambda adapter: adapter[0] not in self._held):
+            self._held[name] = self._held.pop(name, None) or self._load(name, folder)
+        return [self._held.get(candidate.adapter_id) for candidate in candidates]
 
-    def _readable(self, folder: Path, number: int) -> Path:
-        """vLLM reads no rank_pattern and no alpha_pattern: such an adapter is rewritten with one rank, the same deltas."""
-        adapter = read_adapter(folder)
-        if adapter.uniform:
-            return folder
-        target = Path(self._plain_folder.name) / str(number)
-        write_adapter(target, plain(adapter))
-        return target
+    def _load(self, name: str, folder: Path) -> LoRARequest:
+        """Have vLLM read an adapter, before there are requests for it: one that it refuses then leaves nothing behind."""
+        while len(self._held) >= self._places:
+            self.llm.llm_engine.remove_lora(self._held.pop(next(iter(self._held))).lora_int_id)
+        with tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
+            request = LoRARequest(name, next(self._numbers), str(_readable(folder, Path(scratch))))
+            self.llm.llm_engine.add_lora(request)
+        return request
+
+
+def _arguments(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "model": config.base,
+        "skip_tokenizer_init": True,  # rows are token ids already
+        "dtype": str(fast_dtype(config.dtype)).removeprefix("torch."),
+        "max_model_len": _fitting_length(config),
+        "max_num_seqs": MAX_SEQUENCES,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,  # prompt log-probabilities need the whole prompt computed
+        "disable_log_stats": True,
+        "enable_lora": config.max_rank > 0,
+        "max_loras": config.adapters_per_batch,
+        "max_cpu_loras": config.adapters_per_batch,
+        "max_lora_rank": _fitting_rank(config.max_rank),
+        # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
+        "lora_target_modules": list(config.target_modules),
+    }
+
+
+def _readable(folder: Path, scratch: Path) -> Path:
+    """vLLM reads no rank_pattern and no alpha_pattern: such an adapter is rewritten with one rank, the same deltas."""
+    adapter = read_adapter(folder)
+    if adapter.uniform:
+        return folder
+    write_adapter(scratch, plain(adapter))
+    return scratch
 
 
 def _fitting_length(config: EngineConfig) -> int:
@@ -98,12 +140,7 @@ def _fitting_rank(rank: int) -> int:
     return fitting[0]
 
 
-def _up_to_last(ids: list[int], mask: list[bool]) -> list[int]:
+def _row(ids: list[int], mask: list[bool]) -> Row:
     """The row without what follows its last completion token."""
-    return ids[: len(mask) - mask[::-1].index(True)]
-
-
-def _completion(logprobs: list[dict[int, Any] | None], ids: list[int], mask: list[bool]) -> tuple[float, int, int]:
-    """Sum of -log p, number and first choices of a row's completion tokens. vLLM's rank counts from 1."""
-    picked = [entry[token] for entry, token, inside in zip(logprobs, ids, mask, strict=False) if inside and entry is not None]
-    return -sum(entry.logprob for entry in picked), len(picked), sum(entry.rank == 1 for entry in picked)
+    end = len(mask) - mask[::-1].index(True)
+    return Row(ids[:end], mask[:end])

@@ -1,8 +1,12 @@
 """The fast engine against the oracle, in an actor with the environment that the search gives its actors."""
 
 import importlib.util
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,8 +22,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def vllm_score(ray_session: None, engine_config: EngineConfig) -> Iterator[Callable[..., pa.Table]]:
-    """vllm_score(candidates, samples): by one engine for the whole module, as its start takes some 15 s."""
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine's temporary files are."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Iterator[Callable[..., Any]]:
+    """engine(method, *arguments): one for the whole module, as its start takes some 15 s."""
     import ray
 
     from pipeline.cluster import Resources, worker_env
@@ -27,15 +37,32 @@ def vllm_score(ray_session: None, engine_config: EngineConfig) -> Iterator[Calla
 
     class Engine:
         def __init__(self, config: EngineConfig):
-            self.scorer = build_scorer("vllm", config)
+            tempfile.tempdir = str(scratch)
+            self.scorer: Any = build_scorer("vllm", config)
 
         def score(self, candidates: list[Candidate], samples: pa.Table) -> pa.Table:
             return self.scorer.score(candidates, samples)
 
+        def loaded(self) -> int:
+            """Adapters in vLLM's memory."""
+            return len(self.scorer.llm.llm_engine.list_loras())
+
+        def wrapper(self) -> str:
+            """The code that multiplies by A and B."""
+            from vllm.platforms import current_platform
+
+            return current_platform.get_punica_wrapper()
+
     resources = Resources(cpus=1, gpus=0, threads=2)
     actor = ray.remote(Engine).options(num_cpus=1, runtime_env=worker_env(resources)).remote(engine_config)
-    yield lambda *work: ray.get(actor.score.remote(*work), timeout=240)
+    yield lambda method, *work: ray.get(getattr(actor, method).remote(*work), timeout=240)
     ray.kill(actor)
+
+
+@pytest.fixture
+def vllm_score(engine: Callable[..., Any]) -> Callable[..., pa.Table]:
+    """vllm_score(candidates, samples)."""
+    return partial(engine, "score")
 
 
 def assert_alike(found: pa.Table, expected: pa.Table) -> None:
@@ -78,3 +105,57 @@ def test_further_samples_of_a_known_adapter(
 ) -> None:
     parts = [vllm_score(candidates[1:3], part) for part in (samples.slice(0, 5), samples.slice(5))]
     assert_alike(pa.concat_tables(parts), TransformersScorer(engine_config).score(candidates[1:3], samples))
+
+
+def test_adapters_leave_nothing_behind(
+    engine: Callable[..., Any], candidates: list[Candidate], samples: pa.Table, engine_config: EngineConfig, scratch: Path
+) -> None:
+    """Neither in vLLM's memory nor, of those that are rewritten for it, on disk."""
+    for start in (1, 3, 1):
+        engine("score", candidates[start : start + 2], samples.slice(0, 2))
+        assert engine("loaded") == engine_config.adapters_per_batch
+    assert not list(scratch.glob("mashup-plain-*"))
+
+
+def test_an_adapter_is_read_once_while_it_is_held(
+    vllm_score: Callable[..., pa.Table],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    mine = Candidate("mine", make_adapter(tmp_path / "mine", tiny_base, seed=5, std=0.3))
+    expected = TransformersScorer(engine_config).score([mine], samples)
+    parts = [vllm_score([mine], samples.slice(0, 5))]
+    shutil.rmtree(tmp_path / "mine")
+    parts.append(vllm_score([candidates[1], mine], samples.slice(5)).slice(len(samples) - 5))
+    assert_alike(pa.concat_tables(parts), expected)
+    vllm_score(candidates[1:3], samples.slice(0, 1))
+    with pytest.raises(Exception, match=r"adapter_config\.json is missing"):
+        vllm_score([mine], samples)
+
+
+def test_an_adapter_that_vllm_refuses_leaves_the_engine_working(
+    vllm_score: Callable[..., pa.Table],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    large = Candidate("large", make_adapter(tmp_path, tiny_base, rank=32))
+    with pytest.raises(Exception, match="rank"):
+        vllm_score([candidates[1], large], samples)
+    assert_alike(vllm_score(candidates[1:3], samples), TransformersScorer(engine_config).score(candidates[1:3], samples))
+
+
+def test_the_plugin_is_at_work(engine: Callable[..., Any]) -> None:
+    import vllm
+
+    from pipeline.engines.vllm_cpu import KNOWN, current_platform
+
+    expected = current_platform.is_cpu() and vllm.__version__.startswith(KNOWN)
+    assert engine("wrapper").endswith("vllm_cpu.SegmentedLora") == expected
