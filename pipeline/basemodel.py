@@ -1,14 +1,18 @@
 """The base model as the ground that everything stands on: its config, tokenizer and the shapes of its linear layers."""
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
+
+FIRST_VALUES = 256
 
 Shapes = dict[str, tuple[int, int]]
 """Module path, as in `model.layers.0.self_attn.q_proj` -> (out features, in features)."""
@@ -47,6 +51,30 @@ def load_model(base: str, dtype: torch.dtype) -> Any:
     return model.to(device()).eval()
 
 
+@lru_cache(maxsize=4)
+def fingerprint(base: str) -> str:
+    """What tells one base model from another on any machine; 16 hexadecimal digits.
+
+    Of a Hub id: the commit of its config in the Hub's cache. Of a local folder: its config and, of each tensor, name, type,
+    shape and first values, so that a model of any size is told in a moment.
+
+    Raises:
+        InputError: the base model is not known.
+    """
+    config = _from_pretrained(AutoConfig, base)
+    if not Path(base).is_dir():
+        return _short(f"{base} {config._commit_hash}".encode())
+    content = (Path(base) / "config.json").read_bytes()
+    for file in sorted(Path(base).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = tensors.get_slice(name)
+                first = tensors.get_tensor(name) if not tensor.get_shape() else tensor[:1]
+                content += f"{name} {tensor.get_dtype()} {tensor.get_shape()}".encode()
+                content += first.flatten()[:FIRST_VALUES].float().numpy().tobytes()
+    return _short(content)
+
+
 def device() -> torch.device:
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
@@ -60,6 +88,10 @@ def fast_dtype(wish: str) -> torch.dtype:
         return getattr(torch, wish)
     hardware = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if hardware else torch.float32
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)

@@ -41,7 +41,7 @@ def search(
     samples: Annotated[int, typer.Option(help="Rows to score every candidate on, hold-out included.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
-    budget: Annotated[float, typer.Option(help="Share of the exhaustive cost; reserved, all is scored today.")] = 1.0,
+    budget: Annotated[float, typer.Option(help="Share of the cost of scoring everything that may be spent.")] = 0.1,
 ) -> None:
     """Score every adapter of a pool on a sample of the target and print the leaderboard."""
     from pipeline import run as page

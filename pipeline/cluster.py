@@ -35,10 +35,10 @@ def connect() -> float:
     return time.perf_counter() - started
 
 
-def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1) -> Resources:
+def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare: int = 1) -> Resources:
     """Resolve 'auto' against the cluster, for `workers` that run at once.
 
-    A worker takes a GPU where there is one. On CPUs the workers share out a node's CPUs less one, which stays free for Ray
+    A worker takes a GPU where there is one. On CPUs the workers share out a node's CPUs less `spare`, which stay free for Ray
     Data's reading and writing, and compute with as many threads together as the node has cores.
     """
     total = ray.cluster_resources()
@@ -50,7 +50,7 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1) -> Re
         return Resources(1.0, n_gpus, max(1, node_cpus // max(1, int(total.get("GPU", 1)))))
     nodes = max(1, int(total.get("CPU", 1)) // node_cpus)
     here = -(-workers // nodes)
-    return Resources(max(1, node_cpus - 1) / here, 0, max(1, node_cpus // here))
+    return Resources(max(1, node_cpus - spare) / here, 0, max(1, node_cpus // here))
 
 
 def engine_slots(resources: Resources) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InputError
 
@@ -30,6 +30,33 @@ class TargetConfig(Section):
     test_rows: int = Field(500, ge=1, description="rows used of the test split, a seeded draw")
 
 
+class Budget(Section):
+    """What a search may spend, in one of three ways. A number alone is a share."""
+
+    share: float | None = Field(None, gt=0, le=1, description="of the cost of scoring every candidate on every sample")
+    seconds: float | None = Field(None, gt=0, description="about so many, engine start apart")
+    confidence: float | None = Field(
+        None, gt=0.5, lt=1, description="drop an adapter only if it is out with this level, one-sided"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def number_is_share(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            return {"share": value}
+        if not isinstance(value, dict | Budget):
+            problem = "must be a number, or one of share, seconds and confidence with its value"
+            raise ValueError(problem)  # noqa: TRY004 (pydantic wants this one)
+        return value
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> "Budget":
+        given = [name for name in Budget.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must be one of share, seconds and confidence, not {' and '.join(given) or 'none'}")
+        return self
+
+
 class SearchConfig(Section):
     """How the pool is scored."""
 
@@ -37,7 +64,9 @@ class SearchConfig(Section):
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
     seed: int = 0
     engine: Literal["vllm", "transformers"] = "vllm"
-    budget: float = Field(1.0, gt=0, le=1, description="share of the exhaustive cost; reserved, every sample is scored today")
+    budget: Budget = Budget(share=0.1)
+    screen: float = Field(1.0, gt=0, le=1, description="share of the pool that a first-order estimate lets into the race; 1: all")
+    store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
     adapters_per_batch: int = Field(4, ge=1, description="adapters that one engine scores together")
     actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")

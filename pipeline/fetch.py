@@ -13,21 +13,37 @@ from pipeline.storage import Folder
 HUB = "hf://"
 
 
-def fetch_adapter(uri: str, cache: Path) -> Path:
-    """The local folder of an adapter. Object-store files are copied under `cache`; Hub files go to the Hub's own cache,
+def locate(uri: str) -> Path | Folder:
+    """Where an adapter is: a local folder, used in place, or a folder of an object store. Hub files go to the Hub's own cache,
     which serves them again without a network.
 
     Raises:
-        AdapterError: it cannot be reached.
+        AdapterError: the Hub or the store cannot be reached.
     """
     if "://" not in uri:
         return Path(uri)
     if uri.startswith(HUB):
         return _from_hub(uri.removeprefix(HUB))
+    try:
+        folder = Folder.at(uri)
+    except InputError as error:
+        raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
+    return Path(folder.path) if folder.is_local else folder
+
+
+def fetch_adapter(uri: str, cache: Path) -> Path:
+    """The local folder of one adapter; object-store files are copied under `cache`. For many, see `pipeline.cache`.
+
+    Raises:
+        AdapterError: it cannot be reached.
+    """
+    place = locate(uri)
+    if isinstance(place, Path):
+        return place
     target = cache / hashlib.sha256(uri.encode()).hexdigest()[:32]
     try:
-        Folder.at(uri).download(FILES, target)
-    except (OSError, InputError) as error:
+        place.download(FILES, target)
+    except OSError as error:
         raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
     return target
 

@@ -26,7 +26,7 @@ def mean_per_token(sums: Values, n_tokens: Values) -> Estimate:
 
     The error is that of a ratio of two sample means, by the delta method:
     sqrt(n / (n - 1) * sum((x_i - R n_i)^2)) / sum(n_i) (Cochran, Sampling Techniques, 1977, section 2.11).
-    One sample alone has no spread: its error is NaN.
+    One sample alone has no spread, nor has a mean that is no number: their error is NaN.
 
     Args:
         sums: shape (samples,), for instance the summed NLL of each sample, or a paired difference of two such sums.
@@ -35,7 +35,7 @@ def mean_per_token(sums: Values, n_tokens: Values) -> Estimate:
     total = float(n_tokens.sum())
     mean = float(sums.sum()) / total
     n = len(sums)
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return Estimate(mean, float("nan"))
     residual = sums - mean * n_tokens
     return Estimate(mean, float(np.sqrt(n / (n - 1) * (residual**2).sum())) / total)

@@ -4,10 +4,9 @@ A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id 
 or an object-store prefix.
 """
 
-import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import ray
 from pyarrow import fs
 
 from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.cache import AdapterCache
 from pipeline.errors import AdapterError, InputError
-from pipeline.fetch import HUB, fetch_adapter
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_adapter, read_adapter
+from pipeline.fetch import HUB
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_adapter, content_hash, file_sha256, read_adapter
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE
 
@@ -46,7 +46,7 @@ def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = la
     for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
         parts.append(part)
         count(sum(map(len, parts)), len(found))
-    catalogue = _set_duplicates_aside(pa.concat_tables(parts).sort_by("adapter_id")).select(CATALOGUE.names).cast(CATALOGUE)
+    catalogue = _set_duplicates_aside(pa.concat_tables(parts).sort_by("adapter_id"))
     _require_valid(catalogue, pool)
     return catalogue
 
@@ -74,18 +74,19 @@ def list_adapters(pool: str) -> dict[str, list[str]]:
 
 
 def inspect_batch(batch: pa.Table, base: str, shapes: Shapes, head: str | None) -> pa.Table:
-    """Catalogue rows of a batch of (adapter_id, uri); the extra column `content` is equal for equal delta weights."""
-    with tempfile.TemporaryDirectory() as cache:
-        rows = [_inspect(row["adapter_id"], row["uri"], base, shapes, head, Path(cache)) for row in batch.to_pylist()]
-    return pa.Table.from_pylist(rows, schema=CATALOGUE.append(pa.field("content", pa.string())))
+    """Catalogue rows of a batch of (adapter_id, uri)."""
+    with closing(AdapterCache()) as cache:
+        cache.prefetch(batch["uri"].to_pylist())
+        rows = [_inspect(row["adapter_id"], row["uri"], base, shapes, head, cache) for row in batch.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
 
-def _inspect(adapter_id: str, uri: str, base: str, shapes: Shapes, head: str | None, cache: Path) -> dict[str, Any]:
+def _inspect(adapter_id: str, uri: str, base: str, shapes: Shapes, head: str | None, cache: AdapterCache) -> dict[str, Any]:
     row: dict[str, Any] = {"adapter_id": adapter_id, "uri": uri, "status": "ok"}
     try:
-        folder = fetch_adapter(uri, cache)
-        adapter = read_adapter(folder)
-        row |= _describe(folder / WEIGHTS_FILE, adapter)
+        with cache.lease(uri) as folder:
+            adapter = read_adapter(folder)
+            row |= _describe(folder / WEIGHTS_FILE, adapter)
         check_adapter(adapter, shapes, head)
     except AdapterError as error:
         return row | {"status": "set_aside", "reason": str(error)}
@@ -94,12 +95,10 @@ def _inspect(adapter_id: str, uri: str, base: str, shapes: Shapes, head: str | N
 
 def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
+    digest = file_sha256(weights)
     return {
         "sha256": digest,
-        "content": f"{digest} {scaling}",
+        "adapter_hash": content_hash(digest, config),
         "base_model": config.base_model_name_or_path,
         "rank": adapter.max_rank,
         "alpha": float(config.lora_alpha),
@@ -156,7 +155,7 @@ def _set_duplicates_aside(table: pa.Table) -> pa.Table:
             row |= {"status": "set_aside", "reason": f"its id is {BASE_ID!r}, which stands for the base model; rename it"}
         if row["status"] != "ok":
             continue
-        original = first.setdefault(row["content"], row["adapter_id"])
+        original = first.setdefault(row["adapter_hash"], row["adapter_id"])
         if original != row["adapter_id"]:
             row |= {"status": "set_aside", "reason": f"duplicate of {original}: same weights and scaling"}
     return pa.Table.from_pylist(rows, schema=table.schema)

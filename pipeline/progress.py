@@ -24,10 +24,13 @@ class Progress:
         self._console.print(f"[dim]{time.monotonic() - self._began:6.0f} s[/dim]  [bold]{self._stage:<8}[/bold] ", end="")
         self._console.print(text, markup=False)
 
+    def now_and_then(self, text: str, force: bool = False) -> None:
+        """Say something that changes all the time: at most every few seconds."""
+        now = time.monotonic()
+        if force or now - self._last >= INTERVAL:
+            self._last = now
+            self.say(text)
+
     def count(self, done: int, total: int, text: str) -> None:
         """Say how far a long piece of work is: at most every few seconds, and at its end."""
-        now = time.monotonic()
-        if done < total and now - self._last < INTERVAL:
-            return
-        self._last = now
-        self.say(f"{done} of {total} {text}")
+        self.now_and_then(f"{done} of {total} {text}", force=done >= total)

@@ -33,7 +33,8 @@ class Scored:
 def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
     """Donors that beat the base on the search split and on the hold-out split, in the leaderboard's order."""
     rows = (row for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID)
-    return [row for row in rows if row["nll_minus_base"] < 0 and row["holdout_nll_minus_base"] < 0]
+    measured = (row for row in rows if row["holdout_nll_minus_base"] is not None)  # the others were stopped before
+    return [row for row in measured if row["nll_minus_base"] < 0 and row["holdout_nll_minus_base"] < 0]
 
 
 def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:

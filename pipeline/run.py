@@ -16,7 +16,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ import yaml
 from pyarrow import fs
 
 from pipeline import cluster
-from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.basemodel import Shapes, fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
 from pipeline.config import Config, build_config
+from pipeline.engines.scorer import EngineConfig
 from pipeline.errors import AdapterError, InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import Ledger, Outputs, digest
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
 from pipeline.merge.recipes import Merged, Recipe, merge
 from pipeline.metrics import mean_per_token
 from pipeline.pool import build_catalogue, list_adapters
@@ -43,9 +44,13 @@ from pipeline.reduce import Scored, propose, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.samples import take_samples, target_paths
-from pipeline.search.scoreboard import build_leaderboard, paired_difference
-from pipeline.search.store import ScoreFiles
-from pipeline.search.stream import Work, engine_config, score_stream
+from pipeline.search.board import Progress as Board
+from pipeline.search.board import Work
+from pipeline.search.race import CONFIDENCE, SMALL_POOL, Plan, make_plan
+from pipeline.search.scoreboard import build_leaderboard, paired_difference, score_table
+from pipeline.search.screen import screen_pool
+from pipeline.search.store import Known, ScoreStore, read_failures
+from pipeline.search.stream import engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD, SAMPLES, require
 from pipeline.train import Arm, Job, Lora
@@ -54,10 +59,11 @@ PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "
 STAGES = {
     "index": Outputs(["catalogue.parquet"]),
     "samples": Outputs(["samples.parquet", "samples.json", "data"]),
-    "search": Outputs(["leaderboard.parquet", "scoring_failures.json"], work=["scores"]),
+    "search": Outputs(["leaderboard.parquet", "scoring_failures.json", "scores"], work=["failures"]),
     "merge": Outputs(["selection.json", "mashup"], work=["candidates"]),
     "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
 }
+CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages that a start from the base does without."""
 
@@ -142,7 +148,7 @@ def index(run: Run) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool)
-    key = digest(_base_state(config.base), listing, _state(config.pool))
+    key = digest(fingerprint(config.base), listing, _state(config.pool))
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
@@ -157,7 +163,7 @@ def samples(run: Run) -> None:
     """Draw the sample of the target task and tokenise its training splits."""
     config = run.config
     files = [_state(path) for path in target_paths(config).values()]
-    key = digest(_base_state(config.base), config.target.model_dump(), files, _sampling(config))
+    key = digest(fingerprint(config.base), config.target.model_dump(), files, _sampling(config))
     if run.ready("samples", key):
         return
     with run.ledger.perform("samples", key):
@@ -175,27 +181,32 @@ def samples(run: Run) -> None:
 
 
 def search(run: Run) -> None:
-    """Score the base and every valid adapter on every sample, and rank them."""
+    """Race the base and every valid adapter over the samples, within the budget, and rank them."""
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
     config = run.config
     catalogue = _valid(require(run.folder.read_table("catalogue.parquet"), CATALOGUE, "catalogue.parquet"))
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
-    donors = [catalogue[name].to_pylist() for name in ("adapter_id", "sha256")]
-    key = digest(_base_state(config.base), drawn["sample_id"].to_pylist(), donors, config.search.engine, config.search.dtype)
+    asked = config.search.model_dump(include={"engine", "dtype", "budget", "screen"})
+    key = digest(fingerprint(config.base), drawn["sample_id"].to_pylist(), catalogue["adapter_hash"].to_pylist(), asked)
     if run.ready("search", key):
         return
-    if config.search.budget < 1:
-        run.progress.say("search.budget is not used yet: every adapter is scored on every sample")
     with run.ledger.perform("search", key) as details:
-        base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
-        adapters = pa.concat_tables([base, catalogue.select(["adapter_id", "uri"])])
-        files = _score(
-            run, Work(adapters, drawn, run.folder.sub("scores")), catalogue, max(catalogue["rank"].to_pylist()), details
-        )
-        _require_base(files)
-        run.folder.write_json("scoring_failures.json", files.failures())
-        run.folder.write_table("leaderboard.parquet", build_leaderboard(files, drawn))
+        catalogue = _screened(run, catalogue, drawn)
+        # Adapters of like rank share a batch: vLLM computes with the largest rank in it.
+        adapters = catalogue.sort_by([("rank", "ascending"), ("adapter_id", "ascending")]).select(CANDIDATE)
+        work = _work(run, adapters, drawn, run.folder.sub("failures"))
+        n_search = len(_split(drawn, "search"))
+        budget = config.search.budget
+        level = budget.confidence or CONFIDENCE
+        plan = make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+        engine = _engine(run, catalogue, max(catalogue["rank"].to_pylist()))
+        known, seen = _score(run, work, engine, plan, details, budget.seconds)
+        names = work.candidates["adapter_id"].to_pylist()
+        run.folder.write_json("scoring_failures.json", read_failures(work.failures))
+        run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
+        run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, n_search))
+        work.store.merge_files()
 
 
 def merge_donors(run: Run) -> None:
@@ -262,22 +273,72 @@ def report(run: Run) -> str:
     return uri
 
 
-def _score(run: Run, work: Work, catalogue: pa.Table, max_rank: int, details: dict[str, Any]) -> ScoreFiles:
-    """Score what has no scores yet, saying how far it is."""
-    config, files = run.config, ScoreFiles(work.scores)
+def _screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
+    """The part of the pool that the cheap screen lets into the race; a pool that is scored in full anyway is left whole."""
+    entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL)
+    if entrants >= len(catalogue):
+        return catalogue
+    estimates = screen_pool(catalogue, run.config.base, _split(drawn, "search"), run.config.search.dtype)
+    best = estimates.sort_by([("first_order", "ascending")])["adapter_id"][:entrants]
+    run.progress.say(f"the screen lets {entrants} of {len(catalogue)} adapters into the race")
+    return catalogue.filter(pc.is_in(catalogue["adapter_id"], best.combine_chunks()))
+
+
+def _work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
+    """The base and these adapters (columns CANDIDATE) on these samples."""
+    search = run.config.search
+    base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
+    store = search.store or run.folder.sub("store").uri
+    scores = ScoreStore.at(store, fingerprint(run.config.base), search.engine, scoring_dtype(search))
+    return Work(pa.concat_tables([base, adapters]), samples, scores, failures)
+
+
+def _engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
     leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves}
-    engine = engine_config(config.base, max_rank, leaves, config.search, config.target.max_tokens)
-    todo = files.missing(work.adapters, len(work.samples))
-    run.progress.say(f"starting {config.search.engine}; {len(todo)} of {len(work.adapters)} candidates have no scores yet")
-    tokens, seconds = 0, 0.0
-    for done, row in enumerate(score_stream(replace(work, adapters=todo), engine, config.search), start=1):
-        tokens, seconds = tokens + row["tokens"], seconds + row["seconds"]
-        details["engine_start_seconds"] = round(details.get("engine_start_seconds", 0.0) + row["startup"], 1)
-        run.progress.count(done, len(todo), f"candidates scored, {tokens / max(seconds, 1e-9):.0f} tokens/s an engine")
+    return engine_config(run.config.base, max_rank, leaves, run.config.search, run.config.target.max_tokens)
+
+
+def _score(
+    run: Run, work: Work, engine: EngineConfig, plan: Plan, details: dict[str, Any], limit: float | None = None
+) -> tuple[Known, list[int]]:
+    """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
+    board = Board()
+    for board in score_stream(work, engine, run.config.search, plan, limit):
+        _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()
-    details["tokens"] = details.get("tokens", 0) + tokens
-    details["scoring_seconds"] = round(details.get("scoring_seconds", 0.0) + seconds, 1)
-    return files
+    if not board.seen or not board.seen[0]:
+        reason = read_failures(work.failures).get(BASE_ID)
+        run.folder.delete("failures")  # so that the same command tries again
+        raise RuntimeError(f"the base model itself could not be scored: {reason}")
+    if board.not_reached:
+        run.progress.say(f"{board.not_reached} adapters were not reached in {limit:g} s")
+    spent = {"adapter_samples": board.adapter_samples, "tokens": board.tokens, "scoring_seconds": board.seconds}
+    for name, value in ({"engine_start_seconds": board.startup} | spent).items():
+        details[name] = round(details.get(name, 0) + value, 1)
+    return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
+
+
+def _tell(run: Run, board: Board, n_candidates: int, n_samples: int) -> None:
+    """Say how far a race is."""
+    if not board.engines:
+        run.progress.now_and_then(f"starting {run.config.search.engine}; {board.outstanding} of {n_candidates} candidates wait")
+        return
+    share = board.adapter_samples / (n_candidates * n_samples)
+    speed = board.tokens / max(board.seconds, 1e-9)
+    where = f"rung {board.rung} of {board.rungs}: " if board.rungs > 1 else ""
+    run.progress.now_and_then(
+        f"{where}{board.entrants - board.outstanding} of {board.entrants} candidates scored; "
+        f"{share:.1%} of all that could be, {speed:.0f} tokens/s an engine",
+        force=board.over,
+    )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A merged candidate: the share of its energy that it kept, and its adapter_hash."""
+
+    kept: float
+    hash: str
 
 
 def _score_recipes(
@@ -288,28 +349,29 @@ def _score_recipes(
         return [], None
     built = _build(run, recipes, catalogue)
     holdout = _split(run.folder.read_table("samples.parquet"), "holdout")
-    adapters = pa.table({"adapter_id": list(built), "uri": [run.folder.sub("candidates", name).uri for name in built]})
-    work = Work(adapters, holdout, run.folder.sub("candidates", "scores"))
-    files = _score(run, work, catalogue, max(recipe.rank for recipe in recipes), details)
-    ids = holdout["sample_id"].to_pylist()
-    base = ScoreFiles(run.folder.sub("scores")).of_adapter(BASE_ID, ids)
-    scored: list[Scored] = []
-    for recipe in recipes:
-        if recipe.name in built and recipe.name not in files.failures():
-            scores = files.of_adapter(recipe.name, ids)
-            nll = mean_per_token(scores["nll_sum"], scores["n_tokens"]).mean
-            scored.append(Scored(recipe, nll, *paired_difference(scores, base, slice(None)), built[recipe.name]))
-    return scored, mean_per_token(base["nll_sum"], base["n_tokens"]).mean
+    uris = [run.folder.sub("candidates", name).uri for name in built]
+    adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
+    work = _work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
+    plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
+    engine = _engine(run, catalogue, max(recipe.rank for recipe in recipes))
+    known, seen = _score(run, work, engine, plan, details)
+    tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
+    scored = [
+        Scored(recipe, mean_per_token(nll, tokens).mean, *paired_difference(nll, base, tokens), built[recipe.name].kept)
+        for recipe, nll, end in zip([r for r in recipes if r.name in built], known.nll_NS[1:], seen[1:], strict=True)
+        if end
+    ]
+    return scored, mean_per_token(base, tokens).mean
 
 
-def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, float]:
-    """Merge each recipe into `candidates/<name>`. Returns the kept energy of each that could be merged.
+def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, _Built]:
+    """Merge each recipe into `candidates/<name>`, and give those that could be merged.
 
     Raises:
         InputError: the method asked for can merge none of them.
     """
     shapes, _ = linear_shapes(run.config.base)
-    built: dict[str, float] = {}
+    built: dict[str, _Built] = {}
     refusals: list[str] = []
     with tempfile.TemporaryDirectory() as cache:
         donors = _read_donors(recipes, catalogue, Path(cache))
@@ -319,9 +381,11 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, fl
             except AdapterError as error:
                 refusals.append(f"{recipe.name}: {error}")
                 continue
-            write_adapter(Path(cache) / recipe.name, merged.adapter)
-            run.folder.upload(Path(cache) / recipe.name, f"candidates/{recipe.name}")
-            built[recipe.name] = merged.kept_energy
+            folder = Path(cache) / recipe.name
+            write_adapter(folder, merged.adapter)
+            run.folder.upload(folder, f"candidates/{recipe.name}")
+            content = content_hash(file_sha256(folder / WEIGHTS_FILE), merged.adapter.config)
+            built[recipe.name] = _Built(merged.kept_energy, content)
     for refusal in refusals:
         run.progress.say(f"refused: {refusal}")
     if not built:
@@ -395,13 +459,6 @@ def _copy_adapter(source: Folder, run: Folder, name: str) -> None:
         run.write_bytes(f"{name}/{file}", source.read_bytes(file))
 
 
-def _require_base(files: ScoreFiles) -> None:
-    failures = files.failures()
-    if BASE_ID in failures:
-        files.forget_failures()
-        raise RuntimeError(f"the base model itself could not be scored: {failures[BASE_ID]}")
-
-
 def _valid(catalogue: pa.Table) -> pa.Table:
     return catalogue.filter(pc.equal(catalogue["status"], "ok"))
 
@@ -412,11 +469,6 @@ def _split(table: pa.Table, split: str) -> pa.Table:
 
 def _sampling(config: Config) -> tuple[int, float, int]:
     return config.search.samples, config.search.holdout, config.search.seed
-
-
-def _base_state(base: str) -> Any:
-    """What tells one base model from another: its name, and for a local folder its files."""
-    return _state(base) if Path(base).is_dir() else base
 
 
 def _state(path: str) -> list[Any]:

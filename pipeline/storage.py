@@ -6,7 +6,9 @@ when it is whole, and an object store shows an object only when its upload is co
 
 import json
 import os
+import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.errors import InputError
+
+COPY_BYTES = 8 << 20  # read at once; an object store serves each read as one request
 
 
 @dataclass(frozen=True)
@@ -137,5 +141,10 @@ class Folder:
         """Copy the files `names` of this folder into the local folder `target`; missing ones are passed over."""
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            if self.exists(name):
-                (target / name).write_bytes(self.read_bytes(name))
+            with suppress(FileNotFoundError), self.files.open_input_stream(self.join(name)) as source:
+                _copy(source, target / name)
+
+
+def _copy(source: pa.NativeFile, target: Path) -> None:
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file, COPY_BYTES)

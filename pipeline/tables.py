@@ -10,6 +10,7 @@ CATALOGUE = pa.schema(
         ("adapter_id", pa.string()),
         ("uri", pa.string()),  # local path, s3://..., or hf://org/name
         ("sha256", pa.string()),  # of adapter_model.safetensors, as the Hub shows it
+        ("adapter_hash", pa.string()),  # of weights and scaling: equal for equal delta weights
         ("base_model", pa.string()),  # what the adapter says that it was trained on
         ("rank", pa.int32()),  # largest of its modules
         ("alpha", pa.float64()),
@@ -41,6 +42,9 @@ SCORES = pa.schema(
         ("n_correct", pa.int32()),  # completion tokens that were the model's first choice
     ]
 )
+
+STORED = SCORES.append(pa.field("adapter_hash", pa.string()))
+"""A row of the score store: its key is adapter_hash and sample_id; adapter_id is what the adapter was called at the time."""
 
 SCORING_FAILURES = pa.schema([("adapter_id", pa.string()), ("reason", pa.string())])
 

@@ -26,6 +26,11 @@ def test_on_cpus_one_worker_computes_with_all_cores_and_leaves_one_to_ray(nodes:
     assert engine_slots(worker_resources("auto", "auto")) == 1
 
 
+def test_an_engine_on_cpus_takes_a_whole_node(nodes: Any) -> None:
+    nodes({"CPU": 8}, {"CPU": 8})
+    assert worker_resources("auto", "auto", spare=0) == Resources(cpus=8, gpus=0, threads=8)
+
+
 def test_on_cpus_workers_share_a_node(nodes: Any) -> None:
     nodes({"CPU": 8})
     shared = worker_resources("auto", "auto", workers=2)

@@ -11,7 +11,8 @@ from pipeline.storage import Folder
 
 
 def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
-    assert fetch_adapter(str(tmp_path / "a"), tmp_path / "cache") == tmp_path / "a"
+    for uri in (str(tmp_path / "a"), f"file://{tmp_path}/a"):
+        assert fetch_adapter(uri, tmp_path / "cache") == tmp_path / "a"
     assert not (tmp_path / "cache").exists()
 
 

@@ -21,9 +21,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline import run as page
 from pipeline.cli import main
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, build_config
 from pipeline.samples import tokenise
+from pipeline.search.screen import SCREEN
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
 from pipeline.train import Arm, Finetuning, Job, Lora
@@ -98,13 +100,41 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(row.values()) for row in table.to_pylist())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
-def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert mashup("run", run_config(config, tmp_path)) == 0
+def test_the_whole_page_with_two_kills_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
     run = tmp_path / "run"
-    assert capsys.readouterr().out.strip().splitlines()[-1] == f"{run}/report.html"
+    _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
+    assert not (run / "leaderboard.parquet").exists()
+    kept = {file: file.stat().st_mtime_ns for file in run.glob("store/*/*.parquet")}
+    _kill_when(command, lambda: bool(list(run.glob("train/*/checkpoint_*/curve.json"))))
+    assert not (run / "comparison.parquet").exists()
 
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == f"{run}/report.html"
+    assert done.stderr.count("already done") == 4
+    assert "Traceback" not in done.stderr
+    assert not list(run.rglob("*.partial"))
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    stored = pads.dataset([str(file) for file in run.glob("store/*/*.parquet")]).to_table(["adapter_hash", "sample_id"])
+    pairs = [tuple(row.values()) for row in stored.to_pylist()]
+    assert len(pairs) == len(set(pairs))  # no score was computed twice, those of the candidate merges among them
+    _check_results(run, config["base"])
+
+    # Again: nothing is computed. With another training budget: only what depends on it.
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")}
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")} == before
+    config["train"]["steps"] = 3
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    changed = {file.name for file in before if not file.exists() or file.stat().st_mtime_ns != before[file]}
+    assert changed == {"comparison.parquet"}
+
+
+def _check_results(run: Path, base: str) -> None:
     catalogue = {row["adapter_id"]: row for row in pq.read_table(run / "catalogue.parquet").to_pylist()}
     assert catalogue["pickled"]["status"] == "set_aside"
     assert len(scores(run)) == 5 * 24  # the base and four donors on every sample
@@ -121,43 +151,13 @@ def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert summary["overhead_seconds"]["total"] == pytest.approx(
         sum(summary["overhead_seconds"][stage] for stage in ("index", "samples", "search", "merge"))
     )
-    assert len(pq.read_table(run / "comparison.parquet")) == 2 * 4
-    for folder in ("mashup", "finetuned"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config["base"]), str(run / folder))
-        assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
-    assert "base_model" in (run / "mashup/README.md").read_text()
-
-    # Again: nothing is computed. With another training budget: only what depends on it.
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")}
-    assert mashup("run", run_config(config, tmp_path)) == 0
-    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")} == before
-    config["train"]["steps"] = 3
-    assert mashup("run", run_config(config, tmp_path)) == 0
-    changed = {file.name for file in before if not file.exists() or file.stat().st_mtime_ns != before[file]}
-    assert changed == {"comparison.parquet"}
-
-
-@pytest.mark.timeout(600)
-def test_a_killed_run_goes_on(config: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
-    command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
-    run = tmp_path / "run"
-    _kill_when(command, lambda: bool(list(run.glob("scores/*.parquet"))))
-    assert not (run / "leaderboard.parquet").exists()
-    kept = {file: file.stat().st_mtime_ns for file in run.glob("scores/*.parquet")}
-    _kill_when(command, lambda: bool(list(run.glob("train/*/checkpoint_*/curve.json"))))
-    assert not (run / "comparison.parquet").exists()
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
-    pairs = [row[:2] for row in scores(run)]
-    assert len(pairs) == len(set(pairs)) == 5 * 24
-    assert done.stderr.count("already done") == 4
     curves = pq.read_table(run / "comparison.parquet").to_pylist()
     assert [row["step"] for row in curves if row["init"] == "base"] == [0, 2, 4, 6]
-    assert "Traceback" not in done.stderr
-    assert not list(run.rglob("*.partial"))
+    assert [row["step"] for row in curves if row["init"] == "mashup"] == [0, 2, 4, 6]
+    for folder in ("mashup", "finetuned"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / folder))
+        assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+    assert "base_model" in (run / "mashup/README.md").read_text()
 
 
 def _kill_when(command: list[str], reached: Callable[[], bool]) -> None:
@@ -209,3 +209,15 @@ def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: p
     assert mashup("train", "--run", run) == 0
     assert (Path(capsys.readouterr().out.strip()) / "adapter_model.safetensors").is_file()
     assert mashup("compare", "--run", run) == 0
+
+
+def test_the_screen_lets_the_best_estimates_into_the_race(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 adapters a half, without those that have no estimate; but never fewer than are scored in full anyway."""
+    names = [f"a{n:02}" for n in range(40)]
+    catalogue = pa.table({"adapter_id": names, "uri": names})
+    estimates = [None if n < 3 else float(n) for n in range(40)]
+    monkeypatch.setattr(page, "screen_pool", lambda *_: pa.table([names, estimates], schema=SCREEN))
+    samples = pa.table({"split": ["search", "holdout"]})
+    for share, entrants in ((0.5, names[3:23]), (0.1, names[3:19]), (1.0, names)):
+        run = page.Run(build_config({**config, "search": {"screen": share}}, "test"))
+        assert page._screened(run, catalogue, samples)["adapter_id"].to_pylist() == entrants

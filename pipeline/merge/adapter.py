@@ -4,6 +4,7 @@ An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors
 code: no pickle is opened.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -109,6 +110,17 @@ def read_adapter(folder: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
     return Adapter(config, _pair(tensors))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(weights_sha256: str, config: LoraConfig) -> str:
+    """A digest that is equal for adapters of equal delta weights: of the weights and of what scales them."""
+    scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
+    return hashlib.sha256(f"{weights_sha256} {scaling}".encode()).hexdigest()[:32]
 
 
 def check_adapter(adapter: Adapter, shapes: Shapes, head: str | None) -> None:

@@ -108,7 +108,7 @@ def accuracy_plot(comparison: pa.Table, chosen: Mapping[str, float]) -> str:
 def leaderboard_plot(leaderboard: pa.Table, donors: Collection[str]) -> str:
     """Bars of NLL minus base with one standard error for the first TOP adapters; chosen donors stand out."""
     adapters = (row for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID)
-    shown = [row for row in adapters if row["nll_minus_base"] is not None][:TOP]
+    shown = [row for row in adapters if is_number(row["nll_minus_base"])][:TOP]
     label = f"NLL minus the base's of the first {len(shown)} adapters, with standard errors"
     return _svg("leaderboard", partial(_draw_leaderboard, rows=shown, donors=donors), 90 + 22 * max(len(shown), 1), label)
 

@@ -21,7 +21,7 @@ def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Place", justify="right")
     table.add_column("Adapter", overflow="fold")
-    for name in ("NLL", "minus base", "hold-out"):
+    for name in ("samples", "NLL", "minus base", "hold-out"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = leaderboard.to_pylist()
     shown = [row for row in rows if row["place"] <= TOP or row["adapter_id"] == BASE_ID]
@@ -46,6 +46,7 @@ def _place(row: Json) -> list[str]:
     return [
         str(row["place"]),
         words.one_line(row["adapter_id"]),
+        str(row["n_samples"]),
         words.nll(row["nll"]),
         difference,
         words.signed(row["holdout_nll_minus_base"]),

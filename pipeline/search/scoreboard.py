@@ -1,65 +1,73 @@
-"""The reducer of the search: scores -> leaderboard, file by file, so that memory holds one file at a time."""
+"""The reducer of the search: known scores -> leaderboard. Pure functions; no Ray here."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.metrics import mean_per_token
-from pipeline.search.store import ScoreFiles, aligned
-from pipeline.tables import BASE_ID, LEADERBOARD
+from pipeline.search.race import BASE
+from pipeline.search.store import Known
+from pipeline.tables import LEADERBOARD, SCORES
+
+Values = NDArray[np.float64]
 
 
-def build_leaderboard(files: ScoreFiles, samples: pa.Table) -> pa.Table:
-    """Rank every scored adapter and the base by their NLL on the search split, the lowest first.
+def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n_search: int) -> pa.Table:
+    """Rank the base and every adapter that was scored: who went further in the race first, then the lowest NLL.
 
-    Differences to the base are paired: both saw the same samples.
+    An adapter's figures are of the samples that it was judged on, and its difference to the base is of the same ones.
+
+    Args:
+        names: adapter_id of each candidate, the base first.
+        seen: samples that count for each candidate; 0: it was not scored.
+        n_search: samples of the search split; those of the hold-out split follow.
 
     Raises:
         ValueError: the base has no scores.
     """
-    search, holdout = (_ids(samples, split) for split in ("search", "holdout"))
-    try:
-        base = files.of_adapter(BASE_ID, search + holdout)
-    except KeyError as error:
-        raise ValueError(f"{files.folder.uri}: the base model has no score on sample {error}; run the search again") from error
-    rows: dict[str, dict[str, Any]] = {}
-    for fragment in files.scores().get_fragments():
-        for adapter_id, scores in _by_adapter(fragment.to_table()):
-            if len(scores) >= len(samples):
-                rows[adapter_id] = _row(adapter_id, aligned(scores, search + holdout), base, len(search))
-    # NaN compares with nothing and would leave the rest unsorted.
-    ranked = sorted(rows.values(), key=lambda row: (math.isnan(row["nll"]), row["nll"], row["adapter_id"]))
+    if seen[BASE] < len(known.tokens_S):
+        raise ValueError("the base model was not scored on every sample; run the search again")
+    rows = [_row(name, known, place, end, n_search) for place, (name, end) in enumerate(zip(names, seen, strict=True)) if end]
+    ranked = sorted(rows, key=lambda row: (-row["n_samples"], row["nll"], row["adapter_id"]))
     return pa.Table.from_pylist([{"place": place, **row} for place, row in enumerate(ranked, start=1)], schema=LEADERBOARD)
 
 
-def paired_difference(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], rows: slice) -> tuple[float, float]:
-    """Mean NLL per token minus the base's, over the samples `rows`, with the standard error of the paired difference."""
-    estimate = mean_per_token((scores["nll_sum"] - base["nll_sum"])[rows], base["n_tokens"][rows])
+def score_table(names: Sequence[str], known: Known, sample_ids: Sequence[str]) -> pa.Table:
+    """What is known, as rows of schema SCORES."""
+    candidates, samples = np.nonzero(~np.isnan(known.nll_NS))
+    columns = [
+        pa.array(names, pa.string()).take(candidates),
+        pa.array(sample_ids, pa.string()).take(samples),
+        known.nll_NS[candidates, samples],
+        known.tokens_S[samples],
+        known.hits_NS[candidates, samples],
+    ]
+    return pa.table(columns, schema=SCORES)
+
+
+def paired_difference(nll_S: Values, base_S: Values, tokens_S: Values) -> tuple[float, float]:
+    """Mean NLL per token minus the base's over the same samples, with the standard error of the paired difference."""
+    estimate = mean_per_token(nll_S - base_S, tokens_S)
     return estimate.mean, estimate.stderr
 
 
-def _row(adapter_id: str, scores: dict[str, np.ndarray], base: dict[str, np.ndarray], n_search: int) -> dict[str, Any]:
-    search, holdout = slice(0, n_search), slice(n_search, None)
-    nll = mean_per_token(scores["nll_sum"][search], scores["n_tokens"][search])
-    difference, stderr = paired_difference(scores, base, search)
+def _row(name: str, known: Known, place: int, end: int, n_search: int) -> dict[str, Any]:
+    nll_S, base_S, tokens_S = known.nll_NS[place], known.nll_NS[BASE], known.tokens_S.astype(np.float64)
+    search, holdout = slice(0, min(end, n_search)), slice(n_search, None)
+    nll = mean_per_token(nll_S[search], tokens_S[search])
+    difference, stderr = paired_difference(nll_S[search], base_S[search], tokens_S[search])
+    finished = end == len(tokens_S)
     return {
-        "adapter_id": adapter_id,
+        "adapter_id": name,
         "nll": nll.mean,
         "stderr": nll.stderr,
-        "n_samples": n_search,
+        "n_samples": min(end, n_search),
+        "stopped_after": None if finished else end,
         "nll_minus_base": difference,
         "nll_minus_base_stderr": stderr,
-        "token_accuracy": float(scores["n_correct"][search].sum() / scores["n_tokens"][search].sum()),
-        "holdout_nll_minus_base": paired_difference(scores, base, holdout)[0],
+        "token_accuracy": float(known.hits_NS[place, search].sum() / tokens_S[search].sum()),
+        "holdout_nll_minus_base": paired_difference(nll_S[holdout], base_S[holdout], tokens_S[holdout])[0] if finished else None,
     }
-
-
-def _ids(samples: pa.Table, split: str) -> list[str]:
-    return samples.filter(pc.equal(samples["split"], split))["sample_id"].to_pylist()
-
-
-def _by_adapter(scores: pa.Table) -> list[tuple[str, pa.Table]]:
-    return [(name, scores.filter(pc.equal(scores["adapter_id"], name))) for name in scores["adapter_id"].unique().to_pylist()]

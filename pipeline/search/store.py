@@ -1,61 +1,105 @@
-"""The score files of a run: what is known, and what is still to be scored."""
+"""Known scores, shared between runs and machines: `<folder>/<scope>/*.parquet`.
+
+A score's key is the base model, the way of scoring (both in the scope), the adapter's content and the sample's content; none of
+them is a name or a path. Files are only added, each written whole under a name of its own, so that writers cannot harm each
+other; a row that two of them wrote is read once.
+"""
 
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
+from numpy.typing import NDArray
 
 from pipeline.storage import Folder
-from pipeline.tables import SCORES, SCORING_FAILURES
+from pipeline.tables import SCORING_FAILURES, STORED
 
-FAILURES = "failures"
-"""Sub-folder with the adapters that an engine could not score."""
+SCORING_VERSION = 1
+"""To be raised by a change of the engines that changes scores."""
 
+KEY = ["adapter_hash", "sample_id"]
 
-class ScoreFiles:
-    """A folder of Parquet files of schema SCORES, each written whole, one for every batch of adapters."""
+MANY_FILES = 64
+"""Files above which they are worth merging."""
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
-
-    def write(self, scores: pa.Table, failures: dict[str, str]) -> None:
-        if failures:
-            rows = pa.table([list(failures), list(failures.values())], schema=SCORING_FAILURES)
-            self.folder.write_table(f"{FAILURES}/{uuid.uuid4().hex}.parquet", rows)
-        if len(scores):
-            self.folder.write_table(f"{uuid.uuid4().hex}.parquet", scores)
-
-    def scores(self) -> pads.Dataset:
-        return self.folder.dataset(SCORES)
-
-    def failures(self) -> dict[str, str]:
-        """adapter_id -> why its scoring failed."""
-        table = self.folder.sub(FAILURES).dataset(SCORING_FAILURES).to_table()
-        return dict(zip(*(table[name].to_pylist() for name in SCORING_FAILURES.names), strict=True))
-
-    def forget_failures(self) -> None:
-        self.folder.delete(FAILURES)
-
-    def missing(self, adapters: pa.Table, n_samples: int) -> pa.Table:
-        """The rows of `adapters` without a full set of scores and without a failure on record."""
-        counts = self.scores().to_table(["adapter_id"])["adapter_id"].value_counts().to_pylist()
-        done = {row["values"] for row in counts if row["counts"] >= n_samples} | set(self.failures())
-        return adapters.filter(pc.invert(pc.is_in(adapters["adapter_id"], pa.array(sorted(done), pa.string()))))
-
-    def of_adapter(self, adapter_id: str, sample_ids: list[str]) -> dict[str, np.ndarray]:
-        """nll_sum, n_tokens and n_correct of one adapter, in the order of `sample_ids`."""
-        table = self.scores().to_table(filter=pc.field("adapter_id") == adapter_id)
-        return aligned(table, sample_ids)
+READ_ATTEMPTS = 5
 
 
-def aligned(scores: pa.Table, sample_ids: list[str]) -> dict[str, np.ndarray]:
-    """One adapter's score columns as float arrays of shape (samples,), in the order of `sample_ids`.
+@dataclass(frozen=True)
+class Known:
+    """What is known of N candidates on S samples. In `nll_NS`, NaN: no score; infinity: a loss that was no number."""
 
-    Raises:
-        KeyError: a sample has no score.
-    """
-    place = {sample: row for row, sample in enumerate(scores["sample_id"].to_pylist())}
-    rows = [place[sample] for sample in sample_ids]
-    return {name: scores[name].to_numpy().astype(np.float64)[rows] for name in SCORES.names[2:]}
+    nll_NS: NDArray[np.float64]
+    hits_NS: NDArray[np.int32]
+    tokens_S: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ScoreStore:
+    """The scores of one base model and one way of scoring."""
+
+    folder: Folder
+
+    @classmethod
+    def at(cls, uri: str, fingerprint: str, engine: str, dtype: str) -> "ScoreStore":
+        return cls(Folder.at(uri).sub(f"v{SCORING_VERSION}-{fingerprint}-{engine}-{dtype}"))
+
+    def write(self, scores: pa.Table, hashes: dict[str, str]) -> None:
+        """Keep scores of schema SCORES; `hashes`: adapter_id -> adapter_hash."""
+        column = pa.array([hashes[adapter] for adapter in scores["adapter_id"].to_pylist()], pa.string())
+        self.folder.write_table(f"{uuid.uuid4().hex}.parquet", scores.append_column("adapter_hash", column).cast(STORED))
+
+    def load(self, hashes: Sequence[str], samples: pa.Table) -> Known:
+        """What is known of these adapters on these samples (schema SAMPLES), read file by file."""
+        adapters, ids = pa.array(hashes, pa.string()), samples["sample_id"].combine_chunks()
+        tokens = [sum(mask[1:]) for mask in samples["completion_mask"].to_pylist()]
+        known = Known(
+            np.full((len(adapters), len(ids)), np.nan),
+            np.zeros((len(adapters), len(ids)), np.int32),
+            np.array(tokens, np.int32),
+        )
+        wanted = pc.is_in(pc.field("sample_id"), ids) & pc.is_in(pc.field("adapter_hash"), adapters)
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                for batch in self.folder.dataset(STORED).to_batches(filter=wanted):
+                    rows, columns = pc.index_in(batch["adapter_hash"], adapters), pc.index_in(batch["sample_id"], ids)
+                    place = rows.to_numpy(), columns.to_numpy()
+                    known.nll_NS[place] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
+                    known.hits_NS[place] = batch["n_correct"].to_numpy()
+                return known
+            except FileNotFoundError:  # another run has just merged the files
+                if attempt + 1 == READ_ATTEMPTS:
+                    raise
+        return known
+
+    def merge_files(self) -> None:
+        """Make one file of many. What another run merges at the same time is then there twice, and read once."""
+        names = self.folder.list_files(".parquet")
+        if len(names) < MANY_FILES:
+            return
+        try:
+            table = pa.concat_tables([self.folder.read_table(name) for name in names])
+        except FileNotFoundError:
+            return  # another run is at it
+        values = [name for name in STORED.names if name not in KEY]
+        rows = table.group_by(KEY, use_threads=False).aggregate([(name, "first") for name in values])
+        merged = rows.rename_columns([name.removesuffix("_first") for name in rows.column_names])
+        self.folder.write_table(f"{uuid.uuid4().hex}.parquet", merged.select(STORED.names).cast(STORED))
+        for name in names:
+            self.folder.delete(name)
+
+
+def record_failures(folder: Folder, failures: dict[str, str]) -> None:
+    """Keep why adapters could not be scored: adapter_id -> reason."""
+    if failures:
+        rows = pa.table([list(failures), list(failures.values())], schema=SCORING_FAILURES)
+        folder.write_table(f"{uuid.uuid4().hex}.parquet", rows)
+
+
+def read_failures(folder: Folder) -> dict[str, str]:
+    """adapter_id -> why it could not be scored."""
+    table = folder.dataset(SCORING_FAILURES).to_table()
+    return dict(zip(*(table[name].to_pylist() for name in SCORING_FAILURES.names), strict=True))

@@ -1,56 +1,51 @@
-"""The Ray Data plan of the search: a stream of adapters through a pool of actors, each with one scoring engine.
+"""The Ray Data plan of the search: a stream of tickets through a pool of actors, each with one scoring engine.
 
-Each actor writes the scores of a batch of adapters as one Parquet file, whole or not at all, before it reports them; what
-was reported is never lost, and a search that starts again leaves out what `ScoreFiles` has already.
+A ticket stands for one batch of work; which, the scoreboard says when the ticket is used, as who goes on depends on the scores so
+far. So one engine start serves the whole race. Ray Data grows and shrinks the pool with the cluster, and gives the ticket of
+an actor that died to another. An actor stores the scores of a batch, whole or not at all, before it reports them.
 """
 
-import tempfile
+import logging
+import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
+from pipeline.basemodel import fast_dtype
+from pipeline.cache import AdapterCache
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
 from pipeline.errors import AdapterError
-from pipeline.fetch import fetch_adapter
-from pipeline.search.store import ScoreFiles
-from pipeline.storage import Folder
+from pipeline.search.board import Job, Progress, Scoreboard, Work
+from pipeline.search.race import Plan
+from pipeline.search.store import record_failures
 from pipeline.tables import BASE_ID, SCORES
 
-REPORT = pa.schema(
-    [
-        ("adapter_id", pa.string()),
-        ("reason", pa.string()),
-        ("tokens", pa.int64()),
-        ("seconds", pa.float64()),
-        ("startup", pa.float64()),
-    ]
-)
-"""One row an adapter as it is scored; `reason` where it could not be, `tokens` are those fed to the model."""
+IN_FLIGHT = 2
+"""Tickets that an actor has at hand: the one that it works on and the next."""
 
+POLL = 1.0
+"""Seconds between two looks at the scoreboard."""
 
-@dataclass(frozen=True)
-class Work:
-    """Adapters to score (columns adapter_id and uri, the base as BASE_ID), on which samples, into which files."""
-
-    adapters: pa.Table
-    samples: pa.Table
-    scores: Folder
+CLOSING_TICKETS = 256
+"""Tickets beyond the first rung's, at most; each is good for all the work that is left."""
 
 
 def engine_config(base: str, max_rank: int, target_modules: Iterable[str], search: SearchConfig, max_tokens: int) -> EngineConfig:
     """The engine that holds adapters up to `max_rank` on these modules."""
-    resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
+    resources = scoring_resources(search)
     return EngineConfig(
         base=base,
-        dtype=search.dtype,
+        dtype=scoring_dtype(search),
         max_rank=max_rank,
         target_modules=tuple(sorted(target_modules)),
         max_tokens=max_tokens,
@@ -59,84 +54,151 @@ def engine_config(base: str, max_rank: int, target_modules: Iterable[str], searc
     )
 
 
-def score_stream(work: Work, engine: EngineConfig, search: SearchConfig) -> Iterator[dict[str, Any]]:
-    """Score every adapter on every sample. Yields a row of schema REPORT an adapter, as soon as its scores are on disk."""
-    if not len(work.adapters):
-        return
-    resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
-    batches = -(-len(work.adapters) // engine.adapters_per_batch)
-    slots = cluster.engine_slots(resources) if search.actors == "auto" else search.actors
-    reports = (
-        ray.data.from_arrow(work.adapters)
-        .repartition(target_num_rows_per_block=engine.adapters_per_batch)
-        .map_batches(
-            ScoringActor,
-            batch_size=engine.adapters_per_batch,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=min(batches, slots)),
-            fn_constructor_args=(search.engine, engine, work.samples, work.scores),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            runtime_env=cluster.worker_env(resources),
-        )
+def scoring_dtype(search: SearchConfig) -> str:
+    """The type that all engines of a search compute in, so that their scores compare. auto: bfloat16 on GPUs, on CPUs what
+    this machine is fast at."""
+    if search.dtype != "auto":
+        return search.dtype
+    return "bfloat16" if scoring_resources(search).gpus else str(fast_dtype("auto")).removeprefix("torch.")
+
+
+def scoring_resources(search: SearchConfig) -> cluster.Resources:
+    """What one engine gets: on CPUs a whole node."""
+    return cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
+
+
+def score_stream(
+    work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
+) -> Iterator[Progress]:
+    """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
+
+    Args:
+        seconds: the time that it may take, in place of the plan's budget.
+    """
+    board = _on_this_node(Scoreboard).remote(work, plan, seconds)
+    try:
+        if not ray.get(board.progress.remote()).over:
+            yield from _follow(_tickets(work, engine, search, board), board)
+        yield ray.get(board.progress.remote())
+    finally:
+        ray.kill(board)
+
+
+def _on_this_node(actor: type) -> Any:
+    """Other nodes come and go; the scoreboard lives as long as the driver's."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
+
+
+def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any) -> ray.data.Dataset:
+    resources = scoring_resources(search)
+    batches = math.ceil(len(work.candidates) / engine.adapters_per_batch)
+    most = batches if search.actors == "auto" else search.actors
+    jobs = [1] * batches + [0] * min(CLOSING_TICKETS, IN_FLIGHT * most)
+    return ray.data.from_arrow([pa.table({"jobs": [number]}) for number in jobs]).map_batches(
+        ScoringActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        fn_constructor_args=(search.engine, engine, work, board),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env=cluster.worker_env(resources),
     )
-    yield from reports.iter_rows()
+
+
+def _follow(tickets: ray.data.Dataset, board: Any) -> Iterator[Progress]:
+    """Run the plan in a thread beside; what fails there is raised here."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
+        while not running.done():
+            yield ray.get(board.progress.remote())
+            time.sleep(POLL)
+        running.result()
 
 
 class ScoringActor:
-    """Holds one engine; called by Ray Data with batches of (adapter_id, uri)."""
+    """Holds one engine; called by Ray Data with a ticket."""
 
-    def __init__(self, engine: str, config: EngineConfig, samples: pa.Table, scores: Folder):
+    def __init__(self, engine: str, config: EngineConfig, work: Work, board: Any):
         started = time.perf_counter()
-        self.samples = samples
-        self.files = ScoreFiles(scores)
+        self.work, self.board, self.batch = work, board, config.adapters_per_batch
+        self.adapters, self.ahead = AdapterCache(ahead=2 * self.batch), set[str]()
+        self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
+        ray.get(board.hello.remote(self.name))
         self.scorer: Scorer = build_scorer(engine, config)
-        self.startup = time.perf_counter() - started
+        ray.get(board.ready.remote(time.perf_counter() - started))
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="mashup-") as cache:
-            candidates, failures = _fetch(batch, Path(cache))
-            scores, failed = self._score(candidates)
-        failures |= failed
-        self.files.write(scores, failures)
-        yield self._report(batch["adapter_id"].to_pylist(), failures, time.perf_counter() - started)
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Do the ticket's jobs; with `jobs` 0, all that there are until the race is over."""
+        jobs = batch["jobs"][0].as_py()
+        while job := ray.get(self.board.take.remote(self.name, self.batch)):
+            self._do(job)
+            jobs -= 1
+            if jobs == 0:
+                break
+        return batch
 
-    def _score(self, candidates: Sequence[Candidate]) -> tuple[pa.Table, dict[str, str]]:
+    def _do(self, job: Job) -> None:
+        rows = self.work.candidates.take(job.candidates)
+        samples = self.work.samples.take(job.samples)
+        with ExitStack() as leases:
+            candidates, failures = _fetch(rows, self.adapters, leases)
+            self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
+            scores, failed = self._score(candidates, samples)
+        record_failures(self.work.failures, failures | failed)
+        names = rows["adapter_id"].to_pylist()
+        if len(scores):
+            self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
+        nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
+        tokens = len(nll) * sum(len(ids) for ids in samples["input_ids"])
+        ray.get(self.board.report.remote(self.name, nll, tokens))
+
+    def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
+        """Bring the next adapters onto this node while these are scored; give up those that went to other engines."""
+        for uri in self.ahead - upcoming - current:
+            self.adapters.release(uri)
+        self.adapters.prefetch(upcoming)
+        self.ahead = upcoming
+
+    def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
         """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other."""
         if not candidates:
             return SCORES.empty_table(), {}
         try:
-            return self.scorer.score(candidates, self.samples), {}
+            return self.scorer.score(candidates, samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept
+            logging.getLogger(__name__).warning("scoring failed", exc_info=True)
             if len(candidates) == 1:
+                self._require_engine(samples)
                 return SCORES.empty_table(), {candidates[0].adapter_id: _first_line(error)}
-        parts = [self._score([candidate]) for candidate in candidates]
+        parts = [self._score([candidate], samples) for candidate in candidates]
         failures = {name: reason for _, failed in parts for name, reason in failed.items()}
         return pa.concat_tables([table for table, _ in parts]), failures
 
-    def _report(self, adapters: list[str], failures: dict[str, str], seconds: float) -> pa.Table:
-        tokens = sum(len(ids) for ids in self.samples["input_ids"])
-        rows = [
-            {
-                "adapter_id": adapter,
-                "reason": failures.get(adapter),
-                "tokens": 0 if adapter in failures else tokens,
-                "seconds": seconds / len(adapters),
-                "startup": 0.0,
-            }
-            for adapter in adapters
-        ]
-        rows[0]["startup"], self.startup = self.startup, 0.0  # told once
-        return pa.Table.from_pylist(rows, schema=REPORT)
+    def _require_engine(self, samples: pa.Table) -> None:
+        """An engine that cannot score the base any more is dead, whatever killed it; Ray starts another process."""
+        try:
+            self.scorer.score([Candidate(BASE_ID, None)], samples.slice(0, 1))
+        except Exception:
+            logging.getLogger(__name__).exception("the engine is dead")
+            os._exit(1)
 
 
-def _fetch(batch: pa.Table, cache: Path) -> tuple[list[Candidate], dict[str, str]]:
+def _by_place(scores: pa.Table, places: dict[str, int]) -> dict[int, list[float]]:
+    """Candidate's place -> its losses, sample after sample."""
+    found: dict[int, list[float]] = {}
+    for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
+        found.setdefault(places[name], []).append(nll)
+    return found
+
+
+def _fetch(rows: pa.Table, adapters: AdapterCache, leases: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
     candidates: list[Candidate] = []
     failures: dict[str, str] = {}
-    for row in batch.to_pylist():
+    for row in rows.to_pylist():
         try:
-            folder = None if row["adapter_id"] == BASE_ID else fetch_adapter(row["uri"], cache)
+            folder = None if row["adapter_id"] == BASE_ID else leases.enter_context(adapters.lease(row["uri"]))
             candidates.append(Candidate(row["adapter_id"], folder))
         except AdapterError as error:
             failures[row["adapter_id"]] = str(error)

@@ -2,33 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 
-from pipeline.search.scoreboard import build_leaderboard
-from pipeline.search.store import ScoreFiles
-from pipeline.storage import Folder
+from pipeline.search.scoreboard import build_leaderboard, score_table
+from pipeline.search.store import Known
 from pipeline.tables import BASE_ID, LEADERBOARD, SCORES
 
-Draw = Callable[..., pa.Table]
-SEARCH = [f"s{n}" for n in range(9)]
-HOLDOUT = [f"h{n}" for n in range(3)]
+N_SEARCH, S = 9, 12
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> ScoreFiles:
-    return ScoreFiles(Folder.at(tmp_path / "scores"))
-
-
-@pytest.fixture(scope="module")
-def samples() -> pa.Table:
-    """Hold-out and search samples in mixed order."""
-    ids = [*HOLDOUT[:2], *SEARCH, *HOLDOUT[2:]]
-    return pa.table({"sample_id": ids, "split": ["holdout" if name in HOLDOUT else "search" for name in ids]})
+def drawn(n: int, seed: int = 0) -> Known:
+    generator = np.random.default_rng(seed)
+    tokens = 3 + np.arange(S, dtype=np.int32) % 5
+    return Known(generator.uniform(0.5, 3, (n, S)) * tokens, generator.integers(0, 3, (n, S)).astype(np.int32), tokens)
 
 
 def ratio(sums: list[float], tokens: list[int]) -> tuple[float, float]:
@@ -38,64 +27,80 @@ def ratio(sums: list[float], tokens: list[int]) -> tuple[float, float]:
     return mean, statistics.stdev(residuals) * math.sqrt(len(sums)) / sum(tokens)
 
 
-def by_hand(scores: pa.Table, adapter: str) -> dict[str, Any]:
-    rows = {(row["adapter_id"], row["sample_id"]): row for row in scores.to_pylist()}
-    own, base = ([rows[name, sample] for sample in SEARCH] for name in (adapter, BASE_ID))
-    tokens = [row["n_tokens"] for row in own]
-    nll, stderr = ratio([row["nll_sum"] for row in own], tokens)
-    pairs = [x["nll_sum"] - y["nll_sum"] for x, y in zip(own, base, strict=True)]
-    difference, difference_error = ratio(pairs, tokens)
-    held = [(rows[adapter, s]["nll_sum"] - rows[BASE_ID, s]["nll_sum"], rows[adapter, s]["n_tokens"]) for s in HOLDOUT]
+def by_hand(known: Known, place: int, end: int) -> dict[str, Any]:
+    judged = range(min(end, N_SEARCH))
+    tokens = [int(known.tokens_S[s]) for s in judged]
+    nll, stderr = ratio([known.nll_NS[place, s] for s in judged], tokens)
+    difference, difference_error = ratio([known.nll_NS[place, s] - known.nll_NS[0, s] for s in judged], tokens)
+    held = [known.nll_NS[place, s] - known.nll_NS[0, s] for s in range(N_SEARCH, S)]
     figures = {
         "nll": nll,
         "stderr": stderr,
         "nll_minus_base": difference,
         "nll_minus_base_stderr": difference_error,
-        "token_accuracy": sum(row["n_correct"] for row in own) / sum(tokens),
-        "holdout_nll_minus_base": sum(x for x, _ in held) / sum(n for _, n in held),
+        "token_accuracy": sum(known.hits_NS[place, s] for s in judged) / sum(tokens),
     }
+    holdout = pytest.approx(sum(held) / known.tokens_S[N_SEARCH:].sum(), abs=1e-12) if end == S else None
     close = {name: pytest.approx(value, abs=1e-12) for name, value in figures.items()}
-    return {"adapter_id": adapter, "n_samples": len(SEARCH), "stopped_after": None, **close}
+    stopped = None if end == S else end
+    return {"n_samples": len(tokens), "stopped_after": stopped, "holdout_nll_minus_base": holdout, **close}
 
 
-def test_every_figure_equals_the_one_by_hand(files: ScoreFiles, samples: pa.Table, drawn_scores: Draw) -> None:
-    scores = drawn_scores(["a", BASE_ID, "b", "c"], [*SEARCH, *HOLDOUT])
-    shuffled = scores.take(list(range(len(scores)))[::-1])
-    files.write(shuffled.filter(pa.compute.is_in(shuffled["adapter_id"], pa.array(["a", "c"]))), {})
-    files.write(shuffled.filter(pa.compute.is_in(shuffled["adapter_id"], pa.array(["b", BASE_ID]))), {"d": "no"})
-    board = build_leaderboard(files, samples)
+def test_every_figure_equals_the_one_by_hand() -> None:
+    known, names, seen = drawn(5), [BASE_ID, "a", "b", "c", "d"], [S, S, 4, N_SEARCH, S]
+    board = build_leaderboard(names, known, seen, N_SEARCH)
     assert board.schema == LEADERBOARD
     rows = board.to_pylist()
-    assert [row["place"] for row in rows] == [1, 2, 3, 4]
-    assert [row["nll"] for row in rows] == sorted(row["nll"] for row in rows)
-    for row in rows:
-        assert row == {"place": row["place"], **by_hand(scores, row["adapter_id"])}
+    for place, row in enumerate(rows, start=1):
+        candidate = names.index(row["adapter_id"])
+        assert row == {"place": place, "adapter_id": names[candidate], **by_hand(known, candidate, seen[candidate])}
     base = next(row for row in rows if row["adapter_id"] == BASE_ID)
     assert (base["nll_minus_base"], base["nll_minus_base_stderr"], base["holdout_nll_minus_base"]) == (0, 0, 0)
 
 
-def test_an_adapter_that_did_not_see_every_sample_has_no_place(files: ScoreFiles, samples: pa.Table, drawn_scores: Draw) -> None:
-    files.write(drawn_scores([BASE_ID, "a"], [*SEARCH, *HOLDOUT]), {})
-    files.write(drawn_scores(["partial"], SEARCH), {})
-    assert sorted(build_leaderboard(files, samples)["adapter_id"].to_pylist()) == ["a", BASE_ID]
-
-
-def test_equal_losses_are_ordered_by_name(files: ScoreFiles, samples: pa.Table, drawn_scores: Draw) -> None:
-    for name in ("z", BASE_ID, "a"):
-        files.write(drawn_scores([name], [*SEARCH, *HOLDOUT], 7), {})
-    assert build_leaderboard(files, samples)["adapter_id"].to_pylist() == ["a", BASE_ID, "z"]
-
-
-def test_a_loss_that_is_not_a_number_comes_last(files: ScoreFiles, samples: pa.Table, drawn_scores: Draw) -> None:
-    scores = drawn_scores(["c", "broken", "a", BASE_ID, "b"], [*SEARCH, *HOLDOUT])
-    losses = [math.nan if row["adapter_id"] == "broken" else row["nll_sum"] for row in scores.to_pylist()]
-    files.write(scores.set_column(2, SCORES.field("nll_sum"), pa.array(losses)), {})
-    rows = build_leaderboard(files, samples).to_pylist()
-    assert rows[-1]["adapter_id"] == "broken"
+def test_who_went_further_stands_before_who_was_stopped() -> None:
+    known = drawn(4)
+    known.nll_NS[2] = 0.01  # lucky on the samples that it saw, and stopped all the same
+    rows = build_leaderboard([BASE_ID, "a", "lucky", "c"], known, [S, S, 4, S], N_SEARCH).to_pylist()
+    assert rows[-1]["adapter_id"] == "lucky"
     assert [row["nll"] for row in rows[:-1]] == sorted(row["nll"] for row in rows[:-1])
 
 
-def test_without_the_base_there_is_no_leaderboard(files: ScoreFiles, samples: pa.Table, drawn_scores: Draw) -> None:
-    files.write(drawn_scores(["a"], [*SEARCH, *HOLDOUT]), {})
+def test_who_was_not_scored_has_no_place() -> None:
+    board = build_leaderboard([BASE_ID, "a", "failed"], drawn(3), [S, S, 0], N_SEARCH)
+    assert sorted(board["adapter_id"].to_pylist()) == ["a", BASE_ID]
+
+
+def test_equal_losses_are_ordered_by_name() -> None:
+    known = drawn(3)
+    known.nll_NS[:] = known.nll_NS[0]
+    board = build_leaderboard([BASE_ID, "z", "a"], known, [S] * 3, N_SEARCH)
+    assert board["adapter_id"].to_pylist() == ["a", BASE_ID, "z"]
+
+
+def test_a_loss_that_is_not_a_number_comes_last() -> None:
+    known = drawn(4)
+    known.nll_NS[1, 3] = np.inf
+    rows = build_leaderboard([BASE_ID, "broken", "a", "b"], known, [S] * 4, N_SEARCH).to_pylist()
+    assert rows[-1]["adapter_id"] == "broken"
+
+
+def test_without_the_base_there_is_no_leaderboard() -> None:
     with pytest.raises(ValueError, match="base"):
-        build_leaderboard(files, samples)
+        build_leaderboard([BASE_ID, "a"], drawn(2), [4, S], N_SEARCH)
+
+
+def test_scores_are_written_with_a_row_a_pair_that_is_known() -> None:
+    known = drawn(2)
+    known.nll_NS[1, 5:] = np.nan
+    table = score_table([BASE_ID, "a"], known, [f"s{n}" for n in range(S)])
+    assert table.schema == SCORES
+    assert len(table) == S + 5
+    row = table.to_pylist()[S + 2]
+    assert row == {
+        "adapter_id": "a",
+        "sample_id": "s2",
+        "nll_sum": known.nll_NS[1, 2],
+        "n_tokens": known.tokens_S[2],
+        "n_correct": known.hits_NS[1, 2],
+    }

@@ -1,64 +1,114 @@
-"""The score files: what is known, what is missing, and alignment to the order of the samples."""
+"""The score store: what was scored is known by content, whoever wrote it, under whatever name."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.search.store import ScoreFiles, aligned
+from pipeline.search.store import MANY_FILES, ScoreStore, read_failures, record_failures
 from pipeline.storage import Folder
-from pipeline.tables import SCORES
+from pipeline.tables import SCORES, STORED
 
 Draw = Callable[..., pa.Table]
 SAMPLE_IDS = [f"s{n}" for n in range(6)]
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> ScoreFiles:
-    return ScoreFiles(Folder.at(tmp_path / "scores"))
+def store(tmp_path: Path) -> ScoreStore:
+    return ScoreStore.at(str(tmp_path), "base", "vllm", "float32")
 
 
-def adapters(*names: str) -> pa.Table:
-    return pa.table({"adapter_id": list(names), "uri": [f"/pool/{name}" for name in names]})
+@pytest.fixture(scope="module")
+def samples() -> pa.Table:
+    """The samples' completions have 3 + place % 5 tokens, as `drawn_scores` has it."""
+    masks = [[False, *[True] * (3 + place % 5)] for place in range(6)]
+    return pa.table({"sample_id": SAMPLE_IDS, "completion_mask": masks})
 
 
-def test_before_the_first_file_everything_is_missing(files: ScoreFiles) -> None:
-    assert files.missing(adapters("base", "a"), 6).equals(adapters("base", "a"))
-    assert files.scores().to_table().schema == SCORES
-    assert files.failures() == {}
+def by_name(scores: pa.Table) -> dict[str, str]:
+    return {name: f"hash-{name}" for name in scores["adapter_id"].unique().to_pylist()}
 
 
-def test_only_full_sets_and_failures_are_done(files: ScoreFiles, drawn_scores: Draw) -> None:
-    files.write(drawn_scores(["a", "b"], SAMPLE_IDS), {})
-    files.write(drawn_scores(["c"], SAMPLE_IDS[:5]), {"d": "cannot be read"})
-    assert files.missing(adapters("a", "c", "d", "e"), 6).equals(adapters("c", "e"))
-    assert files.failures() == {"d": "cannot be read"}
-    assert len(files.scores().to_table()) == 17
+def test_before_the_first_file_nothing_is_known(store: ScoreStore, samples: pa.Table) -> None:
+    known = store.load(["hash-a", "hash-b"], samples)
+    assert known.nll_NS.shape == (2, 6)
+    assert np.isnan(known.nll_NS).all()
+    assert known.tokens_S.tolist() == [3, 4, 5, 6, 7, 3]
 
 
-def test_more_samples_than_were_scored_are_missing_again(files: ScoreFiles, drawn_scores: Draw) -> None:
-    files.write(drawn_scores(["a"], SAMPLE_IDS), {})
-    assert len(files.missing(adapters("a"), 6)) == 0
-    assert len(files.missing(adapters("a"), 7)) == 1
-
-
-def test_an_empty_batch_leaves_no_file(files: ScoreFiles) -> None:
-    files.write(SCORES.empty_table(), {})
-    assert not files.folder.exists()
-
-
-def test_scores_come_in_the_order_of_the_samples(files: ScoreFiles, drawn_scores: Draw) -> None:
+def test_scores_are_known_by_content_in_the_order_that_is_asked_for(
+    store: ScoreStore, samples: pa.Table, drawn_scores: Draw
+) -> None:
     table = drawn_scores(["a", "b"], SAMPLE_IDS)
-    files.write(table, {})
-    order = SAMPLE_IDS[::-1]
-    found = files.of_adapter("b", order)
-    rows = {row["sample_id"]: row for row in table.to_pylist() if row["adapter_id"] == "b"}
-    for name in ("nll_sum", "n_tokens", "n_correct"):
-        np.testing.assert_array_equal(found[name], [rows[sample][name] for sample in order])
+    store.write(table, by_name(table))
+    reverse = samples.take(list(range(6))[::-1])
+    known = store.load(["hash-b", "hash-unknown", "hash-a"], reverse)
+    for place, name in ((0, "b"), (2, "a")):
+        rows = [row for row in table.to_pylist() if row["adapter_id"] == name][::-1]
+        assert known.nll_NS[place].tolist() == [row["nll_sum"] for row in rows]
+        assert known.hits_NS[place].tolist() == [row["n_correct"] for row in rows]
+    assert np.isnan(known.nll_NS[1]).all()
 
 
-def test_a_sample_without_a_score_is_a_key_error(drawn_scores: Draw) -> None:
-    with pytest.raises(KeyError, match="s9"):
-        aligned(drawn_scores(["a"], SAMPLE_IDS), ["s0", "s9"])
+def test_another_base_engine_or_type_knows_nothing_of_it(tmp_path: Path, samples: pa.Table, drawn_scores: Draw) -> None:
+    table = drawn_scores(["a"], SAMPLE_IDS)
+    ScoreStore.at(str(tmp_path), "base", "vllm", "float32").write(table, by_name(table))
+    for other in (("base2", "vllm", "float32"), ("base", "transformers", "float32"), ("base", "vllm", "bfloat16")):
+        assert np.isnan(ScoreStore.at(str(tmp_path), *other).load(["hash-a"], samples).nll_NS).all()
+
+
+def test_a_part_of_the_samples_may_be_known(store: ScoreStore, samples: pa.Table, drawn_scores: Draw) -> None:
+    table = drawn_scores(["a"], SAMPLE_IDS[:4])
+    store.write(table, by_name(table))
+    assert np.isnan(store.load(["hash-a"], samples).nll_NS[0]).tolist() == [False] * 4 + [True] * 2
+
+
+def test_a_loss_that_is_no_number_is_known_as_the_worst(store: ScoreStore, samples: pa.Table, drawn_scores: Draw) -> None:
+    table = drawn_scores(["a"], SAMPLE_IDS)
+    store.write(table.set_column(2, SCORES.field("nll_sum"), pa.array([float("nan")] * 6)), {"a": "hash-a"})
+    assert np.isposinf(store.load(["hash-a"], samples).nll_NS).all()
+
+
+def test_many_writers_at_once_and_the_merging_of_their_files_lose_nothing(
+    store: ScoreStore, samples: pa.Table, drawn_scores: Draw
+) -> None:
+    """Some pairs are written twice, as by two runs at the same time."""
+    names = [f"a{n}" for n in range(MANY_FILES)]
+
+    def write(name: str) -> None:
+        table = drawn_scores([name], SAMPLE_IDS, int(name[1:]))
+        store.write(table, by_name(table))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [*names, *names[:10]]))
+    hashes = [f"hash-{name}" for name in names]
+    before = store.load(hashes, samples)
+    assert not np.isnan(before.nll_NS).any()
+    with ThreadPoolExecutor(2) as pool:
+        for merging in [pool.submit(store.merge_files) for _ in range(2)]:
+            merging.result()
+    assert len(store.folder.list_files(".parquet")) <= 2
+    after = store.load(hashes, samples)
+    assert after.nll_NS.tolist() == before.nll_NS.tolist()
+    assert after.hits_NS.tolist() == before.hits_NS.tolist()
+    store.merge_files()
+    assert store.folder.read_table(store.folder.list_files(".parquet")[0]).schema == STORED
+
+
+def test_in_an_object_store(bucket: str, samples: pa.Table, drawn_scores: Draw) -> None:
+    store = ScoreStore.at(f"{bucket}/scores", "base", "vllm", "float32")
+    table = drawn_scores(["a"], SAMPLE_IDS)
+    store.write(table, by_name(table))
+    assert not np.isnan(store.load(["hash-a"], samples).nll_NS).any()
+
+
+def test_failures_are_kept_by_name(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "failures")
+    record_failures(folder, {})
+    assert not folder.exists()
+    record_failures(folder, {"a": "corrupt"})
+    record_failures(folder, {"b": "gone"})
+    assert read_failures(folder) == {"a": "corrupt", "b": "gone"}

@@ -1,8 +1,8 @@
-"""The search on Ray with the transformers engine: every adapter on every sample, once, whatever happens to some of them."""
+"""The search on Ray with the transformers engine: the race's work, each piece once, whatever happens to some of it."""
 
+import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.adapter import WEIGHTS_FILE
-from pipeline.search.store import ScoreFiles
-from pipeline.search.stream import Work, engine_config, score_stream
+from pipeline.search import stream
+from pipeline.search.board import Progress, Work
+from pipeline.search.race import Plan, make_plan
+from pipeline.search.store import ScoreStore, read_failures
+from pipeline.search.stream import engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, SAMPLES
 
@@ -44,21 +47,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, make_adapter:
     return {f"a{n}": make_adapter(folder / f"a{n}", tiny_base, rank=2 + n, seed=n, std=0.3) for n in range(4)}
 
 
-def work_on(uris: dict[str, str], samples: pa.Table, scores: Folder) -> Work:
+def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     names = [BASE_ID, *uris]
-    adapters = pa.table([names, [None, *uris.values()]], schema=pa.schema([("adapter_id", pa.string()), ("uri", pa.string())]))
-    return Work(adapters, samples, scores)
+    columns = [pa.array(names), pa.array([None, *uris.values()], pa.string()), pa.array(names)]
+    store = ScoreStore.at(folder.sub("store").uri, "base", "transformers", "float32")
+    return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
 
-def run(base: str, work: Work, adapters_per_batch: int = 2) -> dict[str, dict[str, Any]]:
-    """Score what is missing. The reports by adapter."""
-    search = SearchConfig(
-        engine="transformers", dtype="float32", adapters_per_batch=adapters_per_batch, cpus_per_actor=1, actors=1
-    )
-    todo = replace(work, adapters=ScoreFiles(work.scores).missing(work.adapters, len(work.samples)))
-    reports = list(score_stream(todo, engine_config(base, 5, ["q_proj", "v_proj"], search, max_tokens=64), search))
-    assert len({report["adapter_id"] for report in reports}) == len(reports)
-    return {report["adapter_id"]: report for report in reports}
+def run(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Progress:
+    """Run a race to its end; scores everything unless there is a plan."""
+    asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
+    config = SearchConfig(**(asked | search))
+    everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
+    engine = engine_config(base, 5, ["q_proj", "v_proj"], config, max_tokens=64)
+    *_, last = score_stream(work, engine, config, plan or everything)
+    assert last.over
+    return last
+
+
+def stored(work: Work) -> pa.Table:
+    tables = [work.store.folder.read_table(name) for name in work.store.folder.list_files(".parquet")]
+    return pa.concat_tables(tables)
 
 
 def test_the_engine_is_told_what_the_pool_needs() -> None:
@@ -70,6 +79,12 @@ def test_the_engine_is_told_what_the_pool_needs() -> None:
     assert config.tensor_parallel_size == 1
 
 
+def test_all_engines_of_a_search_compute_in_one_type() -> None:
+    assert scoring_dtype(SearchConfig(dtype="float16")) == "float16"
+    assert scoring_dtype(SearchConfig(gpus_per_actor=1)) == "bfloat16"
+    assert scoring_dtype(SearchConfig(gpus_per_actor=0)) in ("float32", "bfloat16")
+
+
 def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], make_adapter: Callable[..., Path]
 ) -> None:
@@ -77,41 +92,47 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     uris = {name: str(folder) for name, folder in pool.items()}
     corrupt = make_adapter(tmp_path / "corrupt", tiny_base)
     (corrupt / WEIGHTS_FILE).write_bytes((corrupt / WEIGHTS_FILE).read_bytes()[:-50])
-    scores = Folder.at(tmp_path / "scores")
+    folder = Folder.at(tmp_path)
 
-    first = run(tiny_base, work_on({name: uris[name] for name in ("a0", "a1")}, samples, scores))
-    assert first.keys() == {BASE_ID, "a0", "a1"}
-    assert all(report["reason"] is None and report["tokens"] == 8 + 9 + 10 + 11 for report in first.values())
-    assert sum(report["startup"] > 0 for report in first.values()) >= 1
+    first = run(tiny_base, work_on({name: uris[name] for name in ("a0", "a1")}, samples, folder))
+    assert first.seen == [4, 4, 4]
+    assert (first.adapter_samples, first.tokens) == (12, 3 * (8 + 9 + 10 + 11))
+    assert first.engines == 1
+    assert first.startup > 0
 
-    everything = work_on({**uris, "corrupt": str(corrupt), "removed": str(tmp_path / "removed")}, samples, scores)
+    everything = work_on({**uris, "corrupt": str(corrupt), "removed": str(tmp_path / "removed")}, samples, folder)
     second = run(tiny_base, everything)
-    assert second.keys() == {"a2", "a3", "corrupt", "removed"}
-    assert {name for name, report in second.items() if report["reason"]} == {"corrupt", "removed"}
-    assert second["corrupt"]["tokens"] == 0
+    assert second.seen == [4, 4, 4, 4, 4, 0, 0]
+    assert second.adapter_samples == 8
+    assert read_failures(everything.failures).keys() == {"corrupt", "removed"}
 
-    files = ScoreFiles(scores)
-    assert files.failures().keys() == {"corrupt", "removed"}
-    table = files.scores().to_table()
+    table = stored(everything)
     counts = Counter(zip(table["adapter_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
     assert counts == {(name, f"s{n}"): 1 for name in (BASE_ID, *pool) for n in range(4)}
-    assert run(tiny_base, everything) == {}
+    third = run(tiny_base, everything)
+    assert (third.adapter_samples, third.engines) == (0, 0)  # nothing to do: no engine is started
 
     candidates = [Candidate(BASE_ID, None), *(Candidate(name, folder) for name, folder in pool.items())]
     config = engine_config(tiny_base, 5, ["q_proj", "v_proj"], SearchConfig(dtype="float32"), max_tokens=64)
-    keys = [("adapter_id", "ascending"), ("sample_id", "ascending")]
-    expected = TransformersScorer(config).score(candidates, samples).sort_by(keys).to_pylist()
-    for row, wanted in zip(table.sort_by(keys).to_pylist(), expected, strict=True):
-        assert row == {**wanted, "nll_sum": pytest.approx(wanted["nll_sum"], abs=1e-3)}
+    expected = TransformersScorer(config).score(candidates, samples)["nll_sum"].to_pylist()
+    known = everything.store.load([BASE_ID, *pool], samples)
+    assert known.nll_NS.flatten().tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_batch_of_which_nothing_can_be_fetched_is_only_a_failure(
+def test_who_is_out_of_the_race_is_not_scored_further(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:
-    work = work_on({"absent": "hf://no-org/no-adapter", "a0": str(pool["a0"])}, samples, Folder.at(tmp_path / "scores"))
-    reports = run(tiny_base, work, adapters_per_batch=1)
-    assert {name: bool(report["reason"]) for name, report in reports.items()} == {BASE_ID: False, "absent": True, "a0": False}
-    assert "cannot be fetched from the Hub" in ScoreFiles(work.scores).failures()["absent"]
+    """20 candidates under a budget: the first rung for all, the rest for the best; two engines, and the same result again."""
+    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(5)}
+    plan = Plan(rungs=(2, 4), budget=2 * 21 + 2 * 10, confidence=0.99)
+    work = work_on(uris, samples, Folder.at(tmp_path))
+    last = run(tiny_base, work, plan, actors=2)
+    assert last.seen is not None
+    assert last.seen[0] == 4
+    assert set(last.seen) == {2, 4}
+    assert last.adapter_samples == sum(last.seen)
+    again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
+    assert again.seen == last.seen
 
 
 def test_adapters_and_scores_in_an_object_store(
@@ -119,7 +140,31 @@ def test_adapters_and_scores_in_an_object_store(
 ) -> None:
     store = Folder.at(bucket)
     store.upload(pool["a0"], "pool/a0")
-    work = work_on({"a0": f"{bucket}/pool/a0"}, samples, store.sub("run", "scores"))
-    run(tiny_base, work)
-    assert len(ScoreFiles(work.scores).scores().to_table()) == 8
-    assert run(tiny_base, work) == {}
+    work = work_on({"a0": f"{bucket}/pool/a0", "absent": f"{bucket}/pool/absent"}, samples, store.sub("run"))
+    assert run(tiny_base, work).seen == [4, 4, 0]
+    assert len(stored(work)) == 8
+    assert run(tiny_base, work).engines == 0
+
+
+def test_an_adapter_that_kills_its_engine_is_set_aside_and_no_other(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mortal(stream.ScoringActor):
+        def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+            if any(candidate.adapter_id == "deadly" for candidate in candidates):
+                os._exit(1)
+            return super()._score(candidates, samples)
+
+    monkeypatch.setattr(stream, "ScoringActor", Mortal)
+    work = work_on({"a0": str(pool["a0"]), "deadly": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
+    assert run(tiny_base, work).seen == [4, 4, 0, 4]
+    assert read_failures(work.failures) == {"deadly": "the engine died 3 times while it scored this adapter"}
+
+
+def test_a_base_that_cannot_be_scored_ends_the_race(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
+) -> None:
+    impossible = samples.set_column(2, "input_ids", pa.array([[10**6] * len(ids) for ids in samples["input_ids"].to_pylist()]))
+    last = run(tiny_base, work_on({"a0": str(pool["a0"])}, impossible, Folder.at(tmp_path)))
+    assert last.seen is not None
+    assert last.seen[0] == 0

@@ -1,0 +1,240 @@
+"""The adapters of object stores on this node's disk: each fetched once, ahead of need, within a limit of bytes.
+
+    cache = AdapterCache()
+    cache.prefetch(["s3://bucket/pool/a", "s3://bucket/pool/b"])  # back at once
+    with cache.lease("s3://bucket/pool/a") as folder: ...
+
+All processes of a user on a node share one folder, without a server between them:
+
+    <digest>-<bytes>   a whole adapter; the digest is of its URI and of its files' sizes and times, so that a changed
+                       adapter is another one. Who uses it holds a shared lock on the folder
+    <above>.partial    holds one that is being fetched or removed; who does so holds an exclusive lock on it, and others
+                       who want it wait for that lock. It is never itself the adapter, or they would wait for its users
+
+The locks are the kernel's (flock). They end with their process, however it ends, so there is no guessing by time: what can be
+locked exclusively is in nobody's use. Local adapters are used in place, and those of the Hub are in the Hub's own cache.
+Errors of S3 that pass are pyarrow's to retry: it repeats a request every 0.2 s for 6 s.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from pyarrow import fs
+
+from pipeline.errors import AdapterError, InputError
+from pipeline.fetch import locate
+from pipeline.merge.adapter import FILES
+from pipeline.storage import Folder
+
+PARTIAL = ".partial"
+NAMES = "[0-9a-f]" * 32 + "-*"
+
+
+class Hold(NamedTuple):
+    """An adapter in use; `lock` is the open handle that keeps it on disk, where it is one of ours."""
+
+    uri: str
+    folder: Path
+    lock: int | None
+
+    def end(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+class AdapterCache:
+    """This process's way to the node's cache. Its methods may be called from several threads."""
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = 8 << 30, threads: int = 4, ahead: int = 16):
+        """
+        Args:
+            folder: where the adapters are kept; by default one of this user's in the machine's temporary folder.
+            max_bytes: limit in bytes; passed only by what is in use or being fetched.
+            threads: fetches at the same time, for `prefetch`.
+            ahead: prefetched adapters that may wait to be asked for; they count as in use.
+
+        Raises:
+            InputError: the folder cannot be made, or others can write to it.
+        """
+        self.folder = _private(folder or Path(tempfile.gettempdir()) / f"mashup-adapters-{os.getuid()}")
+        self.max_bytes = max_bytes
+        self.ahead = ahead
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
+        self._guard = threading.Lock()
+        self._coming: dict[str, Future[Hold]] = {}
+        self._held: list[Hold] = []
+
+    def prefetch(self, uris: Iterable[str]) -> None:
+        """Start to fetch, in this order, and return at once; above `ahead`, it is left to a later call or to `get`."""
+        with self._guard:
+            for uri in uris:
+                if uri not in self._coming and len(self._coming) < self.ahead:
+                    self._coming[uri] = self._threads.submit(self._obtain, uri)
+
+    def get(self, uri: str) -> Path:
+        """The local folder of an adapter, which stays until `release`; waits where it is being fetched, else fetches it.
+
+        Raises:
+            AdapterError: it cannot be fetched.
+        """
+        with self._guard:
+            coming = self._coming.pop(uri, None)
+        hold = coming.result() if coming else self._obtain(uri)
+        with self._guard:
+            self._held.append(hold)
+        return hold.folder
+
+    def release(self, uri: str) -> None:
+        """Give up an adapter that was got, or one that was prefetched and is not wanted any more."""
+        with self._guard:
+            hold = next((hold for hold in self._held if hold.uri == uri), None)
+            if hold:
+                self._held.remove(hold)
+            coming = None if hold else self._coming.pop(uri, None)
+        if hold:
+            hold.end()
+        if coming and not coming.cancel():
+            coming.add_done_callback(lambda done: None if done.exception() else done.result().end())
+
+    @contextmanager
+    def lease(self, uri: str) -> Iterator[Path]:
+        """`get` on entry, `release` at the end."""
+        folder = self.get(uri)
+        try:
+            yield folder
+        finally:
+            self.release(uri)
+
+    def close(self) -> None:
+        """Stop the fetches and release everything; what is whole stays on disk for others."""
+        self._threads.shutdown(cancel_futures=True)
+        for uri in [*(hold.uri for hold in self._held), *self._coming]:
+            self.release(uri)
+
+    def _obtain(self, uri: str) -> Hold:
+        place = locate(uri)
+        if isinstance(place, Path):
+            return Hold(uri, place, None)
+        try:
+            entry, lock = self._lock_entry(place)
+        except OSError as error:
+            raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
+        return Hold(uri, entry, lock)
+
+    def _lock_entry(self, store: Folder) -> tuple[Path, int]:
+        infos = _infos(store)
+        sizes = {info.base_name: info.size for info in infos}
+        entry = self.folder / _name(store.uri, infos)
+        if entry.exists() and not all((entry / name).is_file() for name in sizes):
+            _remove(entry)  # cleaners of temporary folders take single files
+        lock = _lock(entry, fcntl.LOCK_SH)
+        while lock is None:
+            lock = self._fetch(store, sizes, entry)
+        now = time.time_ns()  # the kernel's own idea of it is too coarse to order uses by
+        os.utime(entry, ns=(now, now))
+        return entry, lock
+
+    def _fetch(self, store: Folder, sizes: dict[str, int], entry: Path) -> int | None:
+        """Fetch an adapter, or wait for who does. Gives a shared lock on it; None where another came between."""
+        partial = entry.with_name(entry.name + PARTIAL)
+        with suppress(FileExistsError):
+            partial.mkdir(mode=0o700)
+        turn = _lock(partial, fcntl.LOCK_EX)
+        if turn is None:
+            return None
+        try:
+            if entry.exists():
+                return _lock(entry, fcntl.LOCK_SH)
+            self._make_room()
+            files = partial / "files"
+            store.download(list(sizes), files)
+            if {file.name: file.stat().st_size for file in files.iterdir()} != sizes:
+                raise AdapterError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
+            lock = _lock(files, fcntl.LOCK_SH)
+            files.rename(entry)
+            return lock
+        finally:
+            os.close(turn)
+            _remove(partial)
+
+    def _make_room(self) -> None:
+        """Remove what killed processes left and, above the limit, the adapters used longest ago; never what is in use."""
+        total = 0
+        entries: list[tuple[int, int, Path]] = []
+        for path in self.folder.glob(NAMES):
+            size = int(path.name.removesuffix(PARTIAL).rpartition("-")[2])
+            with suppress(FileNotFoundError):
+                if path.suffix == PARTIAL:
+                    total += 0 if _remove(path) else size  # fetches under way count in full
+                else:
+                    entries.append((path.stat().st_mtime_ns, size, path))
+                    total += size
+        for _, size, path in sorted(entries):
+            if total > self.max_bytes and _remove(path):
+                total -= size
+
+
+def _private(folder: Path) -> Path:
+    """Make a folder that only this user can write to; in a shared temporary folder another user may have been first."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise InputError(f"{folder}: adapters cannot be kept here ({error}); set TMPDIR to another folder") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(f"{folder}: adapters cannot be kept here, as others can write to it; set TMPDIR to another folder")
+    return folder
+
+
+def _infos(store: Folder) -> list[fs.FileInfo]:
+    """What the store says of an adapter's files, in one request."""
+    found = store.files.get_file_info(fs.FileSelector(store.path, allow_not_found=True))
+    infos = sorted((info for info in found if info.is_file and info.base_name in FILES), key=lambda info: info.base_name)
+    if not infos:
+        raise AdapterError(f"cannot be fetched from {store.uri} (there is no adapter)")
+    return infos
+
+
+def _name(uri: str, infos: list[fs.FileInfo]) -> str:
+    state = [uri, *((info.base_name, info.size, info.mtime_ns) for info in infos)]
+    return f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}-{sum(info.size for info in infos)}"
+
+
+def _lock(folder: Path, kind: int) -> int | None:
+    """A handle that locks a folder; None where it is gone or, with LOCK_NB, in use."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, kind)
+        if os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)  # it was renamed, removed or made anew while we waited
+    return None
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder unless it is in use. It loses its name first, as a process may be killed half-way."""
+    lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is None:
+        return False
+    doomed = folder.with_name(f"{uuid.uuid4().hex}-0{PARTIAL}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.close(lock)
+    return True

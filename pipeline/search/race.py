@@ -1,0 +1,268 @@
+"""Who goes on and who stops: successive halving of candidates on paired samples. Pure rules; no Ray here.
+
+All candidates see the same samples in the same order. A rung is a number of samples. When all who entered a rung have been
+scored on its samples, it closes: the best go on to the next rung, the others stop. Who goes on depends on the scores alone,
+neither on the order in which these come nor on the number of workers, so that a race which was broken off and taken up again
+ends like one that ran through. Workers need not wait for a rung to close: a candidate that is sure to go on, however the
+missing scores turn out, is given out for the next rung at once. That is asynchronous successive halving (arXiv 1810.05934)
+without its promotions in error.
+
+Shapes: N candidates, M some of them, S samples in the order in which they are scored.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+BASE = 0
+"""The candidate that is the base model: it is measured on every sample and competes with nobody."""
+
+KEEP = 8
+"""Candidates that go through to the end at least: as many as the largest mashup has donors."""
+
+FIRST_RUNG = 4
+"""Samples of the first rung at most."""
+
+SMALL_POOL = 2 * KEEP
+"""No budget is below the cost of scoring so many candidates on every sample."""
+
+CONFIDENCE = 0.99
+"""With which a candidate is out, where the budget says nothing of it."""
+
+PRIOR_SAMPLES = 4
+"""Weight of the typical variance beside a candidate's own."""
+
+FEWER = 0.8
+"""Who is sure to go on is looked for again when this share of the scores that were missing is missing still."""
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rungs (samples seen at the end of each, rising), the adapter-samples that the race may use (None: no limit), and
+    the one-sided confidence with which a candidate is out (1: none ever is)."""
+
+    rungs: tuple[int, ...]
+    budget: float | None
+    confidence: float
+
+
+def make_plan(n_candidates: int, n_search: int, n_holdout: int, share: float | None, confidence: float = CONFIDENCE) -> Plan:
+    """Rungs of 4, 8, 16, ... samples up to the search split, and the hold-out split as the last.
+
+    Args:
+        share: adapter-samples allowed, as a share of scoring every candidate on every sample; None: no limit.
+        confidence: as in `Plan`.
+    """
+    n_samples = n_search + n_holdout
+    if share == 1 or n_candidates <= SMALL_POOL:
+        return Plan((n_samples,), None, 1.0)
+    first = FIRST_RUNG if share is None else int(np.clip(share * n_samples / 3, 2, FIRST_RUNG))
+    doubling = [first * 2**power for power in range(n_search) if first * 2**power < n_search]
+    budget = None if share is None else max(share * n_candidates, SMALL_POOL) * n_samples
+    return Plan((*doubling, n_search, n_samples), budget, confidence)
+
+
+def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confidence: float) -> NDArray[np.bool_]:
+    """Whether each candidate's mean NLL lies above the reference's with this confidence; shape (M,).
+
+    The bound is on the paired difference a token, with the standard error of `metrics.mean_per_token`. A few samples tell
+    little of a candidate's own variance, so that it is shrunk towards the median of all (the moderated t of Smyth, 2004,
+    with a fixed prior weight).
+    """
+    total, n = tokens_S.sum(), len(tokens_S)
+    with np.errstate(invalid="ignore"):  # a candidate that gave infinity has no variance, and is out
+        difference_MS = nll_MS - reference_S
+        mean_M = difference_MS.sum(axis=1) / total
+        residual_MS = difference_MS - mean_M[:, None] * tokens_S
+        variance_M = n / (n - 1) * (residual_MS**2).sum(axis=1) / total**2
+        typical = np.nanmedian(variance_M)
+        shrunk_M = ((n - 1) * variance_M + PRIOR_SAMPLES * typical) / (n - 1 + PRIOR_SAMPLES)
+        bound_M = mean_M - NormalDist().inv_cdf(confidence) * np.sqrt(shrunk_M)
+    above: NDArray[np.bool_] = ~(bound_M <= 0)
+    return above
+
+
+class Race:
+    """The state of a race; what is known of it before it starts goes into `nll_NS` (NaN: unknown)."""
+
+    def __init__(self, plan: Plan, tokens_S: Sequence[int], nll_NS: Floats, left: Callable[[], float] | None = None):
+        """
+        Args:
+            tokens_S: completion tokens of each sample.
+            nll_NS: nats summed over each sample's completion, candidates in the order in which they shall be scored.
+            left: gives the adapter-samples that can still be afforded, in place of the plan's budget.
+        """
+        self._left = left or self._left_of_budget
+        self.plan = plan
+        self.tokens_S = np.asarray(tokens_S, np.float32)
+        self.nll_NS = nll_NS
+        self.aside_N = np.zeros(len(nll_NS), bool)
+        self.rungs_N = np.zeros(len(nll_NS), np.int64)
+        """How many rungs each candidate entered."""
+        self.rung = -1
+        self._spent = 0.0
+        self._pending: deque[int] = deque()
+        self._lacking: set[int] = set()
+        self._taken: set[int] = set()
+        self._open(np.arange(len(nll_NS)))
+
+    @property
+    def over(self) -> bool:
+        return self.rung == len(self.plan.rungs)
+
+    @property
+    def entrants(self) -> int:
+        """Candidates that entered the open rung."""
+        return len(self._entrants)
+
+    @property
+    def outstanding(self) -> int:
+        """Candidates of the open rung that lack scores."""
+        return len(self._lacking)
+
+    def seen_N(self) -> Indices:
+        """Samples that count for each candidate: those of the rungs that it entered."""
+        ends: Indices = np.array([0, *self.plan.rungs])[self.rungs_N]
+        return ends
+
+    def take(self, count: int) -> tuple[list[int], Indices]:
+        """Up to `count` candidates to score next, and the samples that all of them lack; empty where nothing can be done now."""
+        if not self._pending:
+            self._pending.extend(self._sure())
+        taken: list[int] = []
+        samples = np.empty(0, np.int64)
+        while self.upcoming(1) and len(taken) < count:
+            lacks = self._lacks(self._pending[0])
+            if taken and not np.array_equal(lacks, samples):
+                break
+            taken.append(self._pending.popleft())
+            samples = lacks
+        self._taken.update(taken)
+        return taken, samples
+
+    def upcoming(self, count: int) -> list[int]:
+        """Who will be taken next, as far as that is known."""
+        while self._pending and self.aside_N[self._pending[0]]:
+            self._pending.popleft()
+        return [self._pending[place] for place in range(min(count, len(self._pending)))]
+
+    def give_back(self, candidates: Iterable[int]) -> None:
+        """Candidates that were taken and for which no scores came: they are taken again before the others."""
+        back = [candidate for candidate in candidates if candidate in self._taken]
+        self._taken.difference_update(back)
+        self._pending.extendleft(candidate for candidate in reversed(back) if candidate in self._lacking)
+
+    def report(self, candidate: int, samples: Indices, nll_S: Sequence[float]) -> None:
+        """Scores of a candidate, in nats summed over each sample's completion. NaN is the worst that there is."""
+        self.nll_NS[candidate, samples] = np.nan_to_num(np.asarray(nll_S, np.float32), nan=np.inf, posinf=np.inf)
+        self._taken.discard(candidate)
+        if candidate in self._lacking and not len(self._unknown(candidate, self.plan.rungs[self.rung])):
+            self._done(candidate)
+
+    def set_aside(self, candidate: int) -> None:
+        """A candidate that cannot be scored; the race goes on without it."""
+        self.aside_N[candidate] = True
+        self._taken.discard(candidate)
+        if candidate in self._lacking:
+            self._done(candidate)
+
+    def drop_pending(self) -> list[int]:
+        """Leave out who waits in the first rung, as there is no time for them."""
+        if self.rung:
+            return []
+        dropped = [candidate for candidate in self._pending if candidate != BASE]
+        self._pending = deque(candidate for candidate in self._pending if candidate == BASE)
+        for candidate in dropped:
+            self.set_aside(candidate)
+        return dropped
+
+    def survivors(self) -> Indices:
+        """Who of the open rung goes on: the lowest means, as many as the budget allows, without those that are surely above
+        the last of the KEEP best; and the base. In the order of scoring."""
+        best = self._not_out(self._ranked()[: self._quota()])
+        return np.sort(np.append(best, BASE)) if not self.aside_N[BASE] else np.sort(best)
+
+    def _open(self, entrants: Indices) -> None:
+        self.rung += 1
+        self._entrants, self._lacking, self._pending = entrants, set(), deque()
+        self._looked_at = math.inf
+        if self.over:
+            return
+        start, end = list(pairwise((0, *self.plan.rungs)))[self.rung]
+        self._spent += len(entrants) * (end - start)
+        self.rungs_N[entrants] += 1
+        unknown = np.isnan(self.nll_NS[entrants, :end]).any(axis=1) & ~self.aside_N[entrants]
+        self._lacking.update(entrants[unknown].tolist())
+        self._pending.extend(candidate for candidate in entrants[unknown].tolist() if candidate not in self._taken)
+        if not self._lacking:
+            self._close()
+
+    def _done(self, candidate: int) -> None:
+        self._lacking.remove(candidate)
+        if not self._lacking:
+            self._close()
+
+    def _close(self) -> None:
+        is_last = self.rung + 1 == len(self.plan.rungs)
+        self._open(np.empty(0, np.int64) if is_last else self.survivors())
+
+    def _quota(self) -> int:
+        """How many may enter the next rung: the rungs to come shrink by one factor, the largest that can be afforded."""
+        entrants, lengths, left = len(self._entrants), np.diff((0, *self.plan.rungs))[self.rung + 1 :], self._left()
+        if math.isinf(left) or not len(lengths):
+            return entrants
+        powers = np.arange(1, len(lengths) + 1)
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            factor = (low + high) / 2
+            cost = ((np.maximum(entrants * factor**powers, KEEP) + 1) * lengths).sum()  # the base is one more
+            low, high = (factor, high) if cost <= left else (low, factor)
+        return max(KEEP, int(entrants * low))
+
+    def _left_of_budget(self) -> float:
+        return math.inf if self.plan.budget is None else self.plan.budget - self._spent
+
+    def _ranked(self) -> Indices:
+        """Entrants of the open rung whose scores are all there, without the base, the lowest mean first."""
+        end = self.plan.rungs[self.rung]
+        known_N = ~self.aside_N
+        known_N[[BASE, *self._lacking]] = False
+        rivals = self._entrants[known_N[self._entrants]]
+        ranked: Indices = rivals[np.argsort(self.nll_NS[rivals, :end].sum(axis=1), kind="stable")]
+        return ranked
+
+    def _not_out(self, best: Indices) -> Indices:
+        """Without those that are surely above the last of the KEEP best; `best` is in the order of means."""
+        if len(best) <= KEEP:
+            return best
+        end = self.plan.rungs[self.rung]
+        losses_MS, reference_S = self.nll_NS[best, :end], self.nll_NS[best[KEEP - 1], :end]
+        above = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.plan.confidence)
+        return best[~above | (np.arange(len(best)) < KEEP)]
+
+    def _sure(self) -> list[int]:
+        """Who goes on whatever the missing scores turn out to be, and is not yet at it."""
+        if self.over or self.rung + 1 == len(self.plan.rungs) or self.outstanding > FEWER * self._looked_at:
+            return []
+        self._looked_at = self.outstanding
+        certain = (KEEP if math.isinf(self._left()) else self._quota()) - self.outstanding
+        end = self.plan.rungs[self.rung + 1]
+        ranked = self._not_out(self._ranked()[: max(0, certain)]).tolist()
+        return [c for c in ranked if c not in self._taken and len(self._unknown(c, end))]
+
+    def _lacks(self, candidate: int) -> Indices:
+        ahead = candidate not in self._lacking
+        return self._unknown(candidate, self.plan.rungs[self.rung + ahead])
+
+    def _unknown(self, candidate: int, end: int) -> Indices:
+        unknown: Indices = np.flatnonzero(np.isnan(self.nll_NS[candidate, :end]))
+        return unknown

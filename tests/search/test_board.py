@@ -1,0 +1,148 @@
+"""The scoreboard without Ray: what it gives out, to whom, and what becomes of work that nobody finishes."""
+
+import asyncio
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.search import board as board_module
+from pipeline.search.board import Scoreboard, Work
+from pipeline.search.race import Plan
+from pipeline.search.store import ScoreStore, read_failures, record_failures
+from pipeline.storage import Folder
+
+EVERYTHING = Plan((4,), None, 1.0)
+
+
+def work_on(folder: Path, names: list[str]) -> Work:
+    columns = [["base", *names], [None, *(f"/pool/{name}" for name in names)], ["base", *names]]
+    candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+    samples = pa.table({"sample_id": [f"s{n}" for n in range(4)], "completion_mask": [[False, True, True]] * 4})
+    store = ScoreStore.at(str(folder), "base", "vllm", "float32")
+    return Work(candidates, samples, store, Folder.at(folder / "failures"))
+
+
+def losses(job: board_module.Job) -> dict[int, list[float]]:
+    return {candidate: [1.0 + candidate] * len(job.samples) for candidate in job.candidates}
+
+
+async def finish(board: Scoreboard, engine: str = "one") -> list[list[int]]:
+    """Work as an engine until the race is over. The jobs that it got."""
+    jobs = []
+    while job := await board.take(engine, 2):
+        jobs.append(job.candidates)
+        await board.report(engine, losses(job), tokens=3)
+    return jobs
+
+
+def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
+    board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
+    board.ready(2.5)
+    assert asyncio.run(finish(board)) == [[0], [1, 2], [3]]
+    progress = board.progress()
+    assert (progress.engines, progress.startup, progress.tokens) == (1, 2.5, 9)
+    assert progress.adapter_samples == 16
+    assert progress.seen == [4, 4, 4, 4]
+
+
+def test_a_job_names_what_comes_next_so_that_it_can_be_fetched_ahead(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
+        first = await board.take("one", 2)
+        assert first is not None
+        assert first.upcoming == ["/pool/a", "/pool/b"]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path) -> None:
+    """Its process begins anew three times; the adapter that is in its hands each time is set aside, the other is not."""
+
+    async def scenario() -> list[list[int]]:
+        board = Scoreboard(work_on(tmp_path, ["a", "deadly"]), EVERYTHING)
+        jobs = []
+        while job := await board.take("one", 2):
+            jobs.append(job.candidates)
+            if 2 in job.candidates:
+                await board.hello("one")
+            else:
+                await board.report("one", losses(job), tokens=0)
+        assert board.progress().seen == [4, 4, 0]
+        return jobs
+
+    assert asyncio.run(scenario()) == [[0], [1, 2], [1], [2], [2]]
+    assert "died 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
+
+
+def test_work_that_is_held_too_long_goes_to_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "LEASE", 0.0)
+
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
+        slow = await board.take("slow", 1)
+        again = await board.take("quick", 1)
+        assert slow is not None
+        assert again is not None
+        assert again.candidates == slow.candidates == [0]
+        await board.report("quick", losses(again), tokens=0)
+        assert board.progress().over
+        await board.report("slow", losses(slow), tokens=0)  # harmless
+        assert await board.take("slow", 1) is None
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_waits_where_everything_is_with_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
+        job = await board.take("one", 1)
+        waiting = asyncio.create_task(board.take("two", 1))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        assert job is not None
+        await board.report("one", losses(job), tokens=0)
+        assert await waiting is None
+
+    asyncio.run(scenario())
+
+
+def test_known_failures_and_adapters_without_scores_are_set_aside(tmp_path: Path) -> None:
+    work = work_on(tmp_path, ["a", "b"])
+    record_failures(work.failures, {"a": "corrupt"})
+
+    async def scenario() -> None:
+        board = Scoreboard(work, EVERYTHING)
+        base = await board.take("one", 2)
+        assert base is not None
+        await board.report("one", losses(base), tokens=0)
+        job = await board.take("one", 2)
+        assert job is not None
+        assert job.candidates == [2]
+        await board.report("one", {}, tokens=0)
+        assert board.progress().seen == [4, 0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_base_that_cannot_be_scored_ends_the_race(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a"]), EVERYTHING)
+        await board.take("one", 1)
+        await board.report("one", {}, tokens=0)
+        assert await board.take("one", 1) is None
+        seen = board.progress().seen
+        assert seen is not None
+        assert seen[0] == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> None:
+    """With no time at all, only the base is scored."""
+    names = [f"a{n}" for n in range(20)]
+    board = Scoreboard(work_on(tmp_path, names), Plan((2, 4), None, 0.99), seconds=1e-9)
+    assert asyncio.run(finish(board)) == [[0], [0]]
+    progress = board.progress()
+    assert progress.not_reached == 20
+    assert progress.seen == [4] + [0] * 20

@@ -1,0 +1,71 @@
+"""Engines and nodes are lost and join in mid-search: the result is the one of a search that nothing happened to."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.storage import Folder
+from pipeline.tables import SAMPLES
+
+SCRIPT = Path(__file__).with_name("three_nodes.py")
+IN_FLIGHT = 2 * 2
+"""Adapter-samples that an engine holds: two adapters on a rung of two samples."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+    """24 adapters of differing strength, and 6 samples."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed in range(24):
+        make_adapter(folder / "pool" / f"a{seed:02}", tiny_base, rank=2, seed=seed, std=0.02 * (1 + seed))
+    generator = torch.Generator().manual_seed(2)
+    rows = [
+        {
+            "sample_id": f"s{n}",
+            "split": "search" if n < 4 else "holdout",
+            "input_ids": torch.randint(3, 400, (40,), generator=generator).tolist(),
+            "completion_mask": [place > 9 for place in range(40)],
+            "learn_mask": [place > 9 for place in range(40)],
+        }
+        for n in range(6)
+    ]
+    Folder.at(folder).write_table("samples.parquet", pa.Table.from_pylist(rows, schema=SAMPLES))
+    return folder
+
+
+def search(world: Path, base: str, fault: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), str(world), base, fault]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((world / fault / "found.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tiny_base: str) -> dict[str, Any]:
+    found = search(world, tiny_base, "none")
+    assert set(found["seen"]) == {2, 4, 6}
+    assert found["rows"] == sum(found["seen"])
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", ["actor", "node", "join"])
+def test_the_result_is_the_same(world: Path, tiny_base: str, undisturbed: dict[str, Any], fault: str) -> None:
+    found = search(world, tiny_base, fault)
+    assert found["struck"]
+    assert found["seen"] == undisturbed["seen"]
+    both = np.array(found["nll"]), np.array(undisturbed["nll"])
+    counted = np.arange(6) < np.array(found["seen"])[:, None]
+    np.testing.assert_allclose(both[0][counted], both[1][counted], rtol=1e-5)
+    assert found["rows"] <= undisturbed["rows"] + 2 * IN_FLIGHT  # what was in flight, and started early
+    if fault == "join":
+        assert found["engines"] >= 2

@@ -1,0 +1,70 @@
+"""A search on a local cluster of three nodes, run by test_faults.py in a process of its own, as a process has one cluster.
+
+    python three_nodes.py FOLDER BASE none|actor|node|join
+
+`actor` kills an engine's process in mid-search, `node` takes a node away, `join` begins with one node and adds the others.
+What the search found is written to FOLDER/<fault>/found.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.config import SearchConfig
+from pipeline.search.board import Work
+from pipeline.search.race import Plan
+from pipeline.search.store import ScoreStore
+from pipeline.search.stream import engine_config, score_stream
+from pipeline.storage import Folder
+
+PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
+
+
+def work_in(folder: Path) -> Work:
+    """The adapters and samples that the test left in `folder`; the scores of this run have a place of their own."""
+    names = sorted(path.name for path in (folder / "pool").iterdir())
+    columns = [["base", *names], [None, *(str(folder / "pool" / name) for name in names)], ["base", *names]]
+    candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+    run = Folder.at(folder).sub(sys.argv[3])
+    store = ScoreStore.at(run.sub("store").uri, "base", "transformers", "float32")
+    return Work(candidates, Folder.at(folder).read_table("samples.parquet"), store, run.sub("failures"))
+
+
+def main() -> None:
+    folder, base, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = [] if fault == "join" else [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    work = work_in(folder)
+    search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1)
+    done = False
+    for progress in score_stream(work, engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64), search, PLAN):
+        if done or not 4 <= progress.adapter_samples < 50:
+            continue
+        done = True
+        if fault == "actor":
+            _an_engine().kill()
+        elif fault == "node":
+            cluster.remove_node(nodes[0], allow_graceful=False)
+        elif fault == "join":
+            nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    rows = pa.concat_tables([work.store.folder.read_table(name) for name in work.store.folder.list_files(".parquet")])
+    known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
+    found = {"seen": progress.seen, "nll": known.nll_NS.tolist(), "rows": len(rows), "engines": progress.engines, "struck": done}
+    (folder / fault / "found.json").write_text(json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def _an_engine() -> psutil.Process:
+    found = psutil.Process().children(recursive=True)
+    return next(process for process in found if "MapWorker" in " ".join(process.cmdline()))
+
+
+if __name__ == "__main__":
+    main()
