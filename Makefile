@@ -58,6 +58,8 @@ pytest: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
+	@$(BIN)/python -m examples.base_model >/dev/null
+	$(BIN)/python -m benchmarks.throughput
 
 clean:
 	rm -rf $(VENV) .cache runs

@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead [--quick] [--base FOLDER] [--engine vllm]
 
-Three ratios, each of two things measured in this one run:
+Ratios, each of two things measured in this one run:
     search_over_engine        seconds a batch of adapters of the Ray Data search / of the bare engine in a process of its own
     train_over_bare           seconds of the training steps under Ray Train / of the same loop without Ray
-    driver_memory_growth      peak memory of the driver at 10 N adapters / at N adapters
+    driver_memory_growth, engine_..., scoreboard_...
+                              peak memory of a process in a search of 10,000 adapters / of 100
 Start-up is left out of the first two and printed apart.
 """
 
@@ -16,19 +17,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import pyarrow as pa
 import ray
 import typer
 
-from benchmarks.pools import TARGETS, VOCABULARY, random_adapters, random_samples, tiny_base
+from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
 from pipeline import cluster
 from pipeline.basemodel import linear_shapes
 from pipeline.config import SearchConfig, TrainConfig
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
-from pipeline.search.stream import Work, engine_config, score_stream
+from pipeline.pool import build_catalogue
+from pipeline.search.race import make_plan
+from pipeline.search.stream import engine_config, score_stream
 from pipeline.storage import Folder
 from pipeline.train import Arm, Finetuning, Job, Lora, fit
 
@@ -41,12 +47,13 @@ def main(
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
     quick: Annotated[bool, typer.Option(help="Fewer batches and steps.")] = False,
 ) -> None:
-    """Measure the three ratios and print them as one JSON object."""
+    """Measure the ratios and print them as one JSON object."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # Workers run in other folders than this command.
         base = str(Path(base).resolve()) if base else tiny_base(folder / "base")
-        found = {"driver_memory_growth": round(_memory_growth(small=50 if quick else 200), 3)}
+        found: dict[str, Any] = _memory_growth(100, 1_000 if quick else 10_000)
+        typer.echo(f"so far: {found}", err=True)
         cluster.connect()
         parts = (
             lambda: _search(folder, base, engine, batches=4 if quick else 12),
@@ -68,14 +75,15 @@ def _search(folder: Path, base: str, engine: str, batches: int) -> dict[str, Any
     bare = ray.get(bare_task.remote(engine, config, adapters, samples))
     scores = folder / "scores"
     started = time.perf_counter()
-    startup = max(row["startup"] for row in score_stream(Work(adapters, samples, Folder.at(scores)), config, search))
+    work = everything(adapters, samples, scores)
+    *_, last = score_stream(work, config, search, make_plan(len(work.candidates), len(samples), 0, share=1))
     wall = time.perf_counter() - started
-    ends = sorted(file.stat().st_mtime for file in scores.glob("*.parquet"))
-    # From the end of the first batch to the end of the last: neither start-up nor a cold first batch is in it.
-    streamed = (ends[-1] - ends[0]) / (len(ends) - 1)
+    ends = sorted(file.stat().st_mtime for file in scores.rglob("*.parquet"))
+    # From the end of the first batch to the end of the last: neither start-up nor the base is in it.
+    streamed = statistics.median(end - start for start, end in pairwise(ends[1:]))
     return {
-        "search_over_engine": round(streamed / statistics.fmean(bare[1:]), 3),
-        "engine_start_seconds": round(startup, 1),
+        "search_over_engine": round(streamed / statistics.median(bare[1:]), 3),
+        "engine_start_seconds": round(last.startup, 1),
         "search_wall_seconds": round(wall, 1),
         "seconds_a_batch": round(streamed, 3),
     }
@@ -119,29 +127,45 @@ def _bare_train(job: Job) -> float:
     return finetuning.seconds
 
 
-def _memory_growth(small: int) -> float:
-    """Peak memory of the driver that scores 10 N adapters over that for N. Each in a process of its own, on a tiny base."""
+def _memory_growth(few: int, many: int) -> dict[str, float]:
+    """Peak memory of each kind of process at `many` adapters over that at `few`; each search in a driver of its own."""
     peaks = []
-    for count in (small, 10 * small):
-        command = [sys.executable, "-c", f"from benchmarks.overhead import driver_peak; driver_peak({count})"]
+    for count in (few, many):
+        command = [sys.executable, "-c", f"from benchmarks.overhead import print_peaks; print_peaks({count})"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(float(done.stdout.strip().splitlines()[-1]))
-    return peaks[1] / peaks[0]
+        peaks.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    return {f"{name}_memory_growth": round(peaks[1][name] / peaks[0][name], 3) for name in peaks[0]}
 
 
-def driver_peak(count: int) -> None:
-    """Score `count` adapters of a tiny base through Ray Data and print this process' peak memory in KiB."""
+def print_peaks(count: int) -> None:
+    """Index `count` adapters of a tiny base, search them within a tenth of the exhaustive cost, and print the peak memory of the
+    driver, of the engine's process and of the scoreboard's, in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = tiny_base(folder / "base")
-        adapters = random_adapters(folder / "pool", base, count, rank=2)
-        samples = random_samples(2, 16, VOCABULARY)
-        search = SearchConfig(engine="transformers", adapters_per_batch=8, actors=1)
+        random_adapters(folder / "pool", base, count, rank=2)
         cluster.connect()
-        config = engine_config(base, 2, TARGETS, search, max_tokens=32)
-        for _ in score_stream(Work(adapters, samples, Folder.at(folder / "scores")), config, search):
-            pass
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        adapters = build_catalogue(base, str(folder / "pool"))
+        samples = random_samples(32, 16, VOCABULARY)
+        search = SearchConfig(engine="transformers", adapters_per_batch=8, actors=1)
+        work = everything(adapters, samples, folder / "scores")
+        peaks = {"engine": 0, "scoreboard": 0}
+        for _ in score_stream(
+            work, engine_config(base, 2, TARGETS, search, max_tokens=32), search, make_plan(count + 1, 24, 8, share=0.1)
+        ):
+            for name, title in (("engine", "MapWorker"), ("scoreboard", "Scoreboard")):
+                peaks[name] = max(peaks[name], _memory_of(title))
+    print(json.dumps({"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **peaks}))
+
+
+def _memory_of(title: str) -> int:
+    """Bytes held by this process' descendants of that title, the largest."""
+    found = [0]
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process.memory_info().rss)
+    return max(found)
 
 
 def _vocabulary(base: str) -> int:

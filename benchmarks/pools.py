@@ -1,5 +1,6 @@
 """Bases, pools and samples for the benchmarks: a tiny random Llama and adapters for it, or real ones that the user names."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.merge.adapter import from_factors, write_adapter
 from pipeline.merge.delta import Factors
-from pipeline.tables import SAMPLES
+from pipeline.search.board import Work
+from pipeline.search.store import ScoreStore
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID, SAMPLES
 
 TARGETS = ("q_proj", "v_proj")
 VOCABULARY = 512
@@ -31,10 +35,10 @@ def tiny_base(folder: Path) -> str:
     return str(folder)
 
 
-def random_adapters(folder: Path, base: str, count: int, rank: int) -> pa.Table:
-    """`count` adapters of random weights, as catalogue rows (adapter_id, uri)."""
+def random_adapters(folder: Path, base: str, count: int, rank: int, targets: Iterable[str] = TARGETS) -> pa.Table:
+    """`count` adapters of random weights on the layers whose names end in `targets`, as catalogue rows (adapter_id, uri)."""
     shapes, _ = linear_shapes(base)
-    chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in TARGETS}
+    chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
     names = [f"random-{number:05d}" for number in range(count)]
     for seed, name in enumerate(names):
         write_adapter(folder / name, from_factors(base, _random_deltas(chosen, rank, seed), rank, 2 * rank, shapes, seed))
@@ -56,6 +60,14 @@ def random_samples(count: int, length: int, vocabulary: int, completion: int = 8
         for number in range(count)
     ]
     return pa.Table.from_pylist(rows, schema=SAMPLES)
+
+
+def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> Work:
+    """The base and these adapters on these samples, with a score store at `scores`."""
+    base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
+    candidates = pa.concat_tables([base, adapters.select(["adapter_id", "uri"])])
+    hashed = candidates.append_column("adapter_hash", candidates["adapter_id"])
+    return Work(hashed, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
 
 
 def _random_deltas(shapes: Shapes, rank: int, seed: int) -> dict[str, Factors]:

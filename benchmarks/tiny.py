@@ -1,0 +1,125 @@
+"""A pool of any size on a tiny base, all of it trained here: what a real base is too slow for on a small machine.
+
+The base is a Llama of 2 layers over bytes, trained for a while on a mixture of the demo's tasks. Real donors are LoRA adapters
+that were trained on one task each, with seeds of their own. The pool is made from them: each adapter is w_1 d_1 + w_2 d_2 of the
+delta weights of two random donors, w_1 ~ U(0, 1.5) and w_2 ~ U(-0.5, 1), truncated to rank RANK. So it holds close relatives
+of the target's task, strangers, overshot and spoilt ones, in a continuum, which is harder to rank than a pool of real donors.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from examples.tasks import DONORS, TARGET, Row, draw
+from pipeline.basemodel import linear_shapes
+from pipeline.engines.completion import collate, completion_logits, completion_targets
+from pipeline.merge.adapter import Adapter, from_factors, read_adapter, write_adapter
+from pipeline.merge.delta import truncate, weighted_sum
+from pipeline.tables import SAMPLES
+
+RANK, ALPHA = 4, 8
+SEEDS = (1, 2)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASE_STEPS, DONOR_STEPS = 400, 60
+BATCH_ROWS = 32
+FIRST_BYTE = 3
+"""Ids below are special."""
+
+
+def tiny_world(folder: Path) -> tuple[str, list[Path]]:
+    """The trained base and its real donors, made once."""
+    base = folder / "base"
+    if not (base / "config.json").exists():
+        _train_base(base)
+    donors = []
+    for seed in SEEDS:
+        for task in DONORS:
+            donor = folder / "donors" / f"{task}-{seed}"
+            if not (donor / "adapter_config.json").exists():
+                _train_donor(base, task, seed, donor)
+            donors.append(donor)
+    return str(base), donors
+
+
+def made_pool(folder: Path, base: str, donors: Sequence[Path], count: int) -> pa.Table:
+    """`count` adapters made from the donors, as catalogue rows (adapter_id, uri). The first are the same for every count."""
+    adapters = [read_adapter(donor) for donor in donors]
+    shapes, _ = linear_shapes(base)
+    generator = random.Random(0)
+    rows = []
+    for number in range(count):
+        parts, weights = generator.sample(adapters, 2), (generator.uniform(0, 1.5), generator.uniform(-0.5, 1))
+        target = folder / f"made-{number:05d}"
+        if not (target / "adapter_config.json").exists():
+            write_adapter(target, _sum(base, parts, weights, shapes))
+        rows.append({"adapter_id": target.name, "uri": str(target)})
+    return pa.Table.from_pylist(rows)
+
+
+def target_samples(seed: int, search: int, holdout: int) -> pa.Table:
+    """Rows of the demo's target task, schema SAMPLES."""
+    rows = [_tokens(row) for row in draw(TARGET, f"target {seed}", search + holdout)]
+    splits = ["search"] * search + ["holdout"] * holdout
+    return pa.Table.from_pylist(
+        [{"sample_id": f"{seed}-{n}", "split": split, **row} for n, (row, split) in enumerate(zip(rows, splits, strict=True))],
+        schema=SAMPLES,
+    )
+
+
+def _tokens(row: Row) -> dict[str, Any]:
+    prompt, answer = (f"{row['prompt']}\n".encode(), f"{row['completion']}\n".encode())
+    mask = [False] * len(prompt) + [True] * len(answer)
+    return {"input_ids": [byte + FIRST_BYTE for byte in prompt + answer], "completion_mask": mask, "learn_mask": mask}
+
+
+def _train_base(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256 + FIRST_BYTE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config)
+    rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
+    random.Random(0).shuffle(rows)
+    # The whole text is learned, as in pretraining, so that donors have something to add.
+    _train(
+        model, [{**tokens, "learn_mask": [True] * len(tokens["input_ids"])} for tokens in map(_tokens, rows)], BASE_STEPS, 1e-3
+    )
+    model.save_pretrained(folder)
+
+
+def _train_donor(base: Path, task: str, seed: int, folder: Path) -> None:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    _train(model.get_base_model(), [_tokens(row) for row in draw(DONORS[task], f"{task} {seed}", 400)], DONOR_STEPS, 5e-3)
+    model.save_pretrained(str(folder))
+
+
+def _train(model: Any, rows: list[dict[str, Any]], steps: int, lr: float) -> None:
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=lr)
+    for step in range(steps):
+        chosen = [rows[(step * BATCH_ROWS + place) % len(rows)] for place in range(BATCH_ROWS)]
+        batch = collate([row["input_ids"] for row in chosen], [row["learn_mask"] for row in chosen], torch.device("cpu"))
+        cross_entropy(completion_logits(model, batch), completion_targets(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _sum(base: str, parts: Sequence[Adapter], weights: Sequence[float], shapes: Any) -> Adapter:
+    deltas = {
+        module: truncate(weighted_sum([part.factors(module) for part in parts], weights), RANK)[0] for module in parts[0].modules
+    }
+    return from_factors(base, deltas, RANK, ALPHA, shapes, seed=0)
