@@ -4,8 +4,8 @@ import time
 
 from rich.console import Console
 
-INTERVAL = 3.0
-"""Seconds between two lines of the same counter."""
+INTERVAL, AGAIN = 3.0, 30.0
+"""Seconds between two lines of the same counter, and before a line is repeated."""
 
 
 class Progress:
@@ -14,21 +14,22 @@ class Progress:
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
-        self._last = 0.0
+        self._last, self._text = 0.0, ""
         self._stage = ""
 
     def stage(self, name: str) -> None:
-        self._stage, self._last = name, 0.0
+        self._stage, self._last, self._text = name, 0.0, ""
 
     def say(self, text: str) -> None:
         self._console.print(f"[dim]{time.monotonic() - self._began:6.0f} s[/dim]  [bold]{self._stage:<8}[/bold] ", end="")
         self._console.print(text, markup=False)
 
     def now_and_then(self, text: str, force: bool = False) -> None:
-        """Say something that changes all the time: at most every few seconds."""
+        """Say something that changes now and then: at most every few seconds, and the same again only after a while."""
         now = time.monotonic()
-        if force or now - self._last >= INTERVAL:
-            self._last = now
+        since = now - self._last
+        if force or since >= (AGAIN if text == self._text else INTERVAL):
+            self._last, self._text = now, text
             self.say(text)
 
     def count(self, done: int, total: int, text: str) -> None:

@@ -320,17 +320,16 @@ def _score(
 
 def _tell(run: Run, board: Board, n_candidates: int, n_samples: int) -> None:
     """Say how far a race is."""
-    if not board.engines:
+    if not board.engines and not board.over:
         run.progress.now_and_then(f"starting {run.config.search.engine}; {board.outstanding} of {n_candidates} candidates wait")
         return
-    share = board.adapter_samples / (n_candidates * n_samples)
-    speed = board.tokens / max(board.seconds, 1e-9)
-    where = f"rung {board.rung} of {board.rungs}: " if board.rungs > 1 else ""
-    run.progress.now_and_then(
-        f"{where}{board.entrants - board.outstanding} of {board.entrants} candidates scored; "
-        f"{share:.1%} of all that could be, {speed:.0f} tokens/s an engine",
-        force=board.over,
-    )
+    speed = f", {board.tokens / board.seconds:.0f} tokens/s an engine" if board.tokens else ""
+    if board.over:
+        share = board.adapter_samples / (n_candidates * n_samples)
+        run.progress.say(f"scored {board.adapter_samples} adapter-samples, {share:.0%} of all that there are{speed}")
+        return
+    rung = f"rung {board.rung} of {board.rungs}: " if board.rungs > 1 else ""
+    run.progress.now_and_then(f"{rung}{board.entrants - board.outstanding} of {board.entrants} candidates scored{speed}")
 
 
 @dataclass(frozen=True)

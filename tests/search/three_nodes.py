@@ -8,7 +8,9 @@ What the search found is written to FOLDER/<fault>/found.json.
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -16,10 +18,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config import SearchConfig
+from pipeline.search import stream
 from pipeline.search.board import Work
 from pipeline.search.race import Plan
 from pipeline.search.store import ScoreStore
-from pipeline.search.stream import engine_config, score_stream
 from pipeline.storage import Folder
 
 PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
@@ -35,6 +37,14 @@ def work_in(folder: Path) -> Work:
     return Work(candidates, Folder.at(folder).read_table("samples.parquet"), store, run.sub("failures"))
 
 
+class Slow(stream.ScoringActor):
+    """Leaves the pool the time to grow: Ray Data looks for new nodes every few seconds, and an engine must start there."""
+
+    def _score(self, *work: Any) -> Any:
+        time.sleep(2)
+        return super()._score(*work)
+
+
 def main() -> None:
     folder, base, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -42,8 +52,11 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     work = work_in(folder)
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1)
+    if fault == "join":
+        stream.ScoringActor = Slow  # type: ignore[misc]
     done = False
-    for progress in score_stream(work, engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64), search, PLAN):
+    engine = stream.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
+    for progress in stream.score_stream(work, engine, search, PLAN):
         if done or not 4 <= progress.adapter_samples < 50:
             continue
         done = True
