@@ -60,6 +60,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.overhead
 	@$(BIN)/python -m examples.base_model >/dev/null
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.recall
+	$(BIN)/python -m benchmarks.simulation
 
 clean:
 	rm -rf $(VENV) .cache runs
