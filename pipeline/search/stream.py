@@ -109,12 +109,15 @@ def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any)
 
 def _follow(tickets: ray.data.Dataset, board: Any) -> Iterator[Progress]:
     """Run the plan in a thread beside; what fails there is raised here."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
         running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
         while not running.done():
             yield ray.get(board.progress.remote())
             time.sleep(POLL)
         running.result()
+    finally:
+        pool.shutdown(wait=False)  # who is interrupted goes on to take the scoreboard away, which ends the plan
 
 
 class ScoringActor:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,18 @@ def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
 
-def run(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Progress:
-    """Run a race to its end; scores everything unless there is a plan."""
+def start(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Iterator[Progress]:
+    """A race, which scores everything unless there is a plan."""
     asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
     config = SearchConfig(**(asked | search))
     everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
     engine = engine_config(base, 5, ["q_proj", "v_proj"], config, max_tokens=64)
-    *_, last = score_stream(work, engine, config, plan or everything)
+    return score_stream(work, engine, config, plan or everything)
+
+
+def run(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Progress:
+    """Run a race to its end."""
+    *_, last = start(base, work, plan, **search)
     assert last.over
     return last
 
@@ -133,6 +138,16 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     assert last.adapter_samples == sum(last.seen)
     again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
     assert again.seen == last.seen
+
+
+def test_a_search_that_is_broken_off_can_be_taken_up_again(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
+) -> None:
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    broken_off: Any = start(tiny_base, work)
+    assert not next(broken_off).over
+    broken_off.close()
+    assert run(tiny_base, work).seen == [4] * 5
 
 
 def test_adapters_and_scores_in_an_object_store(

@@ -1,8 +1,8 @@
 """A search on a local cluster of three nodes, run by test_faults.py in a process of its own, as a process has one cluster.
 
-    python three_nodes.py FOLDER BASE none|actor|node|join
+    python three_nodes.py FOLDER BASE none|node|join
 
-`actor` kills an engine's process in mid-search, `node` takes a node away, `join` begins with one node and adds the others.
+`node` takes a node away, `join` begins with one node and adds the others.
 What the search found is written to FOLDER/<fault>/found.json.
 """
 
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
@@ -60,9 +59,7 @@ def main() -> None:
         if done or not 4 <= progress.adapter_samples < 50:
             continue
         done = True
-        if fault == "actor":
-            _an_engine().kill()
-        elif fault == "node":
+        if fault == "node":
             cluster.remove_node(nodes[0], allow_graceful=False)
         elif fault == "join":
             nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -72,11 +69,6 @@ def main() -> None:
     (folder / fault / "found.json").write_text(json.dumps(found))
     ray.shutdown()
     cluster.shutdown()
-
-
-def _an_engine() -> psutil.Process:
-    found = psutil.Process().children(recursive=True)
-    return next(process for process in found if "MapWorker" in " ".join(process.cmdline()))
 
 
 if __name__ == "__main__":
