@@ -21,18 +21,23 @@ VOCABULARY = 512
 
 def tiny_base(folder: Path) -> str:
     """A random Llama of 2 layers, without a tokenizer: enough for rows that are token ids already."""
+    tiny_llama(VOCABULARY, heads=1).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_llama(vocabulary: int, heads: int) -> LlamaForCausalLM:
+    """A Llama of 2 layers with seeded random weights; each attention head has 64 features."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        vocab_size=vocabulary,
+        hidden_size=64 * heads,
+        intermediate_size=128 * heads,
         num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=256,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return LlamaForCausalLM(config)
 
 
 def random_adapters(folder: Path, base: str, count: int, rank: int, targets: Iterable[str] = TARGETS) -> pa.Table:

@@ -15,8 +15,9 @@ import pyarrow as pa
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks.pools import tiny_llama
 from examples.tasks import DONORS, TARGET, Row, draw
 from pipeline.basemodel import linear_shapes
 from pipeline.engines.completion import collate, completion_logits, completion_targets
@@ -80,17 +81,7 @@ def _tokens(row: Row) -> dict[str, Any]:
 
 
 def _train_base(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256 + FIRST_BYTE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(256 + FIRST_BYTE, heads=2)
     rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
     random.Random(0).shuffle(rows)
     # The whole text is learned, as in pretraining, so that donors have something to add.

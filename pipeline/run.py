@@ -308,7 +308,7 @@ def _score(
         run.ledger.beat()
     if not board.seen or not board.seen[0]:
         reason = read_failures(work.failures).get(BASE_ID)
-        run.folder.delete("failures")  # so that the same command tries again
+        work.failures.delete("")  # so that the same command tries again
         raise RuntimeError(f"the base model itself could not be scored: {reason}")
     if board.not_reached:
         run.progress.say(f"{board.not_reached} adapters were not reached in {limit:g} s")

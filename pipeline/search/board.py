@@ -5,6 +5,7 @@ begins with what the store knows.
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -87,8 +88,9 @@ class Scoreboard:
         self.work = work
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
         self._tell = Progress(rungs=len(plan.rungs))
-        self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._limit = seconds
+        limit = math.inf if seconds is None else seconds
+        self._deadline = time.monotonic() + limit
+        self._first_rung_ends = time.monotonic() + FIRST_RUNG_SHARE * limit
         self._held: dict[str, _Lease] = {}
         self._deaths: Counter[int] = Counter()
         self._jobs = 0
@@ -152,7 +154,7 @@ class Scoreboard:
         return self._tell
 
     def _next(self, count: int) -> Job | None:
-        if self._deadline is not None and self._is_late():
+        if time.monotonic() > self._first_rung_ends:
             self._tell.not_reached += len(self.race.drop_pending())
         while head := self.race.upcoming(1):
             if self._deaths[head[0]] < MAX_DEATHS:
@@ -180,13 +182,7 @@ class Scoreboard:
             self.race.give_back(lease.job.candidates)
             lease.given_back = True
 
-    def _is_late(self) -> bool:
-        assert self._deadline is not None
-        assert self._limit is not None
-        return time.monotonic() > self._deadline - self._limit * (1 - FIRST_RUNG_SHARE)
-
     def _affordable(self) -> float:
         """Adapter-samples that all engines can still score before the deadline, at the speed so far."""
-        assert self._deadline is not None
         speed = self._tell.engines * self._tell.adapter_samples / max(self._tell.seconds, 1e-9)
         return max(0.0, self._deadline - time.monotonic()) * speed
