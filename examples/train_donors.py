@@ -27,9 +27,9 @@ from examples.folders import appear_whole
 from examples.tasks import DONORS, Row, donor_rows
 from pipeline.basemodel import fast_dtype, load_model, load_tokenizer
 from pipeline.engines.completion import completion_logits, completion_targets
+from pipeline.finetuning import Rows, as_metrics, batch_places, evaluate
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from pipeline.samples import tokenise
-from pipeline.train import Rows, as_metrics, batch_places, evaluate
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 POOL = Path(__file__).parent / "pool"

@@ -15,10 +15,11 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import cluster
+from pipeline.arms import Job
 from pipeline.config import Config
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.storage import Folder
-from pipeline.train import Job, curve_table, evaluate_on_test, fit
+from pipeline.train import curve_table, fit
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -155,6 +156,8 @@ def _best_nll(arm: Outcome) -> float:
 
 
 def _test(config: Config, arms: Sequence[Outcome], run: Folder) -> dict[str, dict[str, float]]:
+    from pipeline.finetuning import evaluate_on_test  # not above: see pipeline/train.py
+
     resources = cluster.worker_resources(config.train.cpus_per_worker, config.train.gpus_per_worker)
     task = ray.remote(evaluate_on_test).options(
         num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)

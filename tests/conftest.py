@@ -10,11 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.arms import Arm, Job, Lora
+from pipeline.config import TrainConfig
+from pipeline.samples import tokenise
+from pipeline.storage import Folder
+from pipeline.tables import SAMPLES
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river bank.",
@@ -90,6 +97,39 @@ def write_jsonl() -> Callable[[Path, Iterable[dict[str, Any]]], str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def data(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Splits of a task that a few steps can learn: repeat the last word."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    words = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number"]
+    rows = [{"prompt": f"{a} and {b}", "completion": b} for a in words for b in words]
+    folder = Folder.at(tmp_path_factory.mktemp("data"))
+    for split, part in {"train": rows[8:], "validation": rows[:8], "test": rows[:4]}.items():
+        tokens = [{"sample_id": str(n), "split": split, **tokenise(row, tokenizer)} for n, row in enumerate(part)]
+        folder.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
+    return folder
+
+
+@pytest.fixture
+def job(tiny_base: str, data: Folder) -> Callable[..., Job]:
+    def make(key: str = "k", **train: Any) -> Job:
+        settings = {"steps": 8, "batch_size": 8, "evaluations": 4, "dtype": "float32", "cpus_per_worker": 1, **train}
+        lora = Lora(4, 8.0, ("q_proj", "v_proj", "down_proj"))
+        return Job(Arm("base", 1e-2, 0), tiny_base, lora, TrainConfig(**settings), data, data, key)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def without_time() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """without_time(curve): what two runs of the same arm have in common, rounded."""
+
+    def strip(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: round(v, 4) for key, v in row.items() if key not in ("seconds", "init") and v == v} for row in curve]
+
+    return strip
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import run as page
+from pipeline.arms import Arm, Job, Lora
 from pipeline.cli import main
 from pipeline.config import TrainConfig, build_config
+from pipeline.finetuning import Finetuning
 from pipeline.samples import tokenise
 from pipeline.search.screen import SCREEN
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
-from pipeline.train import Arm, Finetuning, Job, Lora
 
 WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number", "brown", "lazy"]
 ROWS = [{"prompt": f"{a} and {b}", "completion": b} for a in WORDS for b in WORDS]

@@ -160,7 +160,9 @@ class Scoreboard:
             if self._deaths[head[0]] < MAX_DEATHS:
                 break
             name = self.work.candidates["adapter_id"][head[0]].as_py()
-            record_failures(self.work.failures, {name: f"the engine died {MAX_DEATHS} times while it scored this adapter"})
+            record_failures(
+                self.work.failures, {name: f"the engine died, or hung, {MAX_DEATHS} times while it scored this adapter"}
+            )
             self.race.set_aside(head[0])
         # What an engine died of is found by trying one at a time; the base keeps to itself.
         alone = head and (self._deaths[head[0]] or head[0] == BASE)

@@ -5,6 +5,7 @@ far. So one engine start serves the whole race. Ray Data grows and shrinks the p
 an actor that died to another. An actor stores the scores of a batch, whole or not at all, before it reports them.
 """
 
+import faulthandler
 import logging
 import math
 import os
@@ -123,6 +124,9 @@ def _follow(tickets: ray.data.Dataset, board: Any) -> Iterator[Progress]:
 class ScoringActor:
     """Holds one engine; called by Ray Data with a ticket."""
 
+    patience = 600.0
+    """Seconds that a batch may take beyond ten times what it should."""
+
     def __init__(self, engine: str, config: EngineConfig, work: Work, board: Any):
         started = time.perf_counter()
         self.work, self.board, self.batch = work, board, config.adapters_per_batch
@@ -130,6 +134,7 @@ class ScoringActor:
         self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
         ray.get(board.hello.remote(self.name))
         self.scorer: Scorer = build_scorer(engine, config)
+        self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
         ray.get(board.ready.remote(time.perf_counter() - started))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -148,13 +153,13 @@ class ScoringActor:
         with ExitStack() as leases:
             candidates, failures = _fetch(rows, self.adapters, leases)
             self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
-            scores, failed = self._score(candidates, samples)
+            tokens = len(candidates) * sum(len(ids) for ids in samples["input_ids"])
+            scores, failed = self._watched(candidates, samples, tokens)
         record_failures(self.work.failures, failures | failed)
         names = rows["adapter_id"].to_pylist()
         if len(scores):
             self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
         nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
-        tokens = len(nll) * sum(len(ids) for ids in samples["input_ids"])
         ray.get(self.board.report.remote(self.name, nll, tokens))
 
     def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
@@ -163,6 +168,16 @@ class ScoringActor:
             self.adapters.release(uri)
         self.adapters.prefetch(upcoming)
         self.ahead = upcoming
+
+    def _watched(self, candidates: Sequence[Candidate], samples: pa.Table, tokens: int) -> tuple[pa.Table, dict[str, str]]:
+        """Score a batch. A process that hangs in it is ended, wherever it hangs, so that Ray starts another one."""
+        started = time.perf_counter()
+        faulthandler.dump_traceback_later(self.patience + 10 * tokens * self.token_seconds, exit=True)
+        try:
+            return self._score(candidates, samples)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self.token_seconds = (time.perf_counter() - started) / max(1, tokens)
 
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
         """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other."""

@@ -1,0 +1,102 @@
+"""The training loop: its order, its loss, going on from a checkpoint."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.arms import Job
+from pipeline.finetuning import Finetuning, Rows, as_metrics, batch_places, evaluate, evaluation_steps
+from pipeline.storage import Folder
+
+
+class Checkpoints:
+    """Stands in for Ray: keeps what a loop reports."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.points = folder, []
+
+    def __call__(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        self.points.append(metrics)
+        assert checkpoint is not None
+        target = self.folder / str(metrics["step"])
+        target.mkdir(parents=True)
+        for file in checkpoint.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    places = [place for step in range(6) for place in batch_places(step, batch_size=5, n_rows=10, seed=3)]
+    epochs = [places[:10], places[10:20], places[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
+
+
+def test_evaluations_are_at_the_start_and_evenly_to_the_end() -> None:
+    assert evaluation_steps(24, 6) == [0, 4, 8, 12, 16, 20, 24]
+    assert evaluation_steps(3, 10) == [0, 1, 2, 3]
+
+
+def test_training_learns_and_reports_every_evaluation(job: Callable[..., Job], tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    Finetuning(job(), 0, 1, kept).run()
+    assert [point["step"] for point in kept.points] == [0, 2, 4, 6, 8]
+    assert kept.points[-1]["eval_nll"] < kept.points[0]["eval_nll"] - 0.3
+    assert kept.points[-1]["tokens"] > 0
+
+
+def test_first_loss_equals_that_of_transformers(job: Callable[..., Job], data: Folder, tmp_path: Path) -> None:
+    """The mean NLL over the learned tokens of the first batch, as transformers' own loss gives it with labels."""
+    kept = Checkpoints(tmp_path)
+    Finetuning(job(steps=1, evaluations=1), 0, 1, kept).run()
+    rows = data.read_table("train.parquet")
+    model = AutoModelForCausalLM.from_pretrained(job().base)
+    total, count = 0.0, 0
+    for place in batch_places(0, 8, len(rows), 0):
+        ids, learn = (torch.tensor([rows[name][place].as_py()]) for name in ("input_ids", "learn_mask"))
+        labels = ids.masked_fill(~learn, -100)
+        total += model(ids, labels=labels).loss.item() * int(learn[:, 1:].sum())
+        count += int(learn[:, 1:].sum())
+    assert kept.points[1]["train_nll"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_curve(job: Callable[..., Job], without_time: Any, tmp_path: Path) -> None:
+    whole = Checkpoints(tmp_path / "whole")
+    Finetuning(job(), 0, 1, whole).run()
+    resumed = Checkpoints(tmp_path / "resumed")
+    again = Finetuning(job(), 0, 1, resumed)
+    again.restore(tmp_path / "whole" / "4")
+    again.run()
+    assert [point["step"] for point in resumed.points] == [6, 8]
+    assert without_time(again.curve) == without_time([{"lr": 1e-2, "seed": 0, **point} for point in whole.points])
+
+
+def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: Path) -> None:
+    finetuning = Finetuning(job(), 0, 1, Checkpoints(tmp_path))
+    with torch.no_grad():
+        finetuning.weights[0].fill_(math.inf)
+    finetuning.run()
+    assert finetuning.diverged_at == 1
+    assert finetuning.curve[-1]["eval_nll"] == math.inf
+
+
+def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], data: Folder, tmp_path: Path) -> None:
+    """Teacher-forced exact match equals generating greedily and comparing, row by row."""
+    finetuning = Finetuning(job(steps=80, evaluations=1), 0, 1, Checkpoints(tmp_path))
+    finetuning.run()
+    model, rows = finetuning.model.get_base_model(), Rows(data.read_table("train.parquet"))
+    hits = []
+    for ids, learn in zip(rows.ids, rows.learn, strict=True):
+        prompt = ids[: learn.index(True)]
+        written = model.generate(
+            torch.tensor([prompt]), max_new_tokens=sum(learn), do_sample=False, eos_token_id=2, pad_token_id=0
+        )[0].tolist()
+        hits.append(written == ids)
+    metrics = as_metrics(evaluate(model, rows, range(len(rows))))
+    assert metrics["eval_exact_match"] == pytest.approx(sum(hits) / len(hits))
+    assert sum(hits) > 0
