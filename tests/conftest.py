@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ CHATML = (
 )
 
 VOCABULARY = 400
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs begin first, then what needs a cluster: of two test processes, neither ends long after the other."""
+
+    def length(item: pytest.Item) -> tuple[float, bool]:
+        limit = item.get_closest_marker("timeout")
+        return limit.args[0] if limit else 0, "ray_session" in getattr(item, "fixturenames", ())
+
+    items.sort(key=length, reverse=True)
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +107,28 @@ def write_jsonl() -> Callable[[Path, Iterable[dict[str, Any]]], str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def random_samples() -> Callable[..., pa.Table]:
+    """random_samples(lengths, n_search, seed): rows of random tokens, the second half of each the completion and one token
+    behind it that is learned too; those after the first `n_search` are held out."""
+
+    def draw(lengths: Sequence[int], n_search: int | None = None, seed: int = 0) -> pa.Table:
+        generator = torch.Generator().manual_seed(seed)
+        rows = [
+            {
+                "sample_id": f"s{number}",
+                "split": "search" if n_search is None or number < n_search else "holdout",
+                "input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(),
+                "completion_mask": [length // 2 <= place < length - 1 for place in range(length)],
+                "learn_mask": [length // 2 <= place for place in range(length)],
+            }
+            for number, length in enumerate(lengths)
+        ]
+        return pa.Table.from_pylist(rows, schema=SAMPLES)
+
+    return draw
 
 
 @pytest.fixture(scope="session")

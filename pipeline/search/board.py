@@ -88,9 +88,8 @@ class Scoreboard:
         self.work = work
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
         self._tell = Progress(rungs=len(plan.rungs))
-        limit = math.inf if seconds is None else seconds
-        self._deadline = time.monotonic() + limit
-        self._first_rung_ends = time.monotonic() + FIRST_RUNG_SHARE * limit
+        self._limit = math.inf if seconds is None else seconds
+        self._deadline = self._first_rung_ends = math.inf  # the time runs from the first engine that is up
         self._held: dict[str, _Lease] = {}
         self._deaths: Counter[int] = Counter()
         self._jobs = 0
@@ -112,6 +111,9 @@ class Scoreboard:
 
     def ready(self, startup: float) -> None:
         """An engine is up; it took so many seconds."""
+        if not self._tell.engines:
+            now = time.monotonic()
+            self._deadline, self._first_rung_ends = now + self._limit, now + FIRST_RUNG_SHARE * self._limit
         self._tell.engines += 1
         self._tell.startup += startup
 

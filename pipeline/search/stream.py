@@ -74,7 +74,7 @@ def score_stream(
     """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
 
     Args:
-        seconds: the time that it may take, in place of the plan's budget.
+        seconds: the time that it may take, engine start apart, in place of the plan's budget.
     """
     board = _on_this_node(Scoreboard).remote(work, plan, seconds)
     try:

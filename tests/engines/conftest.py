@@ -6,10 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
 from pipeline.engines.scorer import Candidate, EngineConfig
-from pipeline.tables import BASE_ID, SAMPLES
+from pipeline.tables import BASE_ID
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -20,19 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def samples() -> pa.Table:
-    """12 rows of random tokens, the last third of each the completion and one token behind it."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(12):
-        length = 9 + 4 * number
-        ids = torch.randint(3, 400, (length,), generator=generator).tolist()
-        mask = [length * 2 // 3 <= place < length - 1 for place in range(length)]
-        learn = [*mask[:-1], True]
-        rows.append(
-            {"sample_id": f"s{number}", "split": "search", "input_ids": ids, "completion_mask": mask, "learn_mask": learn}
-        )
-    return pa.Table.from_pylist(rows, schema=SAMPLES)
+def samples(random_samples: Callable[..., pa.Table]) -> pa.Table:
+    return random_samples(range(9, 57, 4))
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,12 @@ from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.tables import SCORES
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
+    ),
+    pytest.mark.xdist_group("vllm"),  # one engine for all
+]
 
 
 @pytest.fixture(scope="module")

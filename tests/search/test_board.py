@@ -142,6 +142,7 @@ def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> N
     """With no time at all, only the base is scored."""
     names = [f"a{n}" for n in range(20)]
     board = Scoreboard(work_on(tmp_path, names), Plan((2, 4), None, 0.99), seconds=1e-9)
+    board.ready(startup=0)
     assert asyncio.run(finish(board)) == [[0], [0]]
     progress = board.progress()
     assert progress.not_reached == 20

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 
 SCRIPT = Path(__file__).with_name("three_nodes.py")
 IN_FLIGHT = 2 * 2
@@ -21,23 +19,17 @@ IN_FLIGHT = 2 * 2
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: str,
+    make_adapter: Callable[..., Path],
+    random_samples: Callable[..., pa.Table],
+) -> Path:
     """24 adapters of differing strength, and 6 samples."""
     folder = tmp_path_factory.mktemp("world")
     for seed in range(24):
         make_adapter(folder / "pool" / f"a{seed:02}", tiny_base, rank=2, seed=seed, std=0.02 * (1 + seed))
-    generator = torch.Generator().manual_seed(2)
-    rows = [
-        {
-            "sample_id": f"s{n}",
-            "split": "search" if n < 4 else "holdout",
-            "input_ids": torch.randint(3, 400, (40,), generator=generator).tolist(),
-            "completion_mask": [place > 9 for place in range(40)],
-            "learn_mask": [place > 9 for place in range(40)],
-        }
-        for n in range(6)
-    ]
-    Folder.at(folder).write_table("samples.parquet", pa.Table.from_pylist(rows, schema=SAMPLES))
+    Folder.at(folder).write_table("samples.parquet", random_samples([40] * 6, n_search=4))
     return folder
 
 
@@ -58,6 +50,7 @@ def undisturbed(world: Path, tiny_base: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("faults")  # one undisturbed search for all
 @pytest.mark.parametrize("fault", ["node", "join"])
 def test_the_result_is_the_same(world: Path, tiny_base: str, undisturbed: dict[str, Any], fault: str) -> None:
     found = search(world, tiny_base, fault)

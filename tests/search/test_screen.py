@@ -16,7 +16,7 @@ from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.adapter import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.search import screen
 from pipeline.search.screen import SCREEN, first_order, screen_pool, touched_modules, weight_gradients
-from pipeline.tables import BASE_ID, SAMPLES
+from pipeline.tables import BASE_ID
 
 Make = Callable[..., Path]
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,16 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def samples() -> pa.Table:
-    """5 rows of unlike lengths; the last token stands behind the completion."""
-    generator = torch.Generator().manual_seed(3)
-    rows = []
-    for number in range(5):
-        length = 8 + 5 * number
-        mask = [length // 2 <= place < length - 1 for place in range(length)]
-        ids = torch.randint(3, 400, (length,), generator=generator).tolist()
-        rows.append({"sample_id": f"s{number}", "split": "search", "input_ids": ids, "completion_mask": mask, "learn_mask": mask})
-    return pa.Table.from_pylist(rows, schema=SAMPLES)
+def samples(random_samples: Callable[..., pa.Table]) -> pa.Table:
+    return random_samples(range(8, 33, 5))
 
 
 @pytest.fixture(scope="module")

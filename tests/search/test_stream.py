@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate
@@ -20,25 +19,14 @@ from pipeline.search.race import Plan, make_plan
 from pipeline.search.store import ScoreStore, read_failures
 from pipeline.search.stream import engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
-from pipeline.tables import BASE_ID, SAMPLES
+from pipeline.tables import BASE_ID
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture(scope="module")
-def samples() -> pa.Table:
-    generator = torch.Generator().manual_seed(1)
-    rows = [
-        {
-            "sample_id": f"s{n}",
-            "split": "search" if n < 3 else "holdout",
-            "input_ids": torch.randint(3, 400, (8 + n,), generator=generator).tolist(),
-            "completion_mask": [place > 4 for place in range(8 + n)],
-            "learn_mask": [place > 4 for place in range(8 + n)],
-        }
-        for n in range(4)
-    ]
-    return pa.Table.from_pylist(rows, schema=SAMPLES)
+def samples(random_samples: Callable[..., pa.Table]) -> pa.Table:
+    return random_samples(range(8, 12), n_search=3)
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +42,18 @@ def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
 
-def start(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Iterator[Progress]:
+def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Iterator[Progress]:
     """A race, which scores everything unless there is a plan."""
     asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
     config = SearchConfig(**(asked | search))
     everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
     engine = engine_config(base, 5, ["q_proj", "v_proj"], config, max_tokens=64)
-    return score_stream(work, engine, config, plan or everything)
+    return score_stream(work, engine, config, plan or everything, seconds)
 
 
-def run(base: str, work: Work, plan: Plan | None = None, **search: Any) -> Progress:
+def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Progress:
     """Run a race to its end."""
-    *_, last = start(base, work, plan, **search)
+    *_, last = start(base, work, plan, seconds, **search)
     assert last.over
     return last
 
@@ -138,6 +126,20 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     assert last.adapter_samples == sum(last.seen)
     again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
     assert again.seen == last.seen
+
+
+def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]) -> None:
+    """Far more than can be scored in the time; the time runs from the engine's start, so that something is."""
+    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(500)}
+    last = run(
+        tiny_base, work_on(uris, samples, Folder.at(tmp_path)), Plan(rungs=(2, 4), budget=None, confidence=0.99), seconds=2
+    )
+    assert last.seen is not None
+    assert last.seen[0] == 4
+    assert 0 < last.not_reached < 2000
+    assert last.adapter_samples < 4 * 2001
+    assert last.seen.count(0) == last.not_reached
+    assert max(last.seen[1:]) == 4
 
 
 def test_a_search_that_is_broken_off_can_be_taken_up_again(
