@@ -86,8 +86,13 @@ class MergeConfig(Section):
     """How donors become one adapter."""
 
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
-    method: Literal["auto", "exact", "ab_mean"] = Field("auto", description="auto: exact")
-    rank: int | Auto = Field("auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most")
+    method: Literal["auto", "exact", "concat", "ab_mean", "ties", "dare"] = Field("auto", description="auto: exact")
+    weights: Literal["auto", "equal", "gains"] = Field(
+        "auto", description="gains: in proportion to what each donor gains over the base; auto: both are tried"
+    )
+    rank: int | Auto = Field(
+        "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat: without that limit"
+    )
 
     @field_validator("k", "rank")
     @classmethod
@@ -95,6 +100,12 @@ class MergeConfig(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"must be positive, got {value}")
         return value
+
+    @model_validator(mode="after")
+    def concat_has_its_own_rank(self) -> "MergeConfig":
+        if self.method == "concat" and self.rank != "auto":
+            raise ValueError("method concat keeps the sum of the donors' ranks; leave merge.rank out, or use method exact")
+        return self
 
 
 class TrainConfig(Section):

@@ -4,6 +4,7 @@ A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id 
 or an object-store prefix.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -23,7 +24,8 @@ from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_ada
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE
 
-ADAPTERS_PER_TASK = 8
+ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
+"""A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
 
 
 def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = lambda done, total: None) -> pa.Table:
@@ -39,7 +41,7 @@ def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = la
     found = pa.table(list_adapters(pool), schema=pa.schema([("adapter_id", pa.string()), ("uri", pa.string())]))
     rows = (
         ray.data.from_arrow(found)
-        .repartition(target_num_rows_per_block=ADAPTERS_PER_TASK)
+        .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
         .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs={"base": base, "shapes": shapes, "head": head})
     )
     parts: list[pa.Table] = []

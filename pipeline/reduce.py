@@ -18,6 +18,9 @@ from pipeline.tables import BASE_ID
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
 MAX_AUTO_RANK = 64
 
+SAME_WEIGHTS = 0.1
+"""Weights that differ by less are as good as equal ones."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -38,12 +41,17 @@ def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
 
 
 def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:
-    """Recipes worth scoring: the top k donors in equal parts, for each k asked for. Empty where no donor beats the base."""
-    donors = [row["adapter_id"] for row in eligible_donors(leaderboard)]
+    """Recipes worth scoring: the top k donors in equal parts, and in proportion to their gains where that makes a difference, for
+    each k asked for. Empty where no donor beats the base."""
+    donors = eligible_donors(leaderboard)
     ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
-    method = "exact" if config.method == "auto" else config.method
-    return [_recipe(donors[:k], method, ranks, config.rank) for k in sizes if 0 < k <= len(donors)]
+    tops = [donors[:k] for k in sizes if 0 < k <= len(donors)]
+    weightings = ("equal", "gains") if config.weights == "auto" else (config.weights,)
+    recipes = [_recipe(top, weighting, ranks, config) for top in tops for weighting in weightings]
+    if config.weights == "auto":
+        return [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
+    return recipes
 
 
 def choose(scored: Sequence[Scored]) -> Scored | None:
@@ -75,13 +83,26 @@ def selection(scored: Sequence[Scored], leaderboard: pa.Table, catalogue: pa.Tab
     }
 
 
-def _recipe(donors: list[str], method: str, ranks: dict[str, int], rank: int | str) -> Recipe:
-    """rank 'auto': the sum of the donors' ranks loses nothing; above MAX_AUTO_RANK, that or the largest donor's rank.
-    For ab_mean, which adds no rank, the largest donor's."""
-    largest = max(ranks[donor] for donor in donors)
-    full = largest if method == "ab_mean" else sum(ranks[donor] for donor in donors)
-    resolved = max(largest, min(full, MAX_AUTO_RANK)) if isinstance(rank, str) else rank
-    return Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, resolved)
+def _recipe(donors: list[dict[str, Any]], weighting: str, ranks: dict[str, int], config: MergeConfig) -> Recipe:
+    names = tuple(donor["adapter_id"] for donor in donors)
+    method = "exact" if config.method == "auto" else config.method
+    shares = [1.0 if weighting == "equal" else -donor["nll_minus_base"] for donor in donors]
+    weights = tuple(share / sum(shares) for share in shares)
+    return Recipe(names, weights, method, _rank([ranks[name] for name in names], method, config.rank), weighting)
+
+
+def _rank(ranks: list[int], method: str, asked: int | str) -> int:
+    """auto: the sum of the donors' ranks loses nothing; above MAX_AUTO_RANK, that or the largest donor's rank. ab_mean adds no
+    rank; concat always has the sum."""
+    if method == "concat":
+        return sum(ranks)
+    if isinstance(asked, int):
+        return asked
+    return max(ranks) if method == "ab_mean" else max(max(ranks), min(sum(ranks), MAX_AUTO_RANK))
+
+
+def _spread(recipe: Recipe) -> float:
+    return max(recipe.weights) - min(recipe.weights)
 
 
 def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int) -> str:

@@ -75,6 +75,7 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"search": None}, "search: .*got None"),
         ({"merge": {"k": 0}}, "merge.k: must be positive, got 0"),
         ({"merge": {"rank": -3}}, "merge.rank: must be positive, got -3"),
+        ({"merge": {"method": "concat", "rank": 8}}, "merge: method concat keeps the sum of the donors' ranks"),
         ({"train": {"learning_rates": []}}, "train.learning_rates: "),
         ({"train": {"learning_rates": [1e-4, -1.0]}}, "train.learning_rates: must be positive, got -1.0"),
         ({"train": {"learning_rates": [float("nan")]}}, "train.learning_rates: must be positive, got nan"),

@@ -44,7 +44,7 @@ def test_a_donor_whose_loss_is_not_a_number_is_not_eligible() -> None:
 
 
 def test_auto_proposes_the_top_k_of_every_size_that_the_donors_allow() -> None:
-    recipes = propose(BOARD, POOL, MergeConfig())
+    recipes = propose(BOARD, POOL, MergeConfig(weights="equal"))
     assert [recipe.donors for recipe in recipes] == [("a",), ("a", "c"), ("a", "c", "d")]
     assert [recipe.rank for recipe in recipes] == [4, 20, 22]
     assert {recipe.method for recipe in recipes} == {"exact"}
@@ -53,7 +53,17 @@ def test_auto_proposes_the_top_k_of_every_size_that_the_donors_allow() -> None:
 
 @pytest.mark.parametrize(("k", "donors"), [(1, ("a",)), (2, ("a", "c")), (9, ("a", "c", "d"))])
 def test_a_given_k_is_one_recipe_of_as_many_donors_as_there_are(k: int, donors: tuple[str, ...]) -> None:
-    assert [recipe.donors for recipe in propose(BOARD, POOL, MergeConfig(k=k))] == [donors]
+    assert [recipe.donors for recipe in propose(BOARD, POOL, MergeConfig(k=k, weights="equal"))] == [donors]
+
+
+def test_weights_by_gain_are_tried_where_they_differ_from_equal_ones() -> None:
+    recipes = propose(BOARD, POOL, MergeConfig())
+    assert [recipe.name for recipe in recipes] == ["exact-1", "exact-2", "exact-2-gains", "exact-3", "exact-3-gains"]
+    assert recipes[4].weights == pytest.approx((5 / 9, 3 / 9, 1 / 9))
+    alike = leaderboard(("a", -0.5, -0.4), ("c", -0.49, -0.2))
+    assert [recipe.name for recipe in propose(alike, POOL, MergeConfig())] == ["exact-1", "exact-2"]
+    (asked,) = propose(alike, POOL, MergeConfig(k=2, weights="gains"))
+    assert asked.weights == pytest.approx((50 / 99, 49 / 99))
 
 
 @pytest.mark.parametrize(
@@ -63,12 +73,13 @@ def test_a_given_k_is_one_recipe_of_as_many_donors_as_there_are(k: int, donors: 
         ({"k": 2}, {"a": 60, "c": 60}, 64),
         ({"k": 2}, {"a": 100, "c": 60}, 100),
         ({"k": 2, "method": "ab_mean"}, {"a": 16, "c": 16}, 16),
+        ({"k": 2, "method": "concat"}, {"a": 60, "c": 60}, 120),
     ],
-    ids=["given", "capped", "the largest donor's above the cap", "ab_mean adds no rank"],
+    ids=["given", "capped", "the largest donor's above the cap", "ab_mean adds no rank", "concat has no cap"],
 )
 def test_the_rank_of_a_recipe(config: dict[str, Any], ranks: dict[str, int], expected: int) -> None:
     board = leaderboard(*((name, -0.1 - place, -0.1) for place, name in enumerate(ranks)))
-    (recipe,) = propose(board, catalogue(**ranks), MergeConfig(**config))
+    (recipe,) = propose(board, catalogue(**ranks), MergeConfig(**config, weights="equal"))
     assert recipe.rank == expected
 
 

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.utils import merge_utils
 from torch import Tensor
+
+DENSITY = 0.5
+"""Share of a delta weight's values that TIES and DARE keep."""
+
+OVERSAMPLING, ITERATIONS = 8, 4
+"""Columns beyond the wished rank, and power iterations, of the randomised SVD."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,47 @@ def ab_mean(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     a_RI = sum((weight * part.a_RI for part, weight in zip(parts, weights, strict=True)), torch.zeros(()))
     b_OR = sum((weight * part.b_OR for part, weight in zip(parts, weights, strict=True)), torch.zeros(()))
     return Factors(a_RI, b_OR)
+
+
+def ties(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
+    """TIES (arXiv 2306.01708, section 3) on the delta weights themselves, by PEFT's own function: the smaller half of each is
+    set to zero, each value takes the sign of the larger total, and those that agree are averaged.
+
+    Weights are relative to equal ones, 1 / number of parts, which give the mean of those that agree.
+
+    Returns:
+        The merged delta weight, shape (O, I); it has full rank.
+    """
+    dense = [part.dense() for part in parts]
+    return merge_utils.ties(dense, torch.tensor(weights) * len(parts), DENSITY)
+
+
+def dare(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
+    """DARE (arXiv 2311.03099, equation 3) on the delta weights themselves, by PEFT's own function: half of the values of each are
+    dropped at random, with a fixed seed, the others doubled, and the weighted sum is taken.
+
+    Returns:
+        The merged delta weight, shape (O, I); it has full rank.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return merge_utils.dare_linear([part.dense() for part in parts], torch.tensor(weights), DENSITY)
+
+
+def factorise(delta_OI: Tensor, rank: int) -> tuple[Factors, float]:
+    """The approximation of a dense delta weight at a given rank, balanced, by a randomised SVD (arXiv 0909.4061, algorithm 4.4)
+    that is exact where the rank is that of the delta weight.
+
+    Returns:
+        As `truncate`.
+    """
+    kept = min(rank, *delta_OI.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(delta_OI, q=min(kept + OVERSAMPLING, *delta_OI.shape), niter=ITERATIONS)
+    root = s[:kept].sqrt()
+    energy = float((delta_OI**2).sum())
+    return Factors(root[:, None] * v[:, :kept].T, u[:, :kept] * root), float((s[:kept] ** 2).sum()) / energy if energy else 1.0
 
 
 def pad(delta: Factors, rank: int, generator: torch.Generator) -> Factors:

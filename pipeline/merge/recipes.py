@@ -4,30 +4,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.basemodel import Shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, from_factors
-from pipeline.merge.delta import Factors, ab_mean, truncate, weighted_sum
+from pipeline.merge.delta import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
 
-METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors]] = {
+METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tensor]] = {
     "exact": weighted_sum,
+    "concat": weighted_sum,
     "ab_mean": ab_mean,
+    "ties": ties,
+    "dare": dare,
 }
-"""Name -> how the factors of one module become one pair. `exact`: the weighted sum of the delta weights."""
+"""Name -> how the factors of one module become one delta weight, factored or dense. `exact` is the weighted sum of the delta
+weights, cut to the wished rank; `concat` the same at the sum of the donors' ranks, which loses nothing."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mashup is made; `rank` is that of the result."""
+    """How a mashup is made; `rank` is that of the result, `weighting` says where the weights come from."""
 
     donors: tuple[str, ...]
     weights: tuple[float, ...]
     method: str
     rank: int
+    weighting: str = "equal"
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{len(self.donors)}"
+        return f"{self.method}-{len(self.donors)}" + ("" if self.weighting == "equal" else f"-{self.weighting}")
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -56,7 +63,8 @@ def merge(recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, 
     for module in sorted(set().union(*(donor.tensors for donor in donors))):
         pairs = [(d.factors(module), w) for d, w in zip(donors, recipe.weights, strict=True) if module in d.tensors]
         merged = METHODS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
-        deltas[module], energy = truncate(merged, recipe.rank)
+        cut = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
+        deltas[module], energy = cut
         kept = min(kept, energy)
     first = donors[0]
     alpha = recipe.rank * (abs(first.scale(first.modules[0])) or 1.0)

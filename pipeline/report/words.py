@@ -13,6 +13,9 @@ NOTHING = "–"
 
 METHODS = {
     "exact": "weighted sum of the donors' delta weights (scale x B A), factored by an SVD at the rank below",
+    "concat": "weighted sum of the donors' delta weights, their factors side by side: nothing is lost",
+    "ties": "TIES (arXiv 2306.01708) on the donors' delta weights, factored by an SVD at the rank below",
+    "dare": "DARE (arXiv 2311.03099) on the donors' delta weights, factored by an SVD at the rank below",
     "ab_mean": "weighted mean of the donors' A and B matrices, each apart",
 }
 

@@ -37,8 +37,9 @@ IN_FLIGHT = 2
 POLL = 1.0
 """Seconds between two looks at the scoreboard."""
 
-CLOSING_TICKETS = 256
-"""Tickets beyond the first rung's, at most; each is good for all the work that is left."""
+MAX_TICKETS = 512
+"""Of the first rung, and of those that end the race, each good for all the work that is left: Ray Data keeps a record of each in
+the driver's memory."""
 
 
 def engine_config(base: str, max_rank: int, target_modules: Iterable[str], search: SearchConfig, max_tokens: int) -> EngineConfig:
@@ -95,7 +96,7 @@ def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any)
     resources = scoring_resources(search)
     batches = math.ceil(len(work.candidates) / engine.adapters_per_batch)
     most = batches if search.actors == "auto" else search.actors
-    jobs = [1] * batches + [0] * min(CLOSING_TICKETS, IN_FLIGHT * most)
+    jobs = [math.ceil(batches / MAX_TICKETS)] * min(batches, MAX_TICKETS) + [0] * min(MAX_TICKETS, IN_FLIGHT * most)
     return ray.data.from_arrow([pa.table({"jobs": [number]}) for number in jobs]).map_batches(
         ScoringActor,
         batch_size=None,

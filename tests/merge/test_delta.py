@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.merge.delta import Factors, ab_mean, pad, truncate, weighted_sum
+from pipeline.merge.delta import DENSITY, Factors, ab_mean, dare, factorise, pad, ties, truncate, weighted_sum
 
 SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**31)
@@ -81,3 +81,54 @@ def test_pad_adds_rank_that_can_learn_and_leaves_the_delta(rank: int, more: int,
     assert torch.all(padded.b_OR[:, rank:] == 0)
     assert torch.all(fresh.abs() <= 8**-0.5)
     assert torch.all(fresh.abs().sum(dim=1) > 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 4), seed=SEEDS)
+def test_ties_trims_elects_a_sign_and_averages_those_that_agree(count: int, seed: int) -> None:
+    parts = [factors(3, 6, 5, seed + place) for place in range(count)]
+    found = ties(parts, [1 / count] * count)
+    trimmed = []
+    for part in parts:
+        values = part.dense()
+        smallest_kept = values.abs().flatten().sort(descending=True).values[int(DENSITY * values.numel()) - 1]
+        trimmed.append(torch.where(values.abs() >= smallest_kept, values, 0))
+    for row in range(6):
+        for column in range(5):
+            values = [float(one[row, column]) for one in trimmed]
+            sign = 1 if sum(values) >= 0 else -1
+            agree = [value for value in values if value * sign > 0]
+            assert float(found[row, column]) == pytest.approx(sum(agree) / len(agree) if agree else 0, abs=1e-9)
+
+
+def test_dare_drops_half_of_the_values_doubles_the_others_and_is_seeded() -> None:
+    parts = [factors(3, 60, 50, seed) for seed in range(2)]
+    found = dare(parts[:1], [1.0])
+    kept = found != 0
+    torch.testing.assert_close(found[kept], parts[0].dense()[kept] / DENSITY)
+    assert kept.double().mean() == pytest.approx(DENSITY, abs=0.05)
+    state = torch.random.get_rng_state()
+    assert torch.equal(dare(parts, [0.7, -0.2]), dare(parts, [0.7, -0.2]))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    alone = dare([parts[0]], [0.7])
+    both = dare(parts, [0.7, -0.2])
+    assert not torch.equal(alone, both)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rank=SIZES, out=SIZES, inside=SIZES, seed=SEEDS)
+def test_factorise_gives_back_a_delta_weight_of_that_rank(rank: int, out: int, inside: int, seed: int) -> None:
+    delta_OI = factors(rank, out, inside, seed).dense()
+    found, energy = factorise(delta_OI, rank)
+    torch.testing.assert_close(found.dense(), delta_OI, rtol=1e-6, atol=1e-8)
+    assert found.rank == min(rank, out, inside)
+    assert energy == pytest.approx(1.0)
+
+
+def test_factorise_at_a_smaller_rank_is_nearly_the_truncated_svd() -> None:
+    delta_OI = torch.randn(60, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, energy = factorise(delta_OI, 10)
+    best = (torch.linalg.svdvals(delta_OI)[:10] ** 2).sum() / (delta_OI**2).sum()
+    assert energy == pytest.approx(float(best), rel=0.01)
+    left = ((delta_OI - found.dense()) ** 2).sum() / (delta_OI**2).sum()
+    assert float(left) == pytest.approx(1 - energy, rel=0.01)

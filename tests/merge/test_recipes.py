@@ -14,7 +14,7 @@ from pipeline.basemodel import linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, check_adapter, read_adapter, write_adapter
 from pipeline.merge.delta import ab_mean
-from pipeline.merge.recipes import Merged, Recipe, merge
+from pipeline.merge.recipes import METHODS, Merged, Recipe, merge
 
 MIXED: list[dict[str, Any]] = [
     {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
@@ -142,7 +142,26 @@ def test_a_first_donor_of_no_or_negative_scale_gives_finite_weights(
         torch.testing.assert_close(again.factors(module).dense(), dense_sum(donors, [0.5, 0.5], module), rtol=1e-3, atol=1e-5)
 
 
-def test_a_recipe_is_named_by_method_and_size() -> None:
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_dense_methods_merge_mixed_donors(
+    method: str, tmp_path: Path, tiny_base: str, donors_of: Callable[..., list[Adapter]]
+) -> None:
+    """At full rank the adapter is the method applied to the donors' dense delta weights."""
+    donors = donors_of(MIXED)
+    merged = merged_by(tiny_base, donors, method, rank=256)
+    assert merged.kept_energy == pytest.approx(1.0, abs=1e-4)
+    for module in merged.adapter.modules:
+        having = [donor.factors(module) for donor in donors if module in donor.tensors]
+        expected = METHODS[method](having, [1 / 3] * len(having))
+        assert isinstance(expected, Tensor)
+        torch.testing.assert_close(merged.adapter.factors(module).dense(), expected, rtol=1e-3, atol=1e-5)
+    write_adapter(tmp_path / "mashup", merged.adapter)
+    check_adapter(read_adapter(tmp_path / "mashup"), *linear_shapes(tiny_base))
+
+
+def test_a_recipe_is_named_by_method_size_and_weighting() -> None:
     recipe = Recipe(("a", "b"), (0.5, 0.5), "exact", 8)
     assert recipe.name == "exact-2"
-    assert recipe.as_dict() == {"name": "exact-2", "donors": ("a", "b"), "weights": (0.5, 0.5), "method": "exact", "rank": 8}
+    about = {"donors": ("a", "b"), "weights": (0.5, 0.5), "method": "exact", "rank": 8, "weighting": "equal"}
+    assert recipe.as_dict() == {"name": "exact-2", **about}
+    assert Recipe(("a", "b"), (0.7, 0.3), "ties", 8, "gains").name == "ties-2-gains"

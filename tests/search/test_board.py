@@ -72,7 +72,7 @@ def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path
         return jobs
 
     assert asyncio.run(scenario()) == [[0], [1, 2], [1], [2], [2]]
-    assert "died 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
+    assert "died, or hung, 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
 
 
 def test_work_that_is_held_too_long_goes_to_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
