@@ -33,14 +33,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training worker needs. `mashup` is the folder of the merged adapter; the init 'base' does not read it."""
+    """All that a training worker needs. `start` is the folder of the adapter to start from; the init 'base' does not read it."""
 
     arm: Arm
     base: str
     lora: Lora
     train: TrainConfig
     data: Folder
-    mashup: Folder
+    start: Folder
     key: str
     """Digest of all that the arm's result depends on."""
 

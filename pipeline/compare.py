@@ -49,6 +49,9 @@ def compare(config: Config, outcomes: Sequence[Outcome], run: Folder) -> tuple[p
     chosen = {init: _chosen([outcome for outcome in outcomes if outcome["init"] == init]) for init in inits}
     tested = _test(config, [outcome for arms in chosen.values() for outcome in arms], run)
     summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
+    if "base" in inits:
+        for init in inits:
+            summary["inits"][init]["parity_steps"] = parity(chosen["base"], chosen[init])["steps"]
     if {"base", "mashup"} <= set(inits):
         summary["parity"] = parity(chosen["base"], chosen["mashup"])
     return curve_table(outcomes), summary

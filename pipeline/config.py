@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pipeline.errors import InputError
 
 Auto = Literal["auto"]
+SHORT_LIST = 3
 
 
 class Section(BaseModel):
@@ -94,6 +95,10 @@ class MergeConfig(Section):
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat: without that limit"
     )
 
+    probe: int = Field(
+        0, ge=0, description=f"finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none"
+    )
+
     @field_validator("k", "rank")
     @classmethod
     def positive(cls, value: int | str) -> int | str:
@@ -132,9 +137,11 @@ class TrainConfig(Section):
 
 
 class CompareConfig(Section):
-    """Which starts are compared."""
+    """Which starts are compared; those beyond base and mashup are controls, see `reduce.control_recipes`."""
 
-    inits: tuple[Literal["base", "mashup"], ...] = Field(("base", "mashup"), min_length=1)
+    inits: tuple[Literal["base", "mashup", "paper", "best_donor", "random_donors", "random_delta"], ...] = Field(
+        ("base", "mashup"), min_length=1, description="random_delta: random weights of the mashup's norm in each module"
+    )
 
 
 class Config(Section):

@@ -248,7 +248,7 @@ def _adapted(job: Job) -> PeftModel:
         )
         return get_peft_model(model, fresh)
     with tempfile.TemporaryDirectory() as cache:
-        return PeftModel.from_pretrained(model, str(fetch_adapter(job.mashup.uri, Path(cache))), is_trainable=True)
+        return PeftModel.from_pretrained(model, str(fetch_adapter(job.start.uri, Path(cache))), is_trainable=True)
 
 
 @lru_cache(maxsize=2)

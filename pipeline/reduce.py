@@ -4,8 +4,8 @@ Donors are ranked on the search split. How many of them to merge, and whether to
 split, which played no part in the ranking.
 """
 
-import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ MAX_AUTO_RANK = 64
 
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
+
+
+Probed = Mapping[str, float | None]
+"""Name of a recipe, or BASE_ID -> hold-out NLL after a few finetuning steps from it; None where that diverged."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,52 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     return recipes
 
 
-def choose(scored: Sequence[Scored]) -> Scored | None:
-    """The candidate of the lowest hold-out loss, if it is below the base's; None: start from the base."""
-    numbers = (candidate for candidate in scored if not math.isnan(candidate.nll_minus_base))
-    best = min(numbers, key=lambda candidate: candidate.nll_minus_base, default=None)
-    return best if best and best.nll_minus_base < 0 else None
+def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
+    """Recipes of starts that a mashup should be better than, at the rank of the arms.
+
+    paper: A and B of the two best donors averaged apart (arXiv 2603.10156; its code takes two). best_donor: the first of the
+    leaderboard. random_donors: as many as the mashup has, or three, drawn from the valid adapters with a fixed seed.
+    """
+    ranked = [row["adapter_id"] for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID]
+    pool = sorted(catalogue["adapter_id"].to_pylist())
+    drawn = random.Random(0).sample(pool, min(n_donors or 3, len(pool)))
+    controls = {"paper": (ranked[:2], "ab_mean"), "best_donor": (ranked[:1], "exact"), "random_donors": (drawn, "exact")}
+    return {
+        init: Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, rank)
+        for init, (donors, method) in controls.items()
+        if donors
+    }
 
 
-def selection(scored: Sequence[Scored], leaderboard: pa.Table, catalogue: pa.Table, base_nll: float | None) -> dict[str, Any]:
+def ranked(scored: Sequence[Scored]) -> list[Scored]:
+    """The candidates that beat the base on the hold-out samples, the lowest loss first."""
+    return sorted((one for one in scored if one.nll_minus_base < 0), key=lambda one: one.nll_minus_base)
+
+
+def choose(scored: Sequence[Scored], probed: Probed | None = None) -> Scored | None:
+    """The candidate of the lowest hold-out loss, after a few finetuning steps where these were made, if it is below the base's.
+    None: start from the base."""
+    if not probed:
+        return next(iter(ranked(scored)), None)
+    after = {name: nll for name, nll in probed.items() if nll is not None}
+    best = min(after, key=lambda name: after[name], default=BASE_ID)
+    return next((one for one in scored if one.recipe.name == best), None)
+
+
+def selection(
+    scored: Sequence[Scored],
+    leaderboard: pa.Table,
+    catalogue: pa.Table,
+    base_nll: float | None,
+    probed: Probed | None = None,
+) -> dict[str, Any]:
     """The selection file: the verdict, why, the donors with their weights and hashes, and every rival."""
-    best = choose(scored)
+    best = choose(scored, probed)
     return {
         "verdict": "mashup" if best else "base",
-        "why": _why(best, scored, len(leaderboard) - 1),
+        "why": _why(best, scored, len(leaderboard) - 1, probed),
         "base_holdout_nll": base_nll,
+        "base_probe_nll": (probed or {}).get(BASE_ID),
         "recipe": best.recipe.as_dict() if best else None,
         "donors": _donors(best.recipe, leaderboard, catalogue) if best else [],
         "candidates": [
@@ -77,6 +113,7 @@ def selection(scored: Sequence[Scored], leaderboard: pa.Table, catalogue: pa.Tab
                 "holdout_nll_minus_base": candidate.nll_minus_base,
                 "stderr": candidate.stderr,
                 "kept_energy": candidate.kept_energy,
+                "probe_nll": (probed or {}).get(candidate.recipe.name),
             }
             for candidate in sorted(scored, key=lambda one: one.nll_minus_base)
         ],
@@ -105,7 +142,10 @@ def _spread(recipe: Recipe) -> float:
     return max(recipe.weights) - min(recipe.weights)
 
 
-def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int) -> str:
+def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int, probed: Probed | None) -> str:
+    if probed:
+        first = f"{best.recipe.name} has" if best else "the base has"
+        return f"{first} the lowest hold-out loss after a few finetuning steps from each of {len(probed)} starts"
     if best:
         return (
             f"{best.recipe.name} has the lowest hold-out loss of {len(scored)} candidates: "

@@ -16,7 +16,6 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,22 @@ from pyarrow import fs
 
 from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import Shapes, fingerprint, linear_shapes
+from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
-from pipeline.config import Config, build_config
+from pipeline.config import SHORT_LIST, Config, build_config
 from pipeline.engines.scorer import EngineConfig
-from pipeline.errors import AdapterError, InputError
+from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import Ledger, Outputs, digest
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
-from pipeline.merge.recipes import Merged, Recipe, merge
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from pipeline.merge.build import Built, build, store
+from pipeline.merge.recipes import Recipe, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import build_catalogue, list_adapters
+from pipeline.probe import probe, write_probe_data
 from pipeline.progress import Progress
-from pipeline.reduce import Scored, propose, selection
+from pipeline.reduce import Scored, control_recipes, propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.samples import take_samples, target_paths
@@ -60,7 +61,7 @@ STAGES = {
     "index": Outputs(["catalogue.parquet"]),
     "samples": Outputs(["samples.parquet", "samples.json", "data"]),
     "search": Outputs(["leaderboard.parquet", "scoring_failures.json", "scores"], work=["failures"]),
-    "merge": Outputs(["selection.json", "mashup"], work=["candidates"]),
+    "merge": Outputs(["selection.json", "mashup"], work=["candidates", "starts"]),
     "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
 }
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
@@ -212,14 +213,15 @@ def search(run: Run) -> None:
 def merge_donors(run: Run) -> None:
     """Choose donors and merge them, or nobody: each candidate merge is scored on the hold-out samples by the same engine."""
     run.needs("search", "the leaderboard", "mashup search")
-    key = digest(run.ledger.key("search"), run.config.merge.model_dump())
+    training = run.config.train.model_dump() if run.config.merge.probe else None
+    key = digest(run.ledger.key("search"), run.config.merge.model_dump(), training)
     if run.ready("merge", key):
         return
     catalogue = _valid(run.folder.read_table("catalogue.parquet"))
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
     with run.ledger.perform("merge", key) as details:
         scored, base_nll = _score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
-        choice = selection(scored, leaderboard, catalogue, base_nll)
+        choice = selection(scored, leaderboard, catalogue, base_nll, _probe(run, ranked(scored)[:SHORT_LIST]))
         if choice["recipe"]:
             _copy_adapter(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder, "mashup")
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))
@@ -250,7 +252,8 @@ def compare(run: Run) -> None:
     """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted."""
     run.needs("merge", "the selection", "mashup merge")
     config, choice = run.config, run.folder.read_json("selection.json")
-    arms = _arms(config, choice["verdict"])
+    n_donors = len(choice["donors"])
+    arms = _arms(config, ["base", *(["mashup"] if n_donors else []), *_controls(run, n_donors)])
     jobs = [_job(run, arm) for arm in arms]
     key = digest([job.name for job in jobs])
     if run.ready("compare", key):
@@ -332,14 +335,6 @@ def _tell(run: Run, board: Board, n_candidates: int, n_samples: int) -> None:
     run.progress.now_and_then(f"{rung}{board.entrants - board.outstanding} of {board.entrants} candidates scored{speed}")
 
 
-@dataclass(frozen=True)
-class _Built:
-    """A merged candidate: the share of its energy that it kept, and its adapter_hash."""
-
-    kept: float
-    hash: str
-
-
 def _score_recipes(
     run: Run, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
 ) -> tuple[list[Scored], float | None]:
@@ -363,47 +358,75 @@ def _score_recipes(
     return scored, mean_per_token(base, tokens).mean
 
 
-def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, _Built]:
+def _probe(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
+    """Hold-out losses after a few finetuning steps from the base and from each of a short list, if that is asked for."""
+    config = run.config
+    if not (config.merge.probe and short_list):
+        return {}
+    data = run.folder.sub("candidates", "probe", "data")
+    write_probe_data(run.folder.sub("data"), _split(run.folder.read_table("samples.parquet"), "holdout"), data)
+    train = config.train.model_copy(update={"steps": config.merge.probe, "evaluations": 1})
+    lora, lr, seed = _lora(run), config.train.learning_rates[0], config.train.seeds[0]
+    jobs = {
+        name: Job(Arm(name, lr, seed), config.base, lora, train, data, run.folder.sub("candidates", name), "probe")
+        for name in (BASE_ID, *(one.recipe.name for one in short_list))
+    }
+    return probe(jobs, run.folder.sub("candidates", "probe"), run.progress.say)
+
+
+def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Built]:
     """Merge each recipe into `candidates/<name>`, and give those that could be merged.
 
     Raises:
         InputError: the method asked for can merge none of them.
     """
-    shapes, _ = linear_shapes(run.config.base)
-    built: dict[str, _Built] = {}
-    refusals: list[str] = []
-    with tempfile.TemporaryDirectory() as cache:
-        donors = _read_donors(recipes, catalogue, Path(cache))
-        for recipe in recipes:
-            try:
-                merged = _merge(recipe, donors, run.config.base, shapes)
-            except AdapterError as error:
-                refusals.append(f"{recipe.name}: {error}")
-                continue
-            folder = Path(cache) / recipe.name
-            write_adapter(folder, merged.adapter)
-            run.folder.upload(folder, f"candidates/{recipe.name}")
-            content = content_hash(file_sha256(folder / WEIGHTS_FILE), merged.adapter.config)
-            built[recipe.name] = _Built(merged.kept_energy, content)
-    for refusal in refusals:
-        run.progress.say(f"refused: {refusal}")
+    named = {recipe.name: recipe for recipe in recipes}
+    built, refused = build(named, _uris(catalogue), run.config.base, run.folder.sub("candidates"))
+    for name, reason in refused.items():
+        run.progress.say(f"refused: {name}: {reason}")
     if not built:
-        raise InputError(f"no recipe can be merged: {refusals[0]}")
+        raise InputError(f"no recipe can be merged: {next(iter(refused.values()))}")
     return built
 
 
-def _merge(recipe: Recipe, donors: dict[str, Adapter], base: str, shapes: Shapes) -> Merged:
-    return merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes)
+def _uris(catalogue: pa.Table) -> dict[str, str]:
+    return dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["uri"].to_pylist(), strict=True))
 
 
-def _read_donors(recipes: list[Recipe], catalogue: pa.Table, cache: Path) -> dict[str, Adapter]:
-    uris = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["uri"].to_pylist(), strict=True))
-    wanted = {donor for recipe in recipes for donor in recipe.donors}
-    return {donor: read_adapter(fetch_adapter(uris[donor], cache)) for donor in sorted(wanted)}
+def _controls(run: Run, n_donors: int) -> list[str]:
+    """Make the control starts that are asked for, in the shape of the arms' adapter, in `starts/`. Gives those that there are."""
+    asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
+    starts, modules = run.folder.sub("starts"), list(_lora(run).target_modules)
+    refused = _make_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
+    found = []
+    for init in asked:
+        file = f"{init}/{CONFIG_FILE}"
+        if starts.exists(file) and sorted(starts.read_json(file)["target_modules"]) == modules:
+            found.append(init)
+        else:
+            run.progress.say(f"start {init} is left out: {refused.get(init, 'its donors adapt other modules than the mashup')}")
+    return found
 
 
-def _arms(config: Config, verdict: str) -> list[Arm]:
-    inits = [init for init in config.compare.inits if init == "base" or verdict == "mashup"] or ["base"]
+def _make_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
+    """Write control starts that are not there yet; gives the reasons of those that cannot be made."""
+    if not inits:
+        return {}
+    lora, base = _lora(run), run.config.base
+    catalogue = _valid(run.folder.read_table("catalogue.parquet"))
+    recipes = control_recipes(run.folder.read_table("leaderboard.parquet"), catalogue, n_donors, lora.rank)
+    _, refused = build({init: recipes[init] for init in inits if init in recipes}, _uris(catalogue), base, starts, lora.alpha)
+    if "random_delta" in inits and not n_donors:
+        refused["random_delta"] = "there is no mashup whose norm it could have"
+    elif "random_delta" in inits:
+        with tempfile.TemporaryDirectory() as cache:
+            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, Path(cache)))
+        store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
+    return refused
+
+
+def _arms(config: Config, starts: list[str]) -> list[Arm]:
+    inits = [init for init in config.compare.inits if init in starts] or ["base"]
     return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
 
 
@@ -411,9 +434,10 @@ def _job(run: Run, arm: Arm) -> Job:
     config = run.config
     lora = _lora(run)
     budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
-    start = run.ledger.key("merge") if arm.init == "mashup" else None
-    key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, start)
-    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), run.folder.sub("mashup"), key[:8])
+    merged = run.ledger.key("merge") if arm.init != "base" else None
+    key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, merged)
+    start = run.folder.sub("mashup") if arm.init == "mashup" else run.folder.sub("starts", arm.init)
+    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), start, key[:8])
 
 
 def _lora(run: Run) -> Lora:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import MergeConfig
 from pipeline.merge.recipes import Recipe
-from pipeline.reduce import Scored, choose, eligible_donors, propose, selection
+from pipeline.reduce import Scored, choose, control_recipes, eligible_donors, propose, selection
 from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD
 
 
@@ -83,6 +83,16 @@ def test_the_rank_of_a_recipe(config: dict[str, Any], ranks: dict[str, int], exp
     assert recipe.rank == expected
 
 
+def test_controls_are_the_papers_recipe_the_best_donor_and_random_ones() -> None:
+    controls = control_recipes(BOARD, POOL, n_donors=3, rank=9)
+    assert {recipe.rank for recipe in controls.values()} == {9}
+    paper, best, drawn = (controls[init] for init in ("paper", "best_donor", "random_donors"))
+    assert (paper.donors, paper.weights, paper.method) == (("a", "b"), (0.5, 0.5), "ab_mean")
+    assert (best.donors, best.method) == (("a",), "exact")
+    assert len(set(drawn.donors)) == 3
+    assert drawn == control_recipes(BOARD, POOL, n_donors=3, rank=9)["random_donors"]
+
+
 def test_no_eligible_donor_no_recipe() -> None:
     assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig()) == []
     assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig(k=2)) == []
@@ -91,6 +101,16 @@ def test_no_eligible_donor_no_recipe() -> None:
 def scored(donors: str, difference: float) -> Scored:
     weights = (1 / len(donors),) * len(donors)
     return Scored(Recipe(tuple(donors), weights, "exact", 8), 2 + difference, difference, 0.01, 1.0)
+
+
+def test_where_starts_were_probed_the_loss_after_the_steps_decides() -> None:
+    single, pair = scored("a", -0.4), scored("ac", -0.6)
+    assert choose([single, pair], {"base": 1.9, "exact-1": 1.2, "exact-2": 1.5}) == single
+    assert choose([single, pair], {"base": 1.1, "exact-1": 1.2, "exact-2": None}) is None
+    assert choose([single, pair], {"base": None, "exact-1": None, "exact-2": None}) is None
+    found = selection([single, pair], BOARD, POOL, 2.0, {"base": 1.9, "exact-1": 1.2, "exact-2": 1.5})
+    assert found["why"] == "exact-1 has the lowest hold-out loss after a few finetuning steps from each of 3 starts"
+    assert (found["base_probe_nll"], [one["probe_nll"] for one in found["candidates"]]) == (1.9, [1.5, 1.2])
 
 
 def test_the_lowest_hold_out_loss_wins_if_it_beats_the_base() -> None:

@@ -105,6 +105,7 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.usefixtures("ray_session")
 def test_the_whole_page_with_two_kills_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
+    config |= {"merge": {"probe": 1}}
     command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
     run = tmp_path / "run"
     _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
@@ -142,7 +143,9 @@ def _check_results(run: Path, base: str) -> None:
     selection, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("selection", "summary"))
     assert selection["verdict"] == "mashup"
     assert {donor["adapter_id"].partition("/")[0] for donor in selection["donors"]} == {"related"}
-    assert {"exact-1", "exact-2"} <= {candidate["name"] for candidate in selection["candidates"]}
+    candidates = {candidate["name"]: candidate for candidate in selection["candidates"]}
+    assert {"exact-1", "exact-2"} <= candidates.keys()
+    assert candidates[selection["recipe"]["name"]]["probe_nll"] < selection["base_probe_nll"]
     inits = summary["inits"]
     assert inits["mashup"]["validation_nll_start"] < inits["base"]["validation_nll_start"]
     assert summary["overhead_seconds"]["total"] == pytest.approx(
@@ -201,11 +204,16 @@ def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: p
     assert (tmp_path / "run/report.html").is_file()
     content = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     content["train"] |= {"steps": 2, "batch_size": 4, "evaluations": 1, "learning_rates": [1e-3], "cpus_per_worker": 1}
+    content["compare"] = {"inits": ["mashup", "paper", "random_delta"]}
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(content))
     capsys.readouterr()
     assert mashup("train", "--run", run) == 0
     assert (Path(capsys.readouterr().out.strip()) / "adapter_model.safetensors").is_file()
     assert mashup("compare", "--run", run) == 0
+    inits = json.loads((tmp_path / "run/summary.json").read_text())["inits"]
+    assert list(inits) == ["mashup", "random_delta"]
+    assert inits["mashup"]["validation_nll_start"] < inits["random_delta"]["validation_nll_start"]
+    assert "start paper is left out: ab_mean needs donors of one rank" in capsys.readouterr().err
 
 
 def test_the_screen_lets_the_best_estimates_into_the_race(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

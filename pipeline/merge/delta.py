@@ -34,6 +34,10 @@ class Factors:
         """The delta weight itself, shape (O, I)."""
         return self.b_OR @ self.a_RI
 
+    def norm(self) -> float:
+        """Frobenius norm of the delta weight: ||B A||^2 = tr(B^T B A A^T)."""
+        return float(((self.b_OR.T @ self.b_OR) * (self.a_RI @ self.a_RI.T)).sum().clamp(min=0).sqrt())
+
 
 def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Exactly sum_i w_i B_i A_i, by stacking the factors: the rank is the sum of the ranks."""

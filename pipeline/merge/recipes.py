@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.basemodel import Shapes
@@ -48,10 +49,13 @@ class Merged:
     kept_energy: float
 
 
-def merge(recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, seed: int = 0) -> Merged:
+def merge(
+    recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, alpha: float | None = None, seed: int = 0
+) -> Merged:
     """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it.
 
-    The result has alpha / rank of the first donor, so that a learning rate means what it meant for the donors.
+    Unless `alpha` is given, the result has alpha / rank of the first donor, so that a learning rate means what it meant for
+    the donors.
 
     Raises:
         AdapterError: the method cannot merge these donors exactly, with the reason.
@@ -67,8 +71,21 @@ def merge(recipe: Recipe, donors: Sequence[Adapter], base: str, shapes: Shapes, 
         deltas[module], energy = cut
         kept = min(kept, energy)
     first = donors[0]
-    alpha = recipe.rank * (abs(first.scale(first.modules[0])) or 1.0)
+    alpha = alpha or recipe.rank * (abs(first.scale(first.modules[0])) or 1.0)
     return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
+
+
+def random_like(adapter: Adapter, base: str, shapes: Shapes, seed: int = 0) -> Adapter:
+    """An adapter of random delta weights, each of the rank and the Frobenius norm of the given one's: a control that shows what
+    the size of a start does alone."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas: dict[str, Factors] = {}
+    for module in adapter.modules:
+        delta = adapter.factors(module)
+        drawn = Factors(*(torch.randn(part.shape, generator=generator) for part in (delta.a_RI, delta.b_OR)))
+        ratio = (delta.norm() / drawn.norm()) ** 0.5
+        deltas[module] = Factors(drawn.a_RI * ratio, drawn.b_OR * ratio)
+    return from_factors(base, deltas, adapter.max_rank, float(adapter.config.lora_alpha), shapes, seed)
 
 
 def _require_alike(donors: Sequence[Adapter]) -> None:

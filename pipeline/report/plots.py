@@ -45,7 +45,7 @@ VARIABLES = {
     OTHER_COLOUR: "--other",
 }
 COLOURS = {"base": BASE_COLOUR, "mashup": MASHUP_COLOUR}
-MARKERS = {"base": "o", "mashup": "s"}
+MARKERS = {"base": "o", "mashup": "s", "paper": "^", "best_donor": "v", "random_donors": "D", "random_delta": "x"}
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

@@ -72,6 +72,7 @@ def _rows(inits: Json) -> list[tuple[str, list[str]]]:
         ("Validation NLL at the start", [words.nll(arm["validation_nll_start"]) for arm in arms]),
         ("Validation NLL, best", [f"{words.nll(arm['validation_nll_best'])} (step {arm['best_step']})" for arm in arms]),
         ("Validation NLL at the end", [words.nll(arm["validation_nll_final"]) for arm in arms]),
+        ("Steps to the base's end", [words.parity_step(arm) for arm in arms]),
         ("Learning rate", [words.rate(arm["lr"]) for arm in arms]),
         ("Training time", [words.duration(arm["train_seconds"]) for arm in arms]),
     ]

@@ -79,6 +79,13 @@ def steps(value: float) -> str:
     return "1 step" if value == 1 else f"{step(value)} steps"
 
 
+def parity_step(arm: Json) -> str:
+    """The step at which an init reaches the base run's final validation loss."""
+    if "parity_steps" not in arm:
+        return NOTHING
+    return "not reached" if arm["parity_steps"] is None else step(arm["parity_steps"])
+
+
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 

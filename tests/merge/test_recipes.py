@@ -14,7 +14,7 @@ from pipeline.basemodel import linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, check_adapter, read_adapter, write_adapter
 from pipeline.merge.delta import ab_mean
-from pipeline.merge.recipes import METHODS, Merged, Recipe, merge
+from pipeline.merge.recipes import METHODS, Merged, Recipe, merge, random_like
 
 MIXED: list[dict[str, Any]] = [
     {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
@@ -157,6 +157,18 @@ def test_dense_methods_merge_mixed_donors(
         torch.testing.assert_close(merged.adapter.factors(module).dense(), expected, rtol=1e-3, atol=1e-5)
     write_adapter(tmp_path / "mashup", merged.adapter)
     check_adapter(read_adapter(tmp_path / "mashup"), *linear_shapes(tiny_base))
+
+
+def test_a_random_adapter_has_the_norms_of_the_given_one_and_nothing_else_of_it(
+    tiny_base: str, donors_of: Callable[..., list[Adapter]]
+) -> None:
+    merged = merged_by(tiny_base, donors_of(MIXED), "exact", rank=6).adapter
+    drawn = random_like(merged, tiny_base, linear_shapes(tiny_base)[0])
+    assert (drawn.modules, drawn.max_rank) == (merged.modules, 6)
+    for module in merged.modules:
+        old, new = merged.factors(module).dense(), drawn.factors(module).dense()
+        assert float(new.norm()) == pytest.approx(float(old.norm()), rel=1e-3)
+        assert abs(float((old * new).sum())) < 0.3 * float(old.norm()) ** 2
 
 
 def test_a_recipe_is_named_by_method_size_and_weighting() -> None:

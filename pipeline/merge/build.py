@@ -1,0 +1,61 @@
+"""Recipes -> adapters on disk. Donors are fetched and read once for all recipes."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.basemodel import linear_shapes
+from pipeline.errors import AdapterError
+from pipeline.fetch import fetch_adapter
+from pipeline.merge.adapter import WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
+from pipeline.merge.recipes import Recipe, merge
+from pipeline.storage import Folder
+
+
+@dataclass(frozen=True)
+class Built:
+    """A merged adapter: the share of its energy that it kept, and its adapter_hash."""
+
+    kept: float
+    hash: str
+
+
+def build(
+    recipes: Mapping[str, Recipe], uris: Mapping[str, str], base: str, target: Folder, alpha: float | None = None
+) -> tuple[dict[str, Built], dict[str, str]]:
+    """Merge each recipe into the folder of its name under `target`.
+
+    Args:
+        uris: where each donor is.
+        alpha: of the results; by default that which gives the scale of the first donor.
+
+    Returns:
+        What was built, and for each recipe that its method refuses the reason.
+    """
+    shapes, _ = linear_shapes(base)
+    built: dict[str, Built] = {}
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        donors = _read_donors(recipes, uris, Path(cache))
+        for name, recipe in recipes.items():
+            try:
+                merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha)
+            except AdapterError as error:
+                refused[name] = str(error)
+                continue
+            built[name] = Built(merged.kept_energy, store(merged.adapter, target, name))
+    return built, refused
+
+
+def store(adapter: Adapter, target: Folder, name: str) -> str:
+    """Write an adapter into the folder `name` under `target`. Returns its adapter_hash."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_adapter(Path(scratch), adapter)
+        target.upload(Path(scratch), name)
+        return content_hash(file_sha256(Path(scratch) / WEIGHTS_FILE), adapter.config)
+
+
+def _read_donors(recipes: Mapping[str, Recipe], uris: Mapping[str, str], cache: Path) -> dict[str, Adapter]:
+    wanted = {donor for recipe in recipes.values() for donor in recipe.donors}
+    return {donor: read_adapter(fetch_adapter(uris[donor], cache)) for donor in sorted(wanted)}

@@ -1,0 +1,56 @@
+"""A few finetuning steps from each of a short list of starts, and the loss on held-out rows after them.
+
+The loss before any step misses related donors that are confidently wrong at first, and says nothing of how a start learns.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from pipeline import cluster
+from pipeline.arms import Job
+from pipeline.storage import Folder
+
+
+def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:
+    """The training rows without the held-out ones, and these as what is validated on."""
+    train = data.read_table("train.parquet")
+    target.write_table("train.parquet", train.filter(pc.invert(pc.is_in(train["sample_id"], holdout["sample_id"].combine_chunks()))))
+    target.write_table("validation.parquet", holdout)
+
+
+def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) -> dict[str, float | None]:
+    """Run the jobs as Ray tasks, side by side where the cluster has room; those that have a file in `results` are not run again.
+
+    Returns:
+        For each name the mean NLL on the held-out rows after the last step; None where training diverged.
+    """
+    known = {name: results.read_json(f"{name}.json") for name in jobs if results.exists(f"{name}.json")}
+    waiting = {_task(job).remote(job): name for name, job in jobs.items() if name not in known}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        name = waiting.pop(done)
+        known[name] = {"nll": ray.get(done)}
+        results.write_json(f"{name}.json", known[name])
+        say(f"probe of {name}: hold-out NLL {known[name]['nll']}")
+    return {name: known[name]["nll"] for name in jobs}
+
+
+def _task(job: Job) -> Any:
+    resources = cluster.worker_resources(job.train.cpus_per_worker, job.train.gpus_per_worker)
+    return ray.remote(_loss_after_training).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
+    )
+
+
+def _loss_after_training(job: Job) -> float | None:
+    from pipeline.finetuning import Finetuning  # not above: see pipeline/train.py
+
+    finetuning = Finetuning(job, 0, 1, lambda metrics, checkpoint: None)
+    finetuning.run()
+    nll = finetuning.curve[-1]["eval_nll"]
+    return None if finetuning.diverged_at is not None or not math.isfinite(nll) else float(nll)

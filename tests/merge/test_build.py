@@ -1,0 +1,31 @@
+"""Recipes built into folders, read back."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.merge.adapter import content_hash, file_sha256, read_adapter
+from pipeline.merge.build import build
+from pipeline.merge.recipes import Recipe
+from pipeline.storage import Folder
+
+
+def test_recipes_become_folders_and_refusals_reasons(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> None:
+    uris = {name: str(make_adapter(tmp_path / name, tiny_base, rank=rank, seed=rank)) for name, rank in (("a", 2), ("b", 3))}
+    both = ("a", "b"), (0.5, 0.5)
+    recipes = {"mean": Recipe(*both, "exact", 5), "apart": Recipe(*both, "ab_mean", 3)}
+    built, refused = build(recipes, uris, tiny_base, Folder.at(tmp_path / "built"), alpha=7)
+    assert refused == {"apart": "ab_mean needs donors of one rank, alpha and set of target modules; use method: exact"}
+    assert list(built) == ["mean"]
+    assert built["mean"].kept == pytest.approx(1)
+    folder = tmp_path / "built/mean"
+    merged = read_adapter(folder)
+    assert built["mean"].hash == content_hash(file_sha256(folder / "adapter_model.safetensors"), merged.config)
+    assert (merged.max_rank, merged.config.lora_alpha) == (5, 7)
+    donors = [read_adapter(Path(uri)) for uri in uris.values()]
+    for module in merged.modules:
+        expected = sum((donor.factors(module).dense() for donor in donors), torch.zeros(())) / 2
+        torch.testing.assert_close(merged.factors(module).dense(), expected, rtol=1e-3, atol=1e-5)
+    assert not (tmp_path / "built/apart").exists()

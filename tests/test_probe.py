@@ -1,0 +1,33 @@
+"""Losses after a few steps from each start: each computed once, on rows that the steps do not see."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.arms import Job
+from pipeline.finetuning import Finetuning
+from pipeline.probe import probe, write_probe_data
+from pipeline.storage import Folder
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path: Path, data: Folder) -> None:
+    train = data.read_table("train.parquet")
+    write_probe_data(data, train.slice(3, 5), Folder.at(tmp_path))
+    kept = Folder.at(tmp_path).read_table("train.parquet")["sample_id"].to_pylist()
+    assert kept == [name for place, name in enumerate(train["sample_id"].to_pylist()) if not 3 <= place < 8]
+    assert Folder.at(tmp_path).read_table("validation.parquet").equals(train.slice(3, 5))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_probe_is_a_short_finetuning_and_is_made_once(tmp_path: Path, job: Callable[..., Job]) -> None:
+    results = Folder.at(tmp_path)
+    results.write_json("known.json", {"nll": 1.25})
+    said: list[str] = []
+    short = job(steps=3, evaluations=1)
+    found = probe({"known": short, "fresh": short}, results, said.append)
+    here = Finetuning(short, 0, 1, lambda metrics, checkpoint: None)
+    here.run()
+    assert found == {"known": 1.25, "fresh": pytest.approx(here.curve[-1]["eval_nll"], abs=1e-4)}
+    assert results.read_json("fresh.json") == {"nll": found["fresh"]}
+    assert len(said) == 1
