@@ -53,6 +53,11 @@ def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = la
     return catalogue
 
 
+def valid_adapters(catalogue: pa.Table) -> pa.Table:
+    """The rows of those that can be donors."""
+    return catalogue.filter(pc.equal(catalogue["status"], "ok"))
+
+
 def list_adapters(pool: str) -> dict[str, list[str]]:
     """adapter_id and uri of everything in a pool that may be an adapter.
 

@@ -19,7 +19,9 @@ from pipeline.storage import Folder
 def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:
     """The training rows without the held-out ones, and these as what is validated on."""
     train = data.read_table("train.parquet")
-    target.write_table("train.parquet", train.filter(pc.invert(pc.is_in(train["sample_id"], holdout["sample_id"].combine_chunks()))))
+    target.write_table(
+        "train.parquet", train.filter(pc.invert(pc.is_in(train["sample_id"], holdout["sample_id"].combine_chunks())))
+    )
     target.write_table("validation.parquet", holdout)
 
 

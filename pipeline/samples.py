@@ -79,6 +79,11 @@ def target_paths(config: Config) -> dict[str, str]:
     return paths
 
 
+def split_of(table: pa.Table, split: str) -> pa.Table:
+    """The rows of one split."""
+    return table.filter(pc.equal(table["split"], split))
+
+
 def read_rows(path: str, role: str) -> ray.data.Dataset:
     """A column `row` with each row of a data set as JSON text.
 

@@ -21,13 +21,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import run as page
 from pipeline.arms import Arm, Job, Lora
 from pipeline.cli import main
-from pipeline.config import TrainConfig, build_config
+from pipeline.config import TrainConfig
 from pipeline.finetuning import Finetuning
 from pipeline.samples import tokenise
-from pipeline.search.screen import SCREEN
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
 
@@ -214,15 +212,3 @@ def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: p
     assert list(inits) == ["mashup", "random_delta"]
     assert inits["mashup"]["validation_nll_start"] < inits["random_delta"]["validation_nll_start"]
     assert "start paper is left out: ab_mean needs donors of one rank" in capsys.readouterr().err
-
-
-def test_the_screen_lets_the_best_estimates_into_the_race(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 adapters a half, without those that have no estimate; but never fewer than are scored in full anyway."""
-    names = [f"a{n:02}" for n in range(40)]
-    catalogue = pa.table({"adapter_id": names, "uri": names})
-    estimates = [None if n < 3 else float(n) for n in range(40)]
-    monkeypatch.setattr(page, "screen_pool", lambda *_: pa.table([names, estimates], schema=SCREEN))
-    samples = pa.table({"split": ["search", "holdout"]})
-    for share, entrants in ((0.5, names[3:23]), (0.1, names[3:19]), (1.0, names)):
-        run = page.Run(build_config({**config, "search": {"screen": share}}, "test"))
-        assert page._screened(run, catalogue, samples)["adapter_id"].to_pylist() == entrants

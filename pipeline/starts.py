@@ -1,0 +1,144 @@
+"""What training may start from: merges of donors and their losses, controls, and the arms that train from each."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.arms import Arm, Job, Lora
+from pipeline.basemodel import linear_shapes
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.fetch import fetch_adapter
+from pipeline.ledger import digest
+from pipeline.merge.adapter import CONFIG_FILE, read_adapter
+from pipeline.merge.build import Built, build, store
+from pipeline.merge.recipes import Recipe, random_like
+from pipeline.metrics import mean_per_token
+from pipeline.pool import valid_adapters
+from pipeline.probe import probe, write_probe_data
+from pipeline.racing import CANDIDATE, make_engine, make_work, race
+from pipeline.reduce import Scored, control_recipes
+from pipeline.run_folder import Run
+from pipeline.samples import split_of
+from pipeline.search.race import make_plan
+from pipeline.search.scoreboard import paired_difference
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID
+
+
+def score_recipes(
+    run: Run, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
+) -> tuple[list[Scored], float | None]:
+    """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
+    if not recipes:
+        return [], None
+    built = _build(run, recipes, catalogue)
+    holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
+    uris = [run.folder.sub("candidates", name).uri for name in built]
+    adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
+    work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
+    plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
+    engine = make_engine(run, catalogue, max(recipe.rank for recipe in recipes))
+    known, seen = race(run, work, engine, plan, details)
+    tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
+    scored = [
+        Scored(recipe, mean_per_token(nll, tokens).mean, *paired_difference(nll, base, tokens), built[recipe.name].kept)
+        for recipe, nll, end in zip([r for r in recipes if r.name in built], known.nll_NS[1:], seen[1:], strict=True)
+        if end
+    ]
+    return scored, mean_per_token(base, tokens).mean
+
+
+def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
+    """Hold-out losses after a few finetuning steps from the base and from each of a short list, if that is asked for."""
+    config = run.config
+    if not (config.merge.probe and short_list):
+        return {}
+    data = run.folder.sub("candidates", "probe", "data")
+    write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
+    train = config.train.model_copy(update={"steps": config.merge.probe, "evaluations": 1})
+    lora, lr, seed = _lora(run), config.train.learning_rates[0], config.train.seeds[0]
+    jobs = {
+        name: Job(Arm(name, lr, seed), config.base, lora, train, data, run.folder.sub("candidates", name), "probe")
+        for name in (BASE_ID, *(one.recipe.name for one in short_list))
+    }
+    return probe(jobs, run.folder.sub("candidates", "probe"), run.progress.say)
+
+
+def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Built]:
+    """Merge each recipe into `candidates/<name>`, and give those that could be merged.
+
+    Raises:
+        InputError: the method asked for can merge none of them.
+    """
+    named = {recipe.name: recipe for recipe in recipes}
+    built, refused = build(named, _uris(catalogue), run.config.base, run.folder.sub("candidates"))
+    for name, reason in refused.items():
+        run.progress.say(f"refused: {name}: {reason}")
+    if not built:
+        raise InputError(f"no recipe can be merged: {next(iter(refused.values()))}")
+    return built
+
+
+def make_controls(run: Run, n_donors: int) -> list[str]:
+    """Make the control starts that are asked for, in the shape of the arms' adapter, in `starts/`. Gives those that there are."""
+    asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
+    if not asked:
+        return []
+    starts, modules = run.folder.sub("starts"), list(_lora(run).target_modules)
+    refused = _write_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
+    found = []
+    for init in asked:
+        file = f"{init}/{CONFIG_FILE}"
+        if starts.exists(file) and sorted(starts.read_json(file)["target_modules"]) == modules:
+            found.append(init)
+        else:
+            run.progress.say(f"start {init} is left out: {refused.get(init, 'its donors adapt other modules than the mashup')}")
+    return found
+
+
+def _write_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
+    """Write control starts; gives the reasons of those that cannot be made."""
+    lora, base = _lora(run), run.config.base
+    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
+    recipes = control_recipes(run.folder.read_table("leaderboard.parquet"), catalogue, n_donors, lora.rank)
+    _, refused = build({init: recipes[init] for init in inits if init in recipes}, _uris(catalogue), base, starts, lora.alpha)
+    if "random_delta" in inits and not n_donors:
+        refused["random_delta"] = "there is no mashup whose norm it could have"
+    elif "random_delta" in inits:
+        with tempfile.TemporaryDirectory() as cache:
+            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, Path(cache)))
+        store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
+    return refused
+
+
+def list_arms(config: Config, starts: list[str]) -> list[Arm]:
+    inits = [init for init in config.compare.inits if init in starts] or ["base"]
+    return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
+
+
+def make_job(run: Run, arm: Arm) -> Job:
+    config = run.config
+    lora = _lora(run)
+    budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
+    merged = run.ledger.key("merge") if arm.init != "base" else None
+    key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, merged)
+    start = run.folder.sub("mashup") if arm.init == "mashup" else run.folder.sub("starts", arm.init)
+    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), start, key[:8])
+
+
+def _lora(run: Run) -> Lora:
+    """What the arms train: an adapter shaped like the mashup, or without one like most donors."""
+    if run.folder.exists("mashup"):
+        content = run.folder.read_json(f"mashup/{CONFIG_FILE}")
+        return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
+    rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
+    shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
+    return Lora(*shapes.most_common(1)[0][0])
+
+
+def _uris(catalogue: pa.Table) -> dict[str, str]:
+    return dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["uri"].to_pylist(), strict=True))
