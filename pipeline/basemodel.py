@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -49,6 +50,11 @@ def load_model(base: str, dtype: torch.dtype) -> Any:
     """The base model with weights in `dtype`, on this process' device, in evaluation mode."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return model.to(device()).eval()
+
+
+def weights_folder(base: str) -> Path:
+    """The local folder with the base model's weights: itself, or its snapshot in the Hub's cache."""
+    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
 
 
 @lru_cache(maxsize=4)

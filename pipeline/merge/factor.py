@@ -1,0 +1,104 @@
+"""A full finetune of the base as a donor: what it changed in the linear layers, as a low-rank adapter.
+
+One tensor at a time is read, from whichever shard has it; what stays in memory are the factors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.basemodel import Shapes, weights_folder
+from pipeline.errors import AdapterError
+from pipeline.merge.adapter import CONFIG_FILE, Adapter, from_factors
+from pipeline.merge.delta import Factors, factorise
+
+ENERGY = 0.9
+"""The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""
+
+MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class Factored:
+    """`kept`: share of the squared norm of the linear layers' change that the adapter has. `elsewhere`: share of the whole
+    change's squared norm that is in embeddings, norms or the head, which an adapter does not have."""
+
+    adapter: Adapter
+    kept: float
+    elsewhere: float
+
+    def describe(self) -> str:
+        return (
+            f"full checkpoint, factored at rank {self.adapter.max_rank}: {self.kept:.1%} of its change of the linear layers is kept; "
+            f"{self.elsewhere:.1%} of its whole change is elsewhere, and lost"
+        )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a whole model rather than an adapter."""
+    whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return whole and not (folder / CONFIG_FILE).exists()
+
+
+def factor_checkpoint(folder: Path, base: str, shapes: Shapes, head: str | None) -> Factored:
+    """Factor what a finetune changed in the base, by a randomised SVD of each linear layer's difference.
+
+    Raises:
+        AdapterError: it is not a finetune of this base, its files are corrupt, or it changed no linear layer.
+    """
+    deltas: dict[str, Factors] = {}
+    linear, elsewhere = 0.0, 0.0
+    for name, delta in _differences(folder, base):
+        module = name.removesuffix(".weight")
+        energy = float((delta**2).sum())
+        if module not in shapes or module == head:
+            elsewhere += energy
+        elif energy:
+            linear += energy
+            deltas[module], _ = factorise(delta, MAX_RANK)
+    if not deltas:
+        raise AdapterError("a full checkpoint that changed no linear layer of the base")
+    rank, kept = _rank_that_keeps(deltas, linear)
+    cut = {module: Factors(delta.a_RI[:rank], delta.b_OR[:, :rank]) for module, delta in deltas.items()}
+    return Factored(from_factors(base, cut, rank, rank, shapes, seed=0), kept, elsewhere / (linear + elsewhere))
+
+
+def _differences(folder: Path, base: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and change in float32 of each tensor; the base is rounded as the finetune is stored, or that would be a change."""
+    tuned, original = _open(folder), _open(weights_folder(base))
+    for name in sorted(tuned):
+        if name not in original:
+            if name == "lm_head.weight":  # tied in the base, written out in the finetune
+                continue
+            raise AdapterError(f"wrong base: the checkpoint has a tensor {name} that the base has not")
+        new, old = tuned[name].get_tensor(name), original[name].get_tensor(name)
+        if new.shape != old.shape:
+            raise AdapterError(f"wrong base: {name} is {tuple(new.shape)}, the base has {tuple(old.shape)}")
+        if not torch.isfinite(new).all():
+            raise AdapterError(f"NaN or Inf in {name}")
+        yield name, new.float() - old.to(new.dtype).float()
+
+
+def _open(folder: Path) -> dict[str, safe_open]:
+    """Tensor name -> the open file that has it."""
+    try:
+        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"corrupt weights: {folder.name} cannot be read ({error})") from error
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _rank_that_keeps(deltas: dict[str, Factors], linear: float) -> tuple[int, float]:
+    """The smallest rank that keeps ENERGY of `linear`, and what it keeps."""
+    energy_R = torch.zeros(MAX_RANK)
+    for delta in deltas.values():
+        squares = (delta.a_RI.norm(dim=1) * delta.b_OR.norm(dim=0)) ** 2  # balanced factors: the singular values
+        energy_R[: len(squares)] += squares
+    kept_R = energy_R.cumsum(0) / linear
+    enough = (kept_R >= ENERGY).nonzero()
+    rank = int(enough[0]) + 1 if len(enough) else int(energy_R.count_nonzero())
+    return rank, float(kept_R[rank - 1])

@@ -1,0 +1,109 @@
+"""Full finetunes factored to adapters, against their dense differences to the base."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.basemodel import linear_shapes
+from pipeline.errors import AdapterError
+from pipeline.merge.adapter import write_adapter
+from pipeline.merge.factor import ENERGY, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
+
+CHANGED = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def finetune(base: str, target: Path, rank: int, embeddings: float = 0, shard: str = "50GB", dtype: Any = torch.float32) -> Any:
+    """The base with random changes of that rank in two layers, and of that size in its embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in CHANGED:
+            weight = model.get_submodule(module).weight
+            out, inside = weight.shape
+            weight += 0.05 * torch.randn(out, rank, generator=generator) @ torch.randn(rank, inside, generator=generator)
+        weight = model.get_input_embeddings().weight
+        weight += embeddings * torch.randn(weight.shape, generator=generator)
+    model.to(dtype).save_pretrained(str(target), max_shard_size=shard)
+    return model
+
+
+def factored(folder: Path, base: str) -> Factored:
+    assert is_checkpoint(folder)
+    return factor_checkpoint(folder, base, *linear_shapes(base))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+    return found
+
+
+def test_a_low_rank_change_becomes_an_adapter_that_computes_the_same(tmp_path: Path, tiny_base: str) -> None:
+    """From several shards."""
+    model = finetune(tiny_base, tmp_path / "full", rank=1, shard="100KB")
+    assert len(list((tmp_path / "full").glob("*.safetensors"))) > 1
+    found = factored(tmp_path / "full", tiny_base)
+    assert (found.adapter.modules, found.adapter.max_rank) == (sorted(CHANGED), 1)
+    assert (found.kept, found.elsewhere) == (pytest.approx(1, abs=1e-4), 0)
+    write_adapter(tmp_path / "adapter", found.adapter)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))), logits(model), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_the_smallest_rank_that_keeps_the_energy_is_taken_and_what_is_lost_is_told(tmp_path: Path, tiny_base: str) -> None:
+    model = finetune(tiny_base, tmp_path / "full", rank=20, embeddings=0.1)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    change = {
+        name: (new - old).detach() for (name, new), (_, old) in zip(*(m.named_parameters() for m in (model, base)), strict=True)
+    }
+    spectra = [torch.linalg.svdvals(change[f"{module}.weight"]) ** 2 for module in CHANGED]
+    linear = sum(float(squares.sum()) for squares in spectra)
+    rank = next(r for r in range(1, MAX_RANK) if sum(float(squares[:r].sum()) for squares in spectra) >= ENERGY * linear)
+
+    found = factored(tmp_path / "full", tiny_base)
+    assert found.adapter.max_rank == rank
+    left = sum(float(((change[f"{m}.weight"] - found.adapter.factors(m).dense()) ** 2).sum()) for m in CHANGED)
+    assert found.kept == pytest.approx(1 - left / linear, abs=1e-3)
+    whole = sum(float((delta**2).sum()) for delta in change.values())
+    assert found.elsewhere == pytest.approx(1 - linear / whole, abs=1e-4)
+    assert f"{found.kept:.1%} of its change" in found.describe()
+
+
+def test_what_storing_in_bfloat16_rounds_is_no_change(tmp_path: Path, tiny_base: str) -> None:
+    finetune(tiny_base, tmp_path / "full", rank=2, dtype=torch.bfloat16)
+    assert factored(tmp_path / "full", tiny_base).adapter.modules == sorted(CHANGED)
+
+
+def test_what_is_no_finetune_of_the_base_is_refused(tmp_path: Path, tiny_base: str, untied_base: str) -> None:
+    with pytest.raises(AdapterError, match="changed no linear layer"):
+        factored(Path(tiny_base), tiny_base)
+    finetune(tiny_base, tmp_path / "full", rank=1)
+    file = next((tmp_path / "full").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = f"{CHANGED[0]}.weight"
+    for wrong, message in (
+        (tensors | {"model.layers.9.extra.weight": torch.zeros(2)}, "wrong base: .* model.layers.9.extra.weight"),
+        (tensors | {name: torch.zeros(2, 3)}, r"wrong base: .* is \(2, 3\)"),
+        (tensors | {name: torch.full_like(tensors[name], torch.nan)}, "NaN or Inf in"),
+    ):
+        save_file(wrong, file, metadata={"format": "pt"})
+        with pytest.raises(AdapterError, match=message):
+            factored(tmp_path / "full", tiny_base)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="corrupt weights"):
+        factored(tmp_path / "full", tiny_base)
+
+
+def test_an_adapter_or_a_folder_without_weights_is_no_checkpoint(tmp_path: Path, tiny_base: str) -> None:
+    shutil.copytree(tiny_base, tmp_path / "both")
+    (tmp_path / "both/adapter_config.json").write_text("{}")
+    assert not is_checkpoint(tmp_path / "both")
+    assert not is_checkpoint(tmp_path)
