@@ -50,11 +50,11 @@ from pipeline.merge.adapter import read_adapter
 
 LENGTH, COMPLETION = 80, 16
 """Tokens of a row, and how many of them are the completion."""
-ROWS, QUICK_ROWS, SLOW_ROWS = 16, 8, 2
+ROWS, QUICK_ROWS, SLOW_ROWS = 16, 2, 1
 """Rows that an adapter is scored on; the last for vLLM's own LoRA and PEFT's mixed batch."""
 SLOW_ADAPTERS = 4
 """Adapters of PEFT, reloaded, at most."""
-ROUNDS = 3
+ROUNDS, SLOW_PASSES = 3, 2
 COUNTS, RANKS = (1, 4, 16), (4, 16, 64)
 QUICK = [(1, 4), (4, 16), (16, 64)]
 """(adapters in a batch, rank)."""
@@ -227,7 +227,7 @@ def _fast_engines(batch: Batch, stock: Any) -> tuple[dict[str, Speed], float]:
     engine, count, rows = _start("vllm", batch.config(batch.rank)), len(batch.folders), len(batch.samples)
     nobody, adapters = [Candidate("base", None)] * count, batch.candidates(count)
     for warm in (stock, engine):
-        ray.get(warm.seconds.remote(nobody, batch.samples))
+        ray.get(warm.seconds.remote(nobody, batch.samples.slice(0, SLOW_ROWS)))
     first = ray.get(engine.seconds.remote(adapters, batch.samples))
     turns = {"ours": (engine, adapters), "ours, base": (engine, nobody), "vLLM base": (stock, nobody)}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
@@ -251,7 +251,7 @@ def _slow_engines(batch: Batch) -> dict[str, Speed]:
     for name, (kind, count, rows) in kinds.items():
         engine = _start(kind, batch.config(batch.rank), plugins=False)
         part, adapters = batch.samples.slice(0, rows), batch.candidates(count)
-        seconds = [ray.get(engine.seconds.remote(adapters, part)) for _ in range(3)]
+        seconds = [ray.get(engine.seconds.remote(adapters, part)) for _ in range(SLOW_PASSES)]
         ray.kill(engine)
         _tell(batch, {name: seconds})
         speeds[name] = batch.speed(count, rows, seconds[0], min(seconds[1:]))

@@ -90,7 +90,7 @@ def make_controls(run: Run, n_donors: int) -> list[str]:
         return []
     starts, modules = run.folder.sub("starts"), list(_lora(run).target_modules)
     refused = _write_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
-    found = []
+    found: list[str] = []
     for init in asked:
         file = f"{init}/{CONFIG_FILE}"
         if starts.exists(file) and sorted(starts.read_json(file)["target_modules"]) == modules:

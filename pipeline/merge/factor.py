@@ -33,8 +33,8 @@ class Factored:
 
     def describe(self) -> str:
         return (
-            f"full checkpoint, factored at rank {self.adapter.max_rank}: {self.kept:.1%} of its change of the linear layers is kept; "
-            f"{self.elsewhere:.1%} of its whole change is elsewhere, and lost"
+            f"full checkpoint, factored at rank {self.adapter.max_rank}: {self.kept:.1%} of its change of the linear layers is "
+            f"kept; {self.elsewhere:.1%} of its whole change is elsewhere, and lost"
         )
 
 
