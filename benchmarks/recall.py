@@ -88,7 +88,8 @@ def main(
 def _made(work: Path, samples: int, sizes: tuple[int, ...]) -> Iterator[Arena]:
     base, donors = tiny_world(work / "tiny")
     holdout = samples // 4
-    search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=16)
+    # A tiny model gains nothing from a second thread.
+    search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=16, cpus_per_actor=1)
     for size in sizes:
         adapters = made_pool(work / "tiny" / "made", base, donors, size)
         drawn = target_samples(0, samples - holdout, holdout)

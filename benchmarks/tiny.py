@@ -1,19 +1,22 @@
 """A pool of any size on a tiny base, all of it trained here: what a real base is too slow for on a small machine.
 
-The base is a Llama of 2 layers over bytes, trained for a while on a mixture of the demo's tasks. Real donors are LoRA adapters
-that were trained on one task each, with seeds of their own. The pool is made from them: each adapter is w_1 d_1 + w_2 d_2 of the
-delta weights of two random donors, w_1 ~ U(0, 1.5) and w_2 ~ U(-0.5, 1), truncated to rank RANK. So it holds close relatives
-of the target's task, strangers, overshot and spoilt ones, in a continuum, which is harder to rank than a pool of real donors.
+The base is a Llama of 2 layers over 1,024 byte pairs, trained for a while on a mixture of the demo's tasks. Real donors are
+LoRA adapters that were trained on one task each, with seeds of their own. The pool is made from them: each adapter is
+w_1 d_1 + w_2 d_2 of the delta weights of two random donors, w_1 ~ U(0, 1.5) and w_2 ~ U(-0.5, 1), truncated to rank RANK. So it
+holds close relatives of the target's task, strangers, overshot and spoilt ones, in a continuum, which is harder to rank than
+a pool of real donors.
 """
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +33,7 @@ SEEDS = (1, 2)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE_STEPS, DONOR_STEPS = 400, 60
 BATCH_ROWS = 32
-FIRST_BYTE = 3
-"""Ids below are special."""
+VOCABULARY = 1024
 
 
 def tiny_world(folder: Path) -> tuple[str, list[Path]]:
@@ -74,14 +76,27 @@ def target_samples(seed: int, search: int, holdout: int) -> pa.Table:
     )
 
 
+@cache
+def _tokenizer() -> Tokenizer:
+    """Byte pairs of the donors' tasks. Training them takes a moment and gives the same each time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
+    tokenizer.train_from_iterator([f"{row['prompt']}\n{row['completion']}\n" for row in rows], trainer)
+    return tokenizer
+
+
 def _tokens(row: Row) -> dict[str, Any]:
-    prompt, answer = (f"{row['prompt']}\n".encode(), f"{row['completion']}\n".encode())
+    prompt, answer = (_tokenizer().encode(f"{row[part]}\n").ids for part in ("prompt", "completion"))
     mask = [False] * len(prompt) + [True] * len(answer)
-    return {"input_ids": [byte + FIRST_BYTE for byte in prompt + answer], "completion_mask": mask, "learn_mask": mask}
+    return {"input_ids": prompt + answer, "completion_mask": mask, "learn_mask": mask}
 
 
 def _train_base(folder: Path) -> None:
-    model = tiny_llama(256 + FIRST_BYTE, heads=2)
+    model = tiny_llama(VOCABULARY, heads=2)
     rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
     random.Random(0).shuffle(rows)
     # The whole text is learned, as in pretraining, so that donors have something to add.
