@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 
 Auto = Literal["auto"]
 SHORT_LIST = 3
+"""Candidate merges that a probe tries."""
 
 
 class Section(BaseModel):
@@ -94,7 +95,6 @@ class MergeConfig(Section):
     rank: int | Auto = Field(
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat: without that limit"
     )
-
     probe: int = Field(
         0, ge=0, description=f"finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none"
     )

@@ -21,7 +21,6 @@ MAX_AUTO_RANK = 64
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
 
-
 Probed = Mapping[str, float | None]
 """Name of a recipe, or BASE_ID -> hold-out NLL after a few finetuning steps from it; None where that diverged."""
 
@@ -64,10 +63,10 @@ def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, r
     paper: A and B of the two best donors averaged apart (arXiv 2603.10156; its code takes two). best_donor: the first of the
     leaderboard. random_donors: as many as the mashup has, or three, drawn from the valid adapters with a fixed seed.
     """
-    ranked = [row["adapter_id"] for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID]
+    by_loss = [row["adapter_id"] for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID]
     pool = sorted(catalogue["adapter_id"].to_pylist())
     drawn = random.Random(0).sample(pool, min(n_donors or 3, len(pool)))
-    controls = {"paper": (ranked[:2], "ab_mean"), "best_donor": (ranked[:1], "exact"), "random_donors": (drawn, "exact")}
+    controls = {"paper": (by_loss[:2], "ab_mean"), "best_donor": (by_loss[:1], "exact"), "random_donors": (drawn, "exact")}
     return {
         init: Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, rank)
         for init, (donors, method) in controls.items()
