@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,12 @@ def engine_slots(resources: Resources) -> int:
         by_cpu = int((node.get("CPU", 0) - 1) / resources.cpus)
         slots += min(by_cpu, int(node.get("GPU", 0) // resources.gpus)) if resources.gpus else by_cpu
     return max(1, slots)
+
+
+def compute_task(function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto") -> Any:
+    """`function` as a Ray task with the resources and the environment of one compute worker."""
+    resources = worker_resources(cpus, gpus)
+    return ray.remote(function).options(num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=worker_env(resources))
 
 
 def worker_env(resources: Resources) -> dict[str, Any]:

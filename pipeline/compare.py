@@ -161,10 +161,7 @@ def _best_nll(arm: Outcome) -> float:
 def _test(config: Config, arms: Sequence[Outcome], run: Folder) -> dict[str, dict[str, float]]:
     from pipeline.finetuning import evaluate_on_test  # not above: see pipeline/train.py
 
-    resources = cluster.worker_resources(config.train.cpus_per_worker, config.train.gpus_per_worker)
-    task = ray.remote(evaluate_on_test).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
-    )
+    task = cluster.compute_task(evaluate_on_test, config.train.cpus_per_worker, config.train.gpus_per_worker)
     checkpoints = {arm["name"]: run.sub("train", *arm["checkpoint"].split("/")) for arm in arms}
     found: dict[str, dict[str, float]] = ray.get(task.remote(config.base, config.train.dtype, run.sub("data"), checkpoints))
     return found

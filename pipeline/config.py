@@ -89,8 +89,10 @@ class MergeConfig(Section):
 
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
     method: Literal["auto", "exact", "concat", "ab_mean", "ties", "dare"] = Field("auto", description="auto: exact")
-    weights: Literal["auto", "equal", "gains"] = Field(
-        "auto", description="gains: in proportion to what each donor gains over the base; auto: both are tried"
+    weights: Literal["auto", "equal", "gains", "learned"] = Field(
+        "auto",
+        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; "
+        "learned: by gradient steps on the search sample for the most donors, besides equal ones",
     )
     rank: int | Auto = Field(
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat: without that limit"

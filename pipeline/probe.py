@@ -5,7 +5,6 @@ The loss before any step misses related donors that are confidently wrong at fir
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,7 +31,9 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
         For each name the mean NLL on the held-out rows after the last step; None where training diverged.
     """
     known = {name: results.read_json(f"{name}.json") for name in jobs if results.exists(f"{name}.json")}
-    waiting = {_task(job).remote(job): name for name, job in jobs.items() if name not in known}
+    train = next(iter(jobs.values())).train
+    task = cluster.compute_task(_loss_after_training, train.cpus_per_worker, train.gpus_per_worker)
+    waiting = {task.remote(job): name for name, job in jobs.items() if name not in known}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         name = waiting.pop(done)
@@ -40,13 +41,6 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
         results.write_json(f"{name}.json", known[name])
         say(f"probe of {name}: hold-out NLL {known[name]['nll']}")
     return {name: known[name]["nll"] for name in jobs}
-
-
-def _task(job: Job) -> Any:
-    resources = cluster.worker_resources(job.train.cpus_per_worker, job.train.gpus_per_worker)
-    return ray.remote(_loss_after_training).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
-    )
 
 
 def _loss_after_training(job: Job) -> float | None:

@@ -6,7 +6,7 @@ split, which played no part in the ranking.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -44,16 +44,21 @@ def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
 
 
 def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:
-    """Recipes worth scoring: the top k donors in equal parts, and in proportion to their gains where that makes a difference, for
-    each k asked for. Empty where no donor beats the base."""
+    """Recipes worth scoring. Empty where no donor beats the base.
+
+    For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. Where
+    learned weights are asked for, besides equal ones, one recipe of the most donors with those.
+    """
     donors = eligible_donors(leaderboard)
     ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
     tops = [donors[:k] for k in sizes if 0 < k <= len(donors)]
-    weightings = ("equal", "gains") if config.weights == "auto" else (config.weights,)
+    weightings = {"auto": ("equal", "gains"), "learned": ("equal",)}.get(config.weights, (config.weights,))
     recipes = [_recipe(top, weighting, ranks, config) for top in tops for weighting in weightings]
     if config.weights == "auto":
         return [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
+    if config.weights == "learned" and recipes:
+        recipes.append(replace(recipes[-1], weighting="learned"))  # its weights are yet to be learned
     return recipes
 
 

@@ -2,19 +2,23 @@
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
+from pipeline.cluster import compute_task
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import digest
 from pipeline.merge.adapter import CONFIG_FILE, read_adapter
 from pipeline.merge.build import Built, build, store
+from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
@@ -35,6 +39,7 @@ def score_recipes(
     """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
     if not recipes:
         return [], None
+    recipes = [_learned(run, recipe, catalogue) if recipe.weighting == "learned" else recipe for recipe in recipes]
     built = _build(run, recipes, catalogue)
     holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
     uris = [run.folder.sub("candidates", name).uri for name in built]
@@ -50,6 +55,18 @@ def score_recipes(
         if end
     ]
     return scored, mean_per_token(base, tokens).mean
+
+
+def _learned(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
+    """The recipe with weights that are learned on the search sample, once."""
+    candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
+    if not candidates.exists(file):
+        search = split_of(run.folder.read_table("samples.parquet"), "search")
+        uris = _uris(catalogue)
+        run.progress.say(f"learning the weights of {len(recipe.donors)} donors on {len(search)} samples")
+        task = compute_task(learn_weights).remote(run.config.base, [uris[donor] for donor in recipe.donors], search)
+        candidates.write_json(file, {"weights": ray.get(task)})
+    return replace(recipe, weights=tuple(candidates.read_json(file)["weights"]))
 
 
 def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:

@@ -83,6 +83,12 @@ def test_the_rank_of_a_recipe(config: dict[str, Any], ranks: dict[str, int], exp
     assert recipe.rank == expected
 
 
+def test_learned_weights_are_for_the_most_donors_and_rival_equal_ones() -> None:
+    recipes = propose(BOARD, POOL, MergeConfig(weights="learned"))
+    assert [recipe.name for recipe in recipes] == ["exact-1", "exact-2", "exact-3", "exact-3-learned"]
+    assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig(weights="learned")) == []
+
+
 def test_controls_are_the_papers_recipe_the_best_donor_and_random_ones() -> None:
     controls = control_recipes(BOARD, POOL, n_donors=3, rank=9)
     assert {recipe.rank for recipe in controls.values()} == {9}

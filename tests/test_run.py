@@ -103,7 +103,7 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.usefixtures("ray_session")
 def test_the_whole_page_with_two_kills_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
-    config |= {"merge": {"probe": 1}}
+    config |= {"merge": {"probe": 1, "weights": "learned"}}
     command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
     run = tmp_path / "run"
     _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
@@ -143,6 +143,8 @@ def _check_results(run: Path, base: str) -> None:
     assert {donor["adapter_id"].partition("/")[0] for donor in selection["donors"]} == {"related"}
     candidates = {candidate["name"]: candidate for candidate in selection["candidates"]}
     assert {"exact-1", "exact-2"} <= candidates.keys()
+    learned = next(candidate for name, candidate in candidates.items() if name.endswith("-learned"))
+    assert len(set(learned["weights"])) == len(learned["donors"])
     assert candidates[selection["recipe"]["name"]]["probe_nll"] < selection["base_probe_nll"]
     inits = summary["inits"]
     assert inits["mashup"]["validation_nll_start"] < inits["base"]["validation_nll_start"]

@@ -94,12 +94,9 @@ def screen_pool(catalogue: pa.Table, base: str, samples: pa.Table, dtype: str = 
     Returns:
         A table of schema SCREEN, sorted by adapter_id. An adapter that cannot be read or does not fit has a null.
     """
-    resources = cluster.worker_resources("auto", "auto")
-    task = ray.remote(_gradients).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
-    )
+    modules = touched_modules(base, catalogue["target_modules"].to_pylist())
     # What a task returns lies in the object store, once; the driver holds no more than the reference.
-    gradients = task.remote(base, dtype, samples, touched_modules(base, catalogue["target_modules"].to_pylist()))
+    gradients = cluster.compute_task(_gradients).remote(base, dtype, samples, modules)
     ray.wait([gradients], fetch_local=False)
     rows = (
         ray.data.from_arrow(catalogue.select(["adapter_id", "uri"]))
