@@ -76,6 +76,11 @@ def target_samples(seed: int, search: int, holdout: int) -> pa.Table:
     )
 
 
+def _base_rows() -> list[Row]:
+    """The mixture of tasks that the base and its byte pairs are trained on."""
+    return [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
+
+
 @cache
 def _tokenizer() -> Tokenizer:
     """Byte pairs of the donors' tasks. Training them takes a moment and gives the same each time."""
@@ -84,8 +89,7 @@ def _tokenizer() -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
-    tokenizer.train_from_iterator([f"{row['prompt']}\n{row['completion']}\n" for row in rows], trainer)
+    tokenizer.train_from_iterator([f"{row['prompt']}\n{row['completion']}\n" for row in _base_rows()], trainer)
     return tokenizer
 
 
@@ -97,7 +101,7 @@ def _tokens(row: Row) -> dict[str, Any]:
 
 def _train_base(folder: Path) -> None:
     model = tiny_llama(VOCABULARY, heads=2)
-    rows = [row for task, make in DONORS.items() for row in draw(make, f"base {task}", 200)]
+    rows = _base_rows()
     random.Random(0).shuffle(rows)
     # The whole text is learned, as in pretraining, so that donors have something to add.
     _train(

@@ -50,10 +50,11 @@ def compare(config: Config, outcomes: Sequence[Outcome], run: Folder) -> tuple[p
     tested = _test(config, [outcome for arms in chosen.values() for outcome in arms], run)
     summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
     if "base" in inits:
-        for init in inits:
-            summary["inits"][init]["parity_steps"] = parity(chosen["base"], chosen[init])["steps"]
-    if {"base", "mashup"} <= set(inits):
-        summary["parity"] = parity(chosen["base"], chosen["mashup"])
+        parities = {init: parity(chosen["base"], arms) for init, arms in chosen.items()}
+        for init, found in parities.items():
+            summary["inits"][init]["parity_steps"] = found["steps"]
+        if "mashup" in parities:
+            summary["parity"] = parities["mashup"]
     return curve_table(outcomes), summary
 
 
