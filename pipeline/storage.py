@@ -86,12 +86,13 @@ class Folder:
             raise InputError(f"{self.uri}: cannot write here ({error}); choose another --run folder") from error
 
     def delete(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
+        """Remove a file or a folder, if it is there; another process may be removing it too."""
         kind = self.files.get_file_info(self.join(name)).type
-        if kind == fs.FileType.Directory:
-            self.files.delete_dir(self.join(name))
-        elif kind == fs.FileType.File:
-            self.files.delete_file(self.join(name))
+        with suppress(FileNotFoundError):
+            if kind == fs.FileType.Directory:
+                self.files.delete_dir(self.join(name))
+            elif kind == fs.FileType.File:
+                self.files.delete_file(self.join(name))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         parent = self.join(name).rpartition("/")[0]

@@ -87,10 +87,11 @@ def test_many_writers_at_once_and_the_merging_of_their_files_lose_nothing(
     hashes = [f"hash-{name}" for name in names]
     before = store.load(hashes, samples)
     assert not np.isnan(before.nll_NS).any()
-    with ThreadPoolExecutor(2) as pool:
-        for merging in [pool.submit(store.merge_files) for _ in range(2)]:
+    mergers = 4
+    with ThreadPoolExecutor(mergers) as pool:
+        for merging in [pool.submit(store.merge_files) for _ in range(mergers)]:
             merging.result()
-    assert len(store.folder.list_files(".parquet")) <= 2
+    assert len(store.folder.list_files(".parquet")) <= mergers
     after = store.load(hashes, samples)
     assert after.nll_NS.tolist() == before.nll_NS.tolist()
     assert after.hits_NS.tolist() == before.hits_NS.tolist()
