@@ -82,7 +82,8 @@ def main(
         print(json.dumps({"growth_slope": _slope(results)}))
     largest = [result for result in results if result["n_adapters"] == max(one["n_adapters"] for one in results)]
     keys = ("n_adapters", "cost_share", "recall_at_1", "recall_at_3", "recall_at_8", "regret")
-    print(json.dumps({key: round(fmean(result[key] for result in largest), 4) for key in keys}))
+    means = {key: round(fmean(result[key] for result in largest), 4) for key in keys}
+    print(json.dumps(means | {"n_adapters": largest[0]["n_adapters"]}))
 
 
 def _made(work: Path, samples: int, sizes: tuple[int, ...]) -> Iterator[Arena]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pipeline.config import TrainConfig
 from pipeline.storage import Folder
 
-CURVE_FILE = "curve.json"
-"""In each checkpoint: the curve up to it."""
+CURVE_FILE, STATE_FILE = "curve.json", "trainer_state.pt"
+"""In each checkpoint beside the weights: the curve up to it, and what going on from it needs."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter that every arm trains, so that inits differ in nothing else."""
+    """The shape of an adapter."""
 
     rank: int
     alpha: float
@@ -33,16 +33,26 @@ class Lora:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training worker needs. `start` is the folder of the adapter to start from; the init 'base' does not read it."""
+    """All that a training worker needs. `start` is the folder of the adapter to start from; the init 'base' does not read it.
+
+    An adapter to start from is itself trained on, or it is `folded`: added to the base's weights, which stay frozen under a fresh
+    adapter, or are all trained where the method is full.
+    """
 
     arm: Arm
     base: str
     lora: Lora
+    """What is trained where that is an adapter; the same for every arm, so that inits differ in nothing else."""
     train: TrainConfig
     data: Folder
     start: Folder
     key: str
     """Digest of all that the arm's result depends on."""
+    folded: bool = False
+
+    @property
+    def full(self) -> bool:
+        return self.train.method == "full"
 
     @property
     def name(self) -> str:

@@ -16,6 +16,9 @@ Auto = Literal["auto"]
 SHORT_LIST = 3
 """Candidate merges that a probe tries."""
 
+LOSSLESS = ("concat", "fold")
+"""Merge methods that keep the sum of the donors' ranks."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,14 +91,18 @@ class MergeConfig(Section):
     """How donors become one adapter."""
 
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
-    method: Literal["auto", "exact", "concat", "ab_mean", "ties", "dare"] = Field("auto", description="auto: exact")
+    method: Literal["auto", "exact", "concat", "fold", "ab_mean", "ties", "dare"] = Field(
+        "auto",
+        description="auto: exact; fold: nothing is cut, and training adds the mashup to the frozen base's weights and trains "
+        "a fresh adapter on top",
+    )
     weights: Literal["auto", "equal", "gains", "learned"] = Field(
         "auto",
         description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; "
         "learned: by gradient steps on the search sample for the most donors, besides equal ones",
     )
     rank: int | Auto = Field(
-        "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat: without that limit"
+        "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat, fold: without that limit"
     )
     probe: int = Field(
         0, ge=0, description=f"finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none"
@@ -109,9 +116,11 @@ class MergeConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def concat_has_its_own_rank(self) -> "MergeConfig":
-        if self.method == "concat" and self.rank != "auto":
-            raise ValueError("method concat keeps the sum of the donors' ranks; leave merge.rank out, or use method exact")
+    def lossless_methods_have_their_own_rank(self) -> "MergeConfig":
+        if self.method in LOSSLESS and self.rank != "auto":
+            raise ValueError(
+                f"method {self.method} keeps the sum of the donors' ranks; leave merge.rank out, or use method exact"
+            )
         return self
 
 
@@ -122,10 +131,18 @@ class TrainConfig(Section):
     batch_size: int = Field(16, ge=1, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
     workers: int = Field(1, ge=1, description="data-parallel workers")
     evaluations: int = Field(10, ge=1, description="evaluations on the validation split over the run, the start apart")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the frozen base; LoRA weights are float32")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a lower validation NLL after which an arm ends; the base's never do, as parity is with "
+        "their final loss; 0: no arm does",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen base, or of the products where all weights are trained; what is trained is float32"
+    )
     cpus_per_worker: float | Auto = "auto"
     gpus_per_worker: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs")
 

@@ -1,5 +1,5 @@
-"""The training loop of one worker: LoRA on a frozen base, AdamW without weight decay, 5 % linear warm-up and a cosine to zero,
-gradients clipped at norm 1.
+"""The training loop of one worker: LoRA on a frozen base, or all weights; AdamW without weight decay, 5 % linear warm-up and a
+cosine to zero, gradients clipped at norm 1.
 
 The loss is the mean NLL over the learned tokens of the global batch, whatever the number of workers. The order of the rows is a
 function of seed and step alone, so that a run that resumes from a checkpoint goes on as if nothing had happened. Knows no Ray.
@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.arms import CURVE_FILE, Job
-from pipeline.basemodel import device, fast_dtype, load_model
+from pipeline.arms import CURVE_FILE, STATE_FILE, Job
+from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.engines.completion import Batch, collate, completion_logits, completion_targets, length_batches, score_tokens
 from pipeline.fetch import fetch_adapter
+from pipeline.merge.adapter import CONFIG_FILE, Adapter, read_adapter, write_adapter
+from pipeline.merge.recipes import Recipe, merge
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
 
@@ -35,7 +38,8 @@ EVALUATION_TOKENS = 2048
 
 WARMUP = 0.05
 Report = Callable[[dict[str, Any], Path | None], None]
-STATE_FILE = "trainer_state.pt"
+FRESH = "fresh"
+"""In a checkpoint of a folded start: what was trained; beside it stands its exact sum with the start, for the base as it was."""
 
 
 def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int]:
@@ -105,13 +109,18 @@ def as_metrics(sums: Tensor) -> dict[str, float]:
 class CompletionLoss(nn.Module):
     """A causal LM as a module whose forward is the summed NLL of the learned tokens, for DDP to wrap."""
 
-    def __init__(self, model: PeftModel):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        logits_NV = completion_logits(self.model.get_base_model(), batch)
+        logits_NV = completion_logits(causal(self.model), batch)
         return nn.functional.cross_entropy(logits_NV, completion_targets(batch), reduction="sum")
+
+
+def causal(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class Finetuning:
@@ -126,7 +135,10 @@ class Finetuning:
             split: Rows(job.data.read_table(f"{split}.parquet").select(SAMPLES.names)) for split in ("train", "validation")
         }
         torch.manual_seed(job.arm.seed)
-        self.model = _adapted(job)
+        with _start(job) as start:
+            self.start = read_adapter(start) if start and job.folded and not job.full else None
+            self.model = _trainable(job, start)
+        self.precision = torch.autocast(device().type, fast_dtype(job.train.dtype), enabled=_mixed(job))
         loss = CompletionLoss(self.model)
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -150,10 +162,16 @@ class Finetuning:
             losses = list(self._advance(stop))
             self.seconds += time.perf_counter() - started
             self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
+            if self._stalled():
+                return
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint that `_save` wrote."""
-        self.model.load_adapter(str(folder), adapter_name="default", is_trainable=True)
+        if self.job.full:
+            self.model.load_state_dict(load_model(str(folder), torch.float32).state_dict())
+        else:
+            trained = folder / FRESH if self.start else folder
+            self.model.load_adapter(str(trained), adapter_name="default", is_trainable=True)
         state = torch.load(folder / STATE_FILE, weights_only=True)
         outcome = json.loads((folder / CURVE_FILE).read_text())
         self.optimizer.load_state_dict(state["optimizer"])
@@ -172,6 +190,13 @@ class Finetuning:
                 return
             yield nll
 
+    def _stalled(self) -> bool:
+        """Whether patience is at an end: the last evaluations have not gone below the lowest loss before them."""
+        patience, losses = self.job.train.patience, [point["eval_nll"] for point in self.curve]
+        if self.arm.init == "base" or not 0 < patience < len(losses):
+            return False
+        return min(losses[-patience:]) >= min(losses[:-patience])
+
     def _train_step(self) -> float:
         train = self.job.train
         places = batch_places(self.step, train.batch_size, len(self.rows["train"]), self.arm.seed)
@@ -179,7 +204,8 @@ class Finetuning:
         idle = self.rank >= len(places)  # more workers than rows: takes part with nothing to add
         counts = self._sum(torch.tensor([0 if idle else batch.n_tokens, 0 if idle else batch.ids_BT.numel()]).double())
         n_learned = float(counts[0])
-        loss = self.loss(batch) * (0.0 if idle else 1.0)
+        with self.precision:
+            loss = self.loss(batch) * (0.0 if idle else 1.0)
         nll = float(self._sum(loss.detach().double().cpu().reshape(1))[0]) / n_learned
         if not math.isfinite(nll):
             return nll
@@ -195,7 +221,9 @@ class Finetuning:
     def _evaluate(self, train_nll: float) -> None:
         self.model.eval()
         rows = self.rows["validation"]
-        metrics = as_metrics(self._sum(evaluate(self.model.get_base_model(), rows, range(self.rank, len(rows), self.world))))
+        with self.precision:
+            sums = evaluate(causal(self.model), rows, range(self.rank, len(rows), self.world))
+        metrics = as_metrics(self._sum(sums))
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
         with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +232,13 @@ class Finetuning:
             self.report(point, Path(folder) if self.rank == 0 else None)
 
     def _save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder))
+        if self.start:
+            self.model.save_pretrained(str(folder / FRESH))
+            write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(folder / FRESH)))
+        else:
+            self.model.save_pretrained(str(folder))
+        if self.job.full:
+            load_tokenizer(self.job.base).save_pretrained(str(folder))
         state = {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -224,31 +258,62 @@ class Finetuning:
 
 
 def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoints: dict[str, Folder]) -> dict[str, dict[str, float]]:
-    """Metrics on the test split of the base with each of several adapters. Runs as one Ray task."""
+    """Metrics on the test split of each of several checkpoints. Runs as one Ray task."""
     rows = Rows(data.read_table("test.parquet"))
     found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for name, checkpoint in checkpoints.items():
-            model = load_model(base, fast_dtype(dtype))
-            adapted = PeftModel.from_pretrained(model, str(fetch_adapter(checkpoint.uri, Path(cache)))).eval()
-            metrics = as_metrics(evaluate(adapted.get_base_model(), rows, range(len(rows))))
-            found[name] = {key.replace("eval_", "test_"): value for key, value in metrics.items()}
+    for name, checkpoint in checkpoints.items():
+        model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
+        metrics = as_metrics(evaluate(model, rows, range(len(rows))))
+        found[name] = {key.replace("eval_", "test_"): value for key, value in metrics.items()}
     return found
 
 
-def _adapted(job: Job) -> PeftModel:
-    model = load_model(job.base, fast_dtype(job.train.dtype))
-    if job.arm.init == "base":
-        fresh = LoraConfig(
-            r=job.lora.rank,
-            lora_alpha=job.lora.alpha,
-            target_modules=list(job.lora.target_modules),
-            base_model_name_or_path=job.base,
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, fresh)
+def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
+    """A whole model, or the base with an adapter."""
     with tempfile.TemporaryDirectory() as cache:
-        return PeftModel.from_pretrained(model, str(fetch_adapter(job.start.uri, Path(cache))), is_trainable=True)
+        if checkpoint.exists(CONFIG_FILE):
+            return causal(
+                PeftModel.from_pretrained(load_model(base, dtype), str(fetch_adapter(checkpoint.uri, Path(cache)))).eval()
+            )
+        checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], Path(cache))
+        return load_model(cache, dtype)
+
+
+@contextmanager
+def _start(job: Job) -> Iterator[Path | None]:
+    """The local folder of the adapter to start from; None: from the base."""
+    with tempfile.TemporaryDirectory() as cache:
+        yield None if job.arm.init == "base" else fetch_adapter(job.start.uri, Path(cache))
+
+
+def _trainable(job: Job, start: Path | None) -> Any:
+    """The model with what is trained of it, from the base or from the adapter at `start`."""
+    model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype))
+    if start and not job.folded:
+        return PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    if start:
+        model = PeftModel.from_pretrained(model, str(start)).merge_and_unload()
+    if job.full:
+        return model.requires_grad_(True)
+    fresh = LoraConfig(
+        r=job.lora.rank,
+        lora_alpha=job.lora.alpha,
+        target_modules=list(job.lora.target_modules),
+        base_model_name_or_path=job.base,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, fresh)
+
+
+def _mixed(job: Job) -> bool:
+    """Whether all weights are trained in float32 and multiplied in a shorter type."""
+    return job.full and fast_dtype(job.train.dtype) != torch.float32
+
+
+def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:
+    """The exact sum of the two as one adapter."""
+    recipe = Recipe(("start", "fresh"), (1.0, 1.0), "concat", start.max_rank + fresh.max_rank)
+    return merge(recipe, [start, fresh], base, linear_shapes(base)[0]).adapter
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import MergeConfig
+from pipeline.config import LOSSLESS, MergeConfig
 from pipeline.merge.recipes import Recipe
 from pipeline.tables import BASE_ID
 
@@ -63,7 +63,7 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
 
 
 def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
-    """Recipes of starts that a mashup should be better than, at the rank of the arms.
+    """Recipes of starts that a mashup should be better than, at a given rank.
 
     paper: A and B of the two best donors averaged apart (arXiv 2603.10156; its code takes two). best_donor: the first of the
     leaderboard. random_donors: as many as the mashup has, or three, drawn from the valid adapters with a fixed seed.
@@ -134,8 +134,8 @@ def _recipe(donors: list[dict[str, Any]], weighting: str, ranks: dict[str, int],
 
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:
     """auto: the sum of the donors' ranks loses nothing; above MAX_AUTO_RANK, that or the largest donor's rank. ab_mean adds no
-    rank; concat always has the sum."""
-    if method == "concat":
+    rank; lossless methods always have the sum."""
+    if method in LOSSLESS:
         return sum(ranks)
     if isinstance(asked, int):
         return asked

@@ -16,14 +16,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline.arms import Arm
+from pipeline.arms import CURVE_FILE, STATE_FILE, Arm
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
 from pipeline.config import SHORT_LIST, Config
 from pipeline.errors import InputError
 from pipeline.ledger import digest
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
 from pipeline.racing import CANDIDATE, make_engine, make_work, race, screened
 from pipeline.reduce import propose, ranked, selection
@@ -142,7 +141,7 @@ def merge_donors(run: Run) -> None:
         scored, base_nll = score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
         choice = selection(scored, leaderboard, catalogue, base_nll, probe_starts(run, ranked(scored)[:SHORT_LIST]))
         if choice["recipe"]:
-            _copy_adapter(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder, "mashup")
+            _copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))
             run.folder.write_text("mashup/README.md", card)
         run.folder.write_json("selection.json", choice)
@@ -199,7 +198,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
     overhead = {stage: run.ledger.seconds(stage) for stage in OVERHEAD}
     total = sum(overhead.values())
     best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
-    _copy_adapter(run.folder.sub(*best["checkpoint"].split("/")), run.folder, "finetuned")
+    _copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
     return {
         "verdict": choice["verdict"],
         "why": choice["why"],
@@ -222,9 +221,11 @@ def _said_and_timed(run: Run) -> Callable[[str], None]:
     return say
 
 
-def _copy_adapter(source: Folder, run: Folder, name: str) -> None:
-    for file in (WEIGHTS_FILE, CONFIG_FILE):
-        run.write_bytes(f"{name}/{file}", source.read_bytes(file))
+def _copy_weights(source: Folder, target: Folder) -> None:
+    """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
+    for file in source.list_files():
+        if file not in ("README.md", CURVE_FILE, STATE_FILE):
+            target.write_bytes(file, source.read_bytes(file))
 
 
 def _sampling(config: Config) -> tuple[int, float, int]:

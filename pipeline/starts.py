@@ -77,9 +77,10 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
     data = run.folder.sub("candidates", "probe", "data")
     write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
     train = config.train.model_copy(update={"steps": config.merge.probe, "evaluations": 1})
-    lora, lr, seed = _lora(run), config.train.learning_rates[0], config.train.seeds[0]
+    shape, folded = _usual_shape(run), not _trained_on(config, "mashup")
+    lr, seed = config.train.learning_rates[0], config.train.seeds[0]
     jobs = {
-        name: Job(Arm(name, lr, seed), config.base, lora, train, data, run.folder.sub("candidates", name), "probe")
+        name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded)
         for name in (BASE_ID, *(one.recipe.name for one in short_list))
     }
     return probe(jobs, run.folder.sub("candidates", "probe"), run.progress.say)
@@ -101,11 +102,11 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Bu
 
 
 def make_controls(run: Run, n_donors: int) -> list[str]:
-    """Make the control starts that are asked for, in the shape of the arms' adapter, in `starts/`. Gives those that there are."""
+    """Make the control starts that are asked for, in `starts/`. Gives those that there are."""
     asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
     if not asked:
         return []
-    starts, modules = run.folder.sub("starts"), list(_lora(run).target_modules)
+    starts, modules = run.folder.sub("starts"), list(_start_shape(run).target_modules)
     refused = _write_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
     found: list[str] = []
     for init in asked:
@@ -119,10 +120,15 @@ def make_controls(run: Run, n_donors: int) -> list[str]:
 
 def _write_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
     """Write control starts; gives the reasons of those that cannot be made."""
-    lora, base = _lora(run), run.config.base
+    base = run.config.base
     catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
-    recipes = control_recipes(run.folder.read_table("leaderboard.parquet"), catalogue, n_donors, lora.rank)
-    _, refused = build({init: recipes[init] for init in inits if init in recipes}, _uris(catalogue), base, starts, lora.alpha)
+    leaderboard = run.folder.read_table("leaderboard.parquet")
+    refused: dict[str, str] = {}
+    for init in inits:
+        shape = _trained_shape(run) if _trained_on(run.config, init) else _start_shape(run)
+        recipes = control_recipes(leaderboard, catalogue, n_donors, shape.rank)
+        made = {init: recipes[init]} if init in recipes else {}
+        refused |= build(made, _uris(catalogue), base, starts, shape.alpha)[1]
     if "random_delta" in inits and not n_donors:
         refused["random_delta"] = "there is no mashup whose norm it could have"
     elif "random_delta" in inits:
@@ -139,19 +145,34 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
 
 def make_job(run: Run, arm: Arm) -> Job:
     config = run.config
-    lora = _lora(run)
+    lora = _trained_shape(run)
     budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
     merged = run.ledger.key("merge") if arm.init != "base" else None
     key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, merged)
     start = run.folder.sub("mashup") if arm.init == "mashup" else run.folder.sub("starts", arm.init)
-    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), start, key[:8])
+    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), start, key[:8], not _trained_on(config, arm.init))
 
 
-def _lora(run: Run) -> Lora:
-    """What the arms train: an adapter shaped like the mashup, or without one like most donors."""
-    if run.folder.exists("mashup"):
-        content = run.folder.read_json(f"mashup/{CONFIG_FILE}")
-        return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
+def _trained_on(config: Config, init: str) -> bool:
+    """Whether the adapter of a start is itself trained on, rather than folded into the base. The paper always trains on."""
+    return config.train.method != "full" and (config.merge.method != "fold" or init == "paper")
+
+
+def _trained_shape(run: Run) -> Lora:
+    """The shape of the adapters that the arms train, where they do."""
+    return _start_shape(run) if _trained_on(run.config, "mashup") else _usual_shape(run)
+
+
+def _start_shape(run: Run) -> Lora:
+    """The mashup's shape, or without one that of most donors."""
+    if not run.folder.exists("mashup"):
+        return _usual_shape(run)
+    content = run.folder.read_json(f"mashup/{CONFIG_FILE}")
+    return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
+
+
+def _usual_shape(run: Run) -> Lora:
+    """The shape of most donors."""
     rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
     shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
     return Lora(*shapes.most_common(1)[0][0])

@@ -1,17 +1,22 @@
 """The training loop: its order, its loss, going on from a checkpoint."""
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline.arms import Job
-from pipeline.finetuning import Finetuning, Rows, as_metrics, batch_places, evaluate, evaluation_steps
+from pipeline.arms import Arm, Job
+from pipeline.finetuning import Finetuning, Rows, as_metrics, batch_places, causal, evaluate, evaluate_on_test, evaluation_steps
 from pipeline.storage import Folder
+
+FULL = {"method": "full", "steps": 4, "evaluations": 2}
 
 
 class Checkpoints:
@@ -23,10 +28,7 @@ class Checkpoints:
     def __call__(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         self.points.append(metrics)
         assert checkpoint is not None
-        target = self.folder / str(metrics["step"])
-        target.mkdir(parents=True)
-        for file in checkpoint.iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(checkpoint, self.folder / str(metrics["step"]))
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -74,6 +76,78 @@ def test_going_on_from_a_checkpoint_gives_the_same_curve(job: Callable[..., Job]
     again.run()
     assert [point["step"] for point in resumed.points] == [6, 8]
     assert without_time(again.curve) == without_time([{"lr": 1e-2, "seed": 0, **point} for point in whole.points])
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+    """An adapter of another shape than the arms'."""
+    return make_adapter(tmp_path / "start", tiny_base, rank=2, targets=["up_proj"], std=0.2)
+
+
+def from_adapter(job: Job, start: Path, folded: bool) -> Job:
+    return replace(job, arm=Arm("mashup", 1e-3, 0), start=Folder.at(start), folded=folded)
+
+
+def final_nll(kept: Checkpoints) -> float:
+    return float(kept.points[-1]["eval_nll"])
+
+
+def test_a_folded_start_trains_a_fresh_adapter_and_leaves_the_sum_of_both(
+    job: Callable[..., Job], data: Folder, start: Path, tmp_path: Path
+) -> None:
+    kept = Checkpoints(tmp_path / "kept")
+    finetuning = Finetuning(from_adapter(job(steps=4, evaluations=2), start, folded=True), 0, 1, kept)
+    finetuning.run()
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, w in finetuning.model.named_parameters() if w.requires_grad}
+    assert trained == {"q_proj", "v_proj", "down_proj"}
+    base = AutoModelForCausalLM.from_pretrained(job().base)
+    rows = Rows(data.read_table("validation.parquet"))
+    before = PeftModel.from_pretrained(base, str(start)).get_base_model()
+    assert as_metrics(evaluate(before, rows, range(len(rows))))["eval_nll"] == pytest.approx(kept.points[0]["eval_nll"], abs=1e-4)
+    after = evaluate_on_test(job().base, "float32", data, {"sum": Folder.at(tmp_path / "kept" / "4")})
+    test = Rows(data.read_table("test.parquet"))
+    assert after["sum"]["test_nll"] == pytest.approx(
+        as_metrics(evaluate(causal(finetuning.model), test, range(len(test))))["eval_nll"], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(("settings", "folded"), [(FULL, True), (FULL, False), ({"steps": 4, "evaluations": 2}, True)])
+def test_going_on_from_a_checkpoint_of_a_folded_start_or_of_all_weights(
+    job: Callable[..., Job], without_time: Any, start: Path, tmp_path: Path, settings: dict[str, Any], folded: bool
+) -> None:
+    arm = from_adapter(job(**settings), start, folded=True) if folded else job(**settings)
+    whole = Finetuning(arm, 0, 1, Checkpoints(tmp_path / "whole"))
+    whole.run()
+    again = Finetuning(arm, 0, 1, Checkpoints(tmp_path / "resumed"))
+    again.restore(tmp_path / "whole" / "2")
+    again.run()
+    assert without_time(again.curve) == without_time(whole.curve)
+
+
+def test_all_weights_learn_and_are_saved_as_a_model(job: Callable[..., Job], data: Folder, start: Path, tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path / "kept")
+    finetuning = Finetuning(from_adapter(job(**FULL), start, folded=True), 0, 1, kept)
+    finetuning.run()
+    assert final_nll(kept) < kept.points[0]["eval_nll"] - 0.1
+    assert all(weight.requires_grad for weight in finetuning.model.parameters())
+    found = evaluate_on_test(job().base, "float32", data, {"full": Folder.at(tmp_path / "kept" / "4")})
+    rows = Rows(data.read_table("test.parquet"))
+    assert found["full"]["test_nll"] == pytest.approx(
+        as_metrics(evaluate(finetuning.model, rows, range(len(rows))))["eval_nll"], abs=1e-5
+    )
+
+
+def test_patience_ends_an_arm_that_no_longer_improves_but_never_the_bases(
+    job: Callable[..., Job], start: Path, tmp_path: Path
+) -> None:
+    base = job(steps=8, evaluations=8, patience=2)
+    stuck = replace(from_adapter(base, start, folded=True), arm=Arm("mashup", 1e-30, 0))
+    ends = []
+    for name, arm in {"stuck": stuck, "base": replace(base, arm=Arm("base", 1e-30, 0))}.items():
+        finetuning = Finetuning(arm, 0, 1, Checkpoints(tmp_path / name))
+        finetuning.run()
+        ends.append(finetuning.curve[-1]["step"])
+    assert ends == [2, 8]
 
 
 def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: Path) -> None:

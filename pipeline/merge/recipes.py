@@ -15,12 +15,14 @@ from pipeline.merge.delta import Factors, ab_mean, dare, factorise, ties, trunca
 METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tensor]] = {
     "exact": weighted_sum,
     "concat": weighted_sum,
+    "fold": weighted_sum,
     "ab_mean": ab_mean,
     "ties": ties,
     "dare": dare,
 }
 """Name -> how the factors of one module become one delta weight, factored or dense. `exact` is the weighted sum of the delta
-weights, cut to the wished rank; `concat` the same at the sum of the donors' ranks, which loses nothing."""
+weights, cut to the wished rank; `concat` the same at the sum of the donors' ranks, which loses nothing; `fold` is `concat`, and
+training puts a fresh adapter on top."""
 
 
 @dataclass(frozen=True)
