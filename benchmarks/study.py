@@ -1,0 +1,228 @@
+"""Is a finetune from a mashup better than one from the base, and than the paper's recipe? Leave-one-out over tasks.
+
+    python -m benchmarks.study [--quick] [--work FOLDER]                                             # the demo's pool and tasks
+    python -m benchmarks.study [--quick] --base FOLDER --pool FOLDER --tasks FOLDER [--tasks ...]    # real ones
+
+Each folder of tasks holds <task>/train.jsonl and, as test split, <task>/test.jsonl or validation.jsonl. For each task, adapters
+of the pool that are named like it (or like it with -<seed> behind) are left out, and `mashup run` does the rest, in <work>/<task>.
+A second call goes on where the first was interrupted; with more seeds or rates it trains only what is new.
+
+Means over tasks; a task where the verdict is to start from the base counts as no difference, one without parity as nothing saved:
+    steps_saved                    share of the base run's steps that the mashup did without until parity
+    seconds_saved                  the same of its training seconds, all overhead counted (negative: it took longer)
+    exact_match, token_accuracy    mashup minus base on the test split, in points; `over_paper`: minus the paper's start
+    p                              two-sided, by flipping the signs of the tasks' differences in all ways
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import typer
+from matplotlib.figure import Figure
+
+from examples.base_model import base_model
+from examples.tasks import DONORS, TARGET, draw
+from pipeline.config import Config, build_config
+from pipeline.errors import InputError
+from pipeline.pool import list_adapters
+from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
+from pipeline.run import run_all
+
+CONTROLS = ("paper", "best_donor", "random_donors", "random_delta")
+DEMO_ROWS = {"train": 400, "test": 200}
+MAX_FLIPS = 12
+"""Tasks up to which all flips of sign are tried; beyond, a seeded draw of as many."""
+
+Row = dict[str, Any]
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Two tasks, 12 steps, no controls but the paper's start.")] = False,
+    base: Annotated[str, typer.Option(help="Base model folder of a real pool.")] = "",
+    pool: Annotated[str, typer.Option(help="A real pool.")] = "",
+    tasks: Annotated[list[Path], typer.Option(help="Folders of <task>/train.jsonl.")] = [],  # noqa: B006 (typer's way)
+    only: Annotated[list[str], typer.Option(help="Only these tasks.")] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    samples: Annotated[int, typer.Option(help="Rows of each target that donors are scored on.")] = 64,
+    rates: Annotated[list[float], typer.Option(help="Learning rates.")] = [2e-4, 1e-3],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Seeds of training.")] = 3,
+    controls: Annotated[list[str], typer.Option(help="Further starts.")] = list(CONTROLS),  # noqa: B006
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+    work: Annotated[Path, typer.Option(help="Folder of the runs, and of the table and the curves.")] = Path(".cache/study"),
+) -> None:
+    """Run the study; the last line is a JSON object."""
+    if any((base, pool, tasks)) and not all((base, pool, tasks)):
+        raise typer.BadParameter("--base, --pool and --tasks go together")
+    if quick:
+        steps, samples, rates, seeds, controls = 12, 16, rates[-1:], 1, ["paper"]
+    targets = _targets(tasks) if tasks else _demo_targets(work)
+    chosen = {name: target for name, target in targets.items() if not only or name in only}
+    content = {
+        "base": base or str(base_model()),
+        "search": {"samples": samples, "engine": engine},
+        "train": {
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rates": rates,
+            "seeds": list(range(seeds)),
+            "evaluations": 8,
+        },
+        "compare": {"inits": ["base", "mashup", *controls]},
+    }
+    rows: list[Row] = []
+    for name in list(chosen)[: 2 if quick else None]:
+        others = _others(work, pool or "examples/pool", name)
+        config = build_config({**content, "run": str(work / name), "pool": others, "target": chosen[name]}, name)
+        rows.append(_row(name, config, run_all(config)))
+        typer.echo(f"so far: {json.dumps(rows[-1])}", err=True)
+        (work / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
+    _draw(work, rows).savefig(work / "study.png", dpi=110)
+    print(_table(rows))
+    print(json.dumps(conclude(rows)))
+
+
+def conclude(rows: Sequence[Row]) -> Row:
+    """What the tasks say together."""
+    found: Row = {
+        "tasks": len(rows),
+        "mashups": sum(row["verdict"] == "mashup" for row in rows),
+        "parity_reached": sum(row["steps_saved"] is not None for row in rows),
+        "steps_saved": round(fmean(row["steps_saved"] or 0.0 for row in rows), 3),
+        "seconds_saved": round(fmean(row["seconds_saved"] for row in rows), 3),
+    }
+    for rival in ("base", "paper"):
+        pairs = [(row["inits"].get("mashup", row["inits"]["base"]), row["inits"].get(rival)) for row in rows]
+        for metric in ("exact_match", "token_accuracy"):
+            differences = [100 * (ours[metric] - theirs[metric]) for ours, theirs in pairs if theirs]
+            if differences:
+                name = metric if rival == "base" else f"{metric}_over_{rival}"
+                found |= {name: round(fmean(differences), 2), f"{name}_p": round(sign_flips(differences), 3)}
+    return found | {"worse_than_base": [row["task"] for row in rows if row["worse"]]}
+
+
+def sign_flips(differences: Sequence[float]) -> float:
+    """Two-sided p of the mean of paired differences under flips of their signs (Fisher's permutation test)."""
+    values, n = np.array(differences), len(differences)
+    if n <= MAX_FLIPS:
+        signs = np.array(list(product((1, -1), repeat=n)))
+    else:
+        signs = np.random.default_rng(0).choice((1, -1), (2**MAX_FLIPS, n))
+    return float((np.abs(signs @ values) >= abs(values.sum()) - 1e-9).mean())
+
+
+def _targets(folders: Sequence[Path]) -> dict[str, Row]:
+    """Task name -> the target section of a config; validation rows come out of train, the other file is the test split."""
+    found: dict[str, Row] = {}
+    for train in (file for folder in folders for file in sorted(folder.glob("*/train.jsonl"))):
+        test = next((file for name in ("test", "validation") if (file := train.parent / f"{name}.jsonl").exists()), None)
+        if test is None:
+            raise InputError(f"{train.parent}: no test.jsonl and no validation.jsonl; the study needs one as test split")
+        found[train.parent.name] = {"train": str(train), "test": str(test)}
+    return found
+
+
+def _demo_targets(work: Path) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    for task, make in {"reviews-gadgets": TARGET, **DONORS}.items():
+        files = {split: work / "tasks" / task / f"{split}.jsonl" for split in DEMO_ROWS}
+        for split, file in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(row) + "\n" for row in draw(make, f"study {task} {split}", DEMO_ROWS[split])]
+            if not file.exists():  # a file that is written anew looks like new data
+                file.write_text("".join(lines))
+        found[task] = {split: str(file) for split, file in files.items()}
+    return found
+
+
+def _others(work: Path, pool: str, task: str) -> str:
+    """A list file of the pool without the adapters of a task."""
+    listing = list_adapters(str(Path(pool).resolve()))["uri"]
+    names = [(uri, Path(uri).name) for uri in listing]
+    kept = [uri for uri, name in names if name != task and name.rpartition("-")[0] != task]
+    file, lines = work / "pools" / f"{task}.txt", "".join(f"{uri}\n" for uri in kept)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != lines:
+        file.write_text(lines)
+    return str(file.resolve())
+
+
+def _row(task: str, config: Config, summary: Row) -> Row:
+    inits = {
+        init: {metric: found[f"test_{metric}"]["mean"] for metric in ("nll", "token_accuracy", "exact_match")}
+        | {"spread": found["test_exact_match"]["spread"], "lr": found["lr"], "parity_steps": found.get("parity_steps")}
+        for init, found in summary["inits"].items()
+    }
+    overhead, parity = summary["overhead_seconds"]["total"], summary["parity"]
+    base_seconds = summary["inits"]["base"]["train_seconds"]
+    reached = parity is not None and parity["reached"]
+    n_test = pq.read_metadata(Path(config.run) / "data/test.parquet").num_rows
+    ours, base = (inits.get(init, inits["base"])["exact_match"] for init in ("mashup", "base"))
+    noise = 2 * (max(ours * (1 - ours) + base * (1 - base), 1 / n_test) / n_test) ** 0.5
+    return {
+        "task": task,
+        "verdict": summary["verdict"],
+        "recipe": summary["recipe"],
+        "donors": summary["donors"],
+        "inits": inits,
+        "steps_saved": parity["steps_saved"] if reached else (0.0 if summary["verdict"] == "base" else None),
+        "seconds_saved": parity["seconds_saved"] if reached else -overhead / base_seconds,
+        "overhead_seconds": overhead,
+        "base_seconds": base_seconds,
+        "worse": bool(ours < base - noise),
+        "run": str(config.run),
+    }
+
+
+def _table(rows: Sequence[Row]) -> str:
+    inits = list(dict.fromkeys(init for row in rows for init in row["inits"]))
+    heads = ["task", "recipe", "parity of steps", "overhead / base", *(f"{init}: NLL, match" for init in inits)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row in rows:
+        steps = "not reached" if row["steps_saved"] is None else f"{1 - row['steps_saved']:.2f}"
+        cells = [row["task"], row["recipe"] or "base", steps, f"{row['overhead_seconds']:.0f} s / {row['base_seconds']:.0f} s"]
+        for init in inits:
+            found = row["inits"].get(init)
+            cells.append(f"{found['nll']:.3f}, {100 * found['exact_match']:.1f}" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _draw(work: Path, rows: Sequence[Row]) -> Figure:
+    """Validation curves of every task, each init at the learning rate that validation chose."""
+    columns = min(3, len(rows))
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).flat
+    for panel, row in zip(panels, rows, strict=False):
+        for curve in read_curves(pq.read_table(work / row["task"] / "comparison.parquet"), "eval_nll"):
+            if curve.lr == row["inits"][curve.init]["lr"]:
+                style = {"color": COLOURS.get(curve.init, OTHER_COLOUR), "marker": MARKERS[curve.init], "markersize": 4}
+                panel.plot(curve.steps, curve.mean, label=curve.init, linewidth=1.4, **style)
+        panel.set_title(row["task"], fontsize=9)
+        panel.set_yscale("log")
+    _legend(figure, panels=[*figure.axes])
+    return figure
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    for panel in panels:
+        if not panel.lines:
+            panel.set_axis_off()
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown), fontsize=9)
+    figure.supxlabel("training step", fontsize=10)
+    figure.supylabel("validation NLL, nats a token", fontsize=10)
+
+
+if __name__ == "__main__":
+    typer.run(main)
