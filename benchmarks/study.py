@@ -4,7 +4,7 @@
     python -m benchmarks.study [--quick] --base FOLDER --pool FOLDER --tasks FOLDER [--tasks ...]    # real ones
 
 Each folder of tasks holds <task>/train.jsonl and, as test split, <task>/test.jsonl or validation.jsonl. For each task, adapters
-of the pool that are named like it (or like it with -<seed> behind) are left out, and `mashup run` does the rest, in <work>/<task>.
+of the pool that are named like it (or like it with -<seed> behind) are left out; `mashup run` does the rest, in <work>/<task>.
 A second call goes on where the first was interrupted; with more seeds or rates it trains only what is new.
 
 Means over tasks; a task where the verdict is to start from the base counts as no difference, one without parity as nothing saved:

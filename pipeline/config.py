@@ -16,6 +16,9 @@ Auto = Literal["auto"]
 SHORT_LIST = 3
 """Candidate merges that a probe tries."""
 
+ON_SAMPLES = ("greedy", "learned", "learned_by_module")
+"""Merge weights that are found on the search sample by running the model."""
+
 LOSSLESS = ("concat", "fold")
 """Merge methods that keep the sum of the donors' ranks."""
 
@@ -96,10 +99,11 @@ class MergeConfig(Section):
         description="auto: exact; fold: nothing is cut, and training adds the mashup to the frozen base's weights and trains "
         "a fresh adapter on top",
     )
-    weights: Literal["auto", "equal", "gains", "learned"] = Field(
+    weights: Literal["auto", "equal", "gains", "greedy", "learned", "learned_by_module"] = Field(
         "auto",
-        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; "
-        "learned: by gradient steps on the search sample for the most donors, besides equal ones",
+        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; besides "
+        "equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: by "
+        "gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
     )
     rank: int | Auto = Field(
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat, fold: without that limit"

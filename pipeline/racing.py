@@ -10,7 +10,7 @@ from pipeline.engines.scorer import EngineConfig
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
-from pipeline.search.race import SMALL_POOL, Plan
+from pipeline.search.race import KEEP, SMALL_POOL, Plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures
 from pipeline.search.stream import engine_config, score_stream, scoring_dtype
@@ -22,7 +22,7 @@ CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 
 def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
     """The part of the pool that the cheap screen lets into the race; a pool that is scored in full anyway is left whole."""
-    entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL)
+    entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL * KEEP)
     if entrants >= len(catalogue):
         return catalogue
     estimates = screen_pool(catalogue, run.config.base, split_of(drawn, "search"), run.config.search.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import LOSSLESS, MergeConfig
+from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
 from pipeline.merge.recipes import Recipe
 from pipeline.tables import BASE_ID
 
@@ -47,19 +47,27 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     """Recipes worth scoring. Empty where no donor beats the base.
 
     For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. Where
-    learned weights are asked for, besides equal ones, one recipe of the most donors with those.
+    weights found on the samples are asked for, besides equal ones, one recipe of the most donors, for which they are yet to be
+    found.
     """
     donors = eligible_donors(leaderboard)
-    ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
     tops = [donors[:k] for k in sizes if 0 < k <= len(donors)]
-    weightings = {"auto": ("equal", "gains"), "learned": ("equal",)}.get(config.weights, (config.weights,))
-    recipes = [_recipe(top, weighting, ranks, config) for top in tops for weighting in weightings]
+    on_samples = config.weights in ON_SAMPLES
+    weightings = ("equal", "gains") if config.weights == "auto" else ("equal",) if on_samples else (config.weights,)
+    recipes = [_recipe(top, weighting, catalogue, config) for top in tops for weighting in weightings]
     if config.weights == "auto":
         return [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
-    if config.weights == "learned" and recipes:
-        recipes.append(replace(recipes[-1], weighting="learned"))  # its weights are yet to be learned
+    if on_samples and recipes:
+        recipes.append(replace(recipes[-1], weighting=config.weights))
     return recipes
+
+
+def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
+    """The recipe with only the donors at `places`, in equal parts."""
+    donors = tuple(recipe.donors[place] for place in places)
+    rank = _rank(_ranks(donors, catalogue), recipe.method, config.rank)
+    return replace(recipe, donors=donors, weights=(1 / len(donors),) * len(donors), rank=rank)
 
 
 def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
@@ -124,12 +132,17 @@ def selection(
     }
 
 
-def _recipe(donors: list[dict[str, Any]], weighting: str, ranks: dict[str, int], config: MergeConfig) -> Recipe:
+def _recipe(donors: list[dict[str, Any]], weighting: str, catalogue: pa.Table, config: MergeConfig) -> Recipe:
     names = tuple(donor["adapter_id"] for donor in donors)
     method = "exact" if config.method == "auto" else config.method
     shares = [1.0 if weighting == "equal" else -donor["nll_minus_base"] for donor in donors]
     weights = tuple(share / sum(shares) for share in shares)
-    return Recipe(names, weights, method, _rank([ranks[name] for name in names], method, config.rank), weighting)
+    return Recipe(names, weights, method, _rank(_ranks(names, catalogue), method, config.rank), weighting)
+
+
+def _ranks(donors: Sequence[str], catalogue: pa.Table) -> list[int]:
+    ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
+    return [ranks[donor] for donor in donors]
 
 
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:

@@ -12,19 +12,19 @@ import ray
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
 from pipeline.cluster import compute_task
-from pipeline.config import Config
+from pipeline.config import ON_SAMPLES, Config
 from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import digest
 from pipeline.merge.adapter import CONFIG_FILE, read_adapter
 from pipeline.merge.build import Built, build, store
-from pipeline.merge.learn import learn_weights
+from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, make_engine, make_work, race
-from pipeline.reduce import Scored, control_recipes
+from pipeline.reduce import Scored, control_recipes, of_fewer
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.race import make_plan
@@ -39,7 +39,7 @@ def score_recipes(
     """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
     if not recipes:
         return [], None
-    recipes = [_learned(run, recipe, catalogue) if recipe.weighting == "learned" else recipe for recipe in recipes]
+    recipes = [_found_on_samples(run, recipe, catalogue) if recipe.weighting in ON_SAMPLES else recipe for recipe in recipes]
     built = _build(run, recipes, catalogue)
     holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
     uris = [run.folder.sub("candidates", name).uri for name in built]
@@ -57,16 +57,25 @@ def score_recipes(
     return scored, mean_per_token(base, tokens).mean
 
 
-def _learned(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
-    """The recipe with weights that are learned on the search sample, once."""
+def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
+    """The recipe with donors or weights that are found on the search sample, once."""
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
+    greedy = recipe.weighting == "greedy"
     if not candidates.exists(file):
         search = split_of(run.folder.read_table("samples.parquet"), "search")
-        uris = _uris(catalogue)
-        run.progress.say(f"learning the weights of {len(recipe.donors)} donors on {len(search)} samples")
-        task = compute_task(learn_weights).remote(run.config.base, [uris[donor] for donor in recipe.donors], search)
-        candidates.write_json(file, {"weights": ray.get(task)})
-    return replace(recipe, weights=tuple(candidates.read_json(file)["weights"]))
+        uris = [_uris(catalogue)[donor] for donor in recipe.donors]
+        run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
+        if greedy:
+            task = compute_task(greedy_donors).remote(run.config.base, uris, search)
+        else:
+            task = compute_task(learn_weights).remote(run.config.base, uris, search, recipe.weighting == "learned_by_module")
+        candidates.write_json(file, {"found": ray.get(task)})
+    found = candidates.read_json(file)["found"]
+    if greedy:
+        return of_fewer(recipe, found, catalogue, run.config.merge)
+    weights, by_module = found
+    module_weights = by_module and {module: tuple(row) for module, row in by_module.items()}
+    return replace(recipe, weights=tuple(weights), module_weights=module_weights)
 
 
 def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:

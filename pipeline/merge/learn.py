@@ -1,10 +1,9 @@
-"""Weights of a merge, learned on the search sample: gradient steps on one number a donor, the base and the donors frozen.
+"""Which donors and which weights, learned on the search sample, the base and the donors frozen.
 
-Zero and negative weights are allowed, so that a donor can be left out or taken away. LoraHub (arXiv 2307.13269) searches the same
-weights without gradients.
+Shapes: K donors, M modules that any of them adapts, in the order of their names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,60 +23,120 @@ BATCH_TOKENS = 2048
 """Padded tokens in one forward and backward pass."""
 
 
-def learn_weights(base: str, uris: Sequence[str], samples: pa.Table, dtype: str = "auto") -> tuple[float, ...]:
+def learn_weights(
+    base: str, uris: Sequence[str], samples: pa.Table, by_module: bool = False, dtype: str = "auto"
+) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]] | None]:
     """Weights of the donors in an exact merge that have the lowest loss on the samples, found from equal ones by Adam.
+
+    Zero and negative weights are allowed, so that a donor can be left out or taken away, and their sum is free: the size of the
+    start is learned too. LoraHub (arXiv 2307.13269) searches such weights without gradients.
 
     Args:
         samples: of schema `tables.SAMPLES`; the loss is the mean NLL of their completion tokens.
+        by_module: go on from the weights of the donors, with a weight for each donor in each module.
 
     Returns:
-        Of all steps the weights of the lowest loss, so that they are never worse on the samples than equal ones.
+        Of all steps the weights of the lowest loss, so that they are never worse on the samples than equal ones: one a donor, and
+        where asked for one a donor in each module (arXiv 2310.02575 learns such ones without labels).
 
     Raises:
         AdapterError: a donor cannot be read.
     """
-    with TemporaryDirectory() as cache:
-        donors = [read_adapter(fetch_adapter(uri, Path(cache))) for uri in uris]
-    model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
-    weights_K = torch.full((len(donors),), 1 / len(donors), device=device(), requires_grad=True)
-    add_donors(model, donors, weights_K)
-    optimizer = torch.optim.Adam([weights_K], lr=RATE)
-    best, found = float("inf"), tuple(weights_K.tolist())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = _loss(model, samples)
-        if loss < best:
-            best, found = loss, tuple(weights_K.tolist())
-        optimizer.step()
-    return found
+    model, weights_MK, modules = _model_with_donors(base, uris, dtype)
+    shared_K = weights_MK[0].clone().requires_grad_()
+    best_K = _descend(model, samples, shared_K, weights_MK)
+    weights = tuple(best_K.tolist())
+    if not by_module:
+        return weights, None
+    free_MK = best_K.expand_as(weights_MK).clone().requires_grad_()
+    best_MK = _descend(model, samples, free_MK, weights_MK)
+    return weights, {module: tuple(row) for module, row in zip(modules, best_MK.tolist(), strict=True)}
 
 
-def add_donors(model: Any, donors: Sequence[Adapter], weights_K: Tensor) -> None:
-    """Let each linear layer that donors adapt add sum_k w_k x A_k^T B_k^T to its output; differentiable in the weights."""
-    for module in sorted(set().union(*(donor.tensors for donor in donors))):
+def greedy_donors(base: str, uris: Sequence[str], samples: pa.Table, dtype: str = "auto") -> tuple[int, ...]:
+    """Places of the donors whose equal mix has a low loss on the samples, by forward selection: from the first donor on, the one
+    that lowers the loss most is added, until none does.
+
+    Raises:
+        AdapterError: a donor cannot be read.
+    """
+    model, weights_MK, _ = _model_with_donors(base, uris, dtype)
+
+    def loss(chosen: Iterable[int]) -> float:
+        places = list(chosen)
+        with torch.no_grad():
+            weights_MK.zero_()
+            weights_MK[:, places] = 1 / len(places)
+            return sum(float(nll) for nll in _losses(model, samples))
+
+    kept: tuple[int, ...] = (0,)
+    best = loss(kept)
+    while rivals := {place: loss([*kept, place]) for place in range(len(uris)) if place not in kept}:
+        place = min(rivals, key=lambda one: rivals[one])
+        if rivals[place] >= best:
+            break
+        kept, best = (*kept, place), rivals[place]
+    return kept
+
+
+def add_donors(model: Any, donors: Sequence[Adapter], weights_MK: Tensor) -> list[str]:
+    """Let each linear layer m that donors adapt add sum_k w_mk x A_k^T B_k^T to its output; differentiable in the weights.
+
+    Returns:
+        The modules, in the order of the weights' rows.
+    """
+    modules = _modules(donors)
+    for row, module in enumerate(modules):
         layer = model.get_submodule(module)
         having = [(place, donor.factors(module)) for place, donor in enumerate(donors) if module in donor.tensors]
         place_R = torch.cat([torch.full((factors.rank,), place) for place, factors in having])
         a_RI = torch.cat([factors.a_RI for _, factors in having])
         b_OR = torch.cat([factors.b_OR for _, factors in having], dim=1)
-        layer.register_forward_hook(_adding(a_RI.to(layer.weight), b_OR.to(layer.weight), place_R, weights_K))
+        layer.register_forward_hook(_adding(a_RI.to(layer.weight), b_OR.to(layer.weight), place_R, weights_MK, row))
+    return modules
 
 
-def _adding(a_RI: Tensor, b_OR: Tensor, place_R: Tensor, weights_K: Tensor) -> Callable[..., Tensor]:
+def _adding(a_RI: Tensor, b_OR: Tensor, place_R: Tensor, weights_MK: Tensor, row: int) -> Callable[..., Tensor]:
     def hook(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + ((inputs[0] @ a_RI.T) * weights_K[place_R].to(a_RI.dtype)) @ b_OR.T
+        return output + ((inputs[0] @ a_RI.T) * weights_MK[row][place_R].to(a_RI.dtype)) @ b_OR.T
 
     return hook
 
 
-def _loss(model: Any, samples: pa.Table) -> float:
-    """Mean NLL of the completion tokens; its gradient is added up in the weights, batch after batch."""
+def _modules(donors: Sequence[Adapter]) -> list[str]:
+    return sorted(set().union(*(donor.tensors for donor in donors)))
+
+
+def _model_with_donors(base: str, uris: Sequence[str], dtype: str) -> tuple[Any, Tensor, list[str]]:
+    """The frozen base with the donors in equal parts, their weights (M, K), and the modules."""
+    with TemporaryDirectory() as cache:
+        donors = [read_adapter(fetch_adapter(uri, Path(cache))) for uri in uris]
+    model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
+    weights_MK = torch.full((len(_modules(donors)), len(donors)), 1 / len(donors), device=device())
+    return model, weights_MK, add_donors(model, donors, weights_MK)
+
+
+def _descend(model: Any, samples: pa.Table, free: Tensor, weights_MK: Tensor) -> Tensor:
+    """Adam on `free`, which is broadcast to the weights that the model uses. Gives the values of the lowest loss."""
+    optimizer = torch.optim.Adam([free], lr=RATE)
+    best, found = float("inf"), free.detach().clone()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        weights_MK.detach_().copy_(free.expand_as(weights_MK))
+        loss = 0.0
+        for nll in _losses(model, samples):
+            nll.backward()
+            loss += nll.item()
+        if loss < best:
+            best, found = loss, free.detach().clone()
+        optimizer.step()
+    return found
+
+
+def _losses(model: Any, samples: pa.Table) -> Iterator[Tensor]:
+    """Batch after batch, its share of the mean NLL of all completion tokens."""
     ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
     n_tokens = sum(sum(mask[1:]) for mask in masks)
-    total = 0.0
     for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
         batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
-        nll = cross_entropy(completion_logits(model, batch), completion_targets(batch), reduction="sum") / n_tokens
-        nll.backward()
-        total += nll.item()
-    return total
+        yield cross_entropy(completion_logits(model, batch), completion_targets(batch), reduction="sum") / n_tokens

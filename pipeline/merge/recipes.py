@@ -27,13 +27,15 @@ training puts a fresh adapter on top."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mashup is made; `rank` is that of the result, `weighting` says where the weights come from."""
+    """How a mashup is made; `rank` is that of the result, `weighting` says where the weights come from. A module that
+    `module_weights` names has weights of its own, one a donor."""
 
     donors: tuple[str, ...]
     weights: tuple[float, ...]
     method: str
     rank: int
     weighting: str = "equal"
+    module_weights: dict[str, tuple[float, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +69,8 @@ def merge(
     deltas: dict[str, Factors] = {}
     kept = 1.0
     for module in sorted(set().union(*(donor.tensors for donor in donors))):
-        pairs = [(d.factors(module), w) for d, w in zip(donors, recipe.weights, strict=True) if module in d.tensors]
+        weights = (recipe.module_weights or {}).get(module, recipe.weights)
+        pairs = [(d.factors(module), w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
         merged = METHODS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
         cut = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
         deltas[module], energy = cut

@@ -24,13 +24,16 @@ BASE = 0
 """The candidate that is the base model: it is measured on every sample and competes with nobody."""
 
 KEEP = 8
-"""Candidates that go through to the end at least: as many as the largest mashup has donors."""
+"""Candidates that go through to the end at least, in a pool of four times as many: the largest mashup has so many donors."""
+
+FEWEST = 3
+"""The same in the smallest pool."""
 
 FIRST_RUNG = 4
 """Samples of the first rung at most."""
 
-SMALL_POOL = 2 * KEEP
-"""No budget is below the cost of scoring so many candidates on every sample."""
+SMALL_POOL = 2
+"""No budget is below the cost of scoring so many times the candidates that go through on every sample."""
 
 CONFIDENCE = 0.99
 """With which a candidate is out, where the budget says nothing of it."""
@@ -47,12 +50,18 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Plan:
-    """The rungs (samples seen at the end of each, rising), the adapter-samples that the race may use (None: no limit), and
-    the one-sided confidence with which a candidate is out (1: none ever is)."""
+    """The rungs (samples seen at the end of each, rising), the adapter-samples that the race may use (None: no limit), the
+    one-sided confidence with which a candidate is out (1: none ever is), and how many go through to the end at least."""
 
     rungs: tuple[int, ...]
     budget: float | None
     confidence: float
+    keep: int = KEEP
+
+
+def finalists(n_candidates: int) -> int:
+    """How many of so many candidates go through to the end at least."""
+    return min(KEEP, max(FEWEST, n_candidates // 4))
 
 
 def make_plan(n_candidates: int, n_search: int, n_holdout: int, share: float | None, confidence: float = CONFIDENCE) -> Plan:
@@ -63,12 +72,13 @@ def make_plan(n_candidates: int, n_search: int, n_holdout: int, share: float | N
         confidence: as in `Plan`.
     """
     n_samples = n_search + n_holdout
-    if share == 1 or n_candidates <= SMALL_POOL:
+    keep = finalists(n_candidates)
+    if share == 1 or n_candidates <= SMALL_POOL * keep:
         return Plan((n_samples,), None, 1.0)
     first = FIRST_RUNG if share is None else int(np.clip(share * n_samples / 3, 2, FIRST_RUNG))
     doubling = [first * 2**power for power in range(n_search) if first * 2**power < n_search]
-    budget = None if share is None else max(share * n_candidates, SMALL_POOL) * n_samples
-    return Plan((*doubling, n_search, n_samples), budget, confidence)
+    budget = None if share is None else max(share * n_candidates, SMALL_POOL * keep) * n_samples
+    return Plan((*doubling, n_search, n_samples), budget, confidence, keep)
 
 
 def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confidence: float) -> NDArray[np.bool_]:
@@ -187,7 +197,7 @@ class Race:
 
     def survivors(self) -> Indices:
         """Who of the open rung goes on: the lowest means, as many as the budget allows, without those that are surely above
-        the last of the KEEP best; and the base. In the order of scoring."""
+        the last of the best that are kept; and the base. In the order of scoring."""
         best = self._not_out(self._ranked()[: self._quota()])
         return np.sort(np.append(best, BASE)) if not self.aside_N[BASE] else np.sort(best)
 
@@ -224,9 +234,9 @@ class Race:
         low, high = 0.0, 1.0
         for _ in range(40):
             factor = (low + high) / 2
-            cost = ((np.maximum(entrants * factor**powers, KEEP) + 1) * lengths).sum()  # the base is one more
+            cost = ((np.maximum(entrants * factor**powers, self.plan.keep) + 1) * lengths).sum()  # the base is one more
             low, high = (factor, high) if cost <= left else (low, factor)
-        return max(KEEP, int(entrants * low))
+        return max(self.plan.keep, int(entrants * low))
 
     def _left_of_budget(self) -> float:
         return math.inf if self.plan.budget is None else self.plan.budget - self._spent
@@ -241,20 +251,21 @@ class Race:
         return ranked
 
     def _not_out(self, best: Indices) -> Indices:
-        """Without those that are surely above the last of the KEEP best; `best` is in the order of means."""
-        if len(best) <= KEEP:
+        """Without those that are surely above the last of the best that are kept; `best` is in the order of means."""
+        keep = self.plan.keep
+        if len(best) <= keep:
             return best
         end = self.plan.rungs[self.rung]
-        losses_MS, reference_S = self.nll_NS[best, :end], self.nll_NS[best[KEEP - 1], :end]
+        losses_MS, reference_S = self.nll_NS[best, :end], self.nll_NS[best[keep - 1], :end]
         above = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.plan.confidence)
-        return best[~above | (np.arange(len(best)) < KEEP)]
+        return best[~above | (np.arange(len(best)) < keep)]
 
     def _sure(self) -> list[int]:
         """Who goes on whatever the missing scores turn out to be, and is not yet at it."""
         if self.over or self.rung + 1 == len(self.plan.rungs) or self.outstanding > FEWER * self._looked_at:
             return []
         self._looked_at = self.outstanding
-        certain = (KEEP if math.isinf(self._left()) else self._quota()) - self.outstanding
+        certain = (self.plan.keep if math.isinf(self._left()) else self._quota()) - self.outstanding
         end = self.plan.rungs[self.rung + 1]
         ranked = self._not_out(self._ranked()[: max(0, certain)]).tolist()
         return [c for c in ranked if c not in self._taken and len(self._unknown(c, end))]

@@ -1,7 +1,10 @@
 """Learned weights against the loss of the merged adapter, and their gradient against differences."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +16,7 @@ from pipeline.basemodel import linear_shapes
 from pipeline.engines.completion import collate, completion_logits, completion_targets
 from pipeline.merge import learn
 from pipeline.merge.adapter import read_adapter, write_adapter
-from pipeline.merge.learn import add_donors, learn_weights
+from pipeline.merge.learn import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
 
 
@@ -35,8 +38,10 @@ def loss(model: torch.nn.Module, samples: pa.Table) -> float:
         return float(torch.nn.functional.cross_entropy(completion_logits(model, batch), completion_targets(batch)))
 
 
-def merged_loss(base: str, donors: list[Path], weights: tuple[float, ...], samples: pa.Table, scratch: Path) -> float:
-    recipe = Recipe(tuple(map(str, donors)), weights, "exact", 10)
+def merged_loss(
+    base: str, donors: list[Path], weights: tuple[float, ...], samples: pa.Table, scratch: Path, by_module: Any = None
+) -> float:
+    recipe = Recipe(tuple(map(str, donors)), weights, "exact", 10, module_weights=by_module)
     write_adapter(scratch, merge(recipe, [read_adapter(donor) for donor in donors], base, linear_shapes(base)[0]).adapter)
     return loss(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(scratch)).get_base_model(), samples)
 
@@ -48,9 +53,13 @@ def test_donors_added_by_hooks_compute_what_their_merge_computes(
     weights = (0.7, -0.2, 0.4)
     model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(False)
     weights_K = torch.tensor(weights, requires_grad=True)
-    add_donors(model, [read_adapter(donor) for donor in donors], weights_K)
+    modules = add_donors(model, [read_adapter(donor) for donor in donors], weights_K.expand(14, 3))
+    assert modules == sorted(linear_shapes(tiny_base)[0].keys() - {"lm_head"})
     assert loss(model, samples) == pytest.approx(merged_loss(tiny_base, donors, weights, samples, tmp_path), abs=1e-4)
-    assert learn._loss(model, samples) == pytest.approx(loss(model, samples), abs=1e-5)
+    losses = list(learn._losses(model, samples))
+    assert sum(nll.item() for nll in losses) == pytest.approx(loss(model, samples), abs=1e-5)
+    for nll in losses:
+        nll.backward()
     assert weights_K.grad is not None
     for place in range(3):
         ends = []
@@ -65,7 +74,37 @@ def test_learned_weights_are_better_than_equal_ones_and_may_be_negative(
 ) -> None:
     """Random donors harm: the weights fall."""
     samples = random_samples([12, 20, 31])
-    learned = learn_weights(tiny_base, [str(donor) for donor in donors], samples, "float32")
+    uris = [str(donor) for donor in donors]
+    learned, none = learn_weights(tiny_base, uris, samples, dtype="float32")
     equal = merged_loss(tiny_base, donors, (1 / 3,) * 3, samples, tmp_path / "equal")
-    assert merged_loss(tiny_base, donors, learned, samples, tmp_path / "learned") < equal
+    found = merged_loss(tiny_base, donors, learned, samples, tmp_path / "learned")
+    assert found < equal
     assert min(learned) < 1 / 3
+    assert none is None
+    again, by_module = learn_weights(tiny_base, uris, samples, by_module=True, dtype="float32")
+    assert again == learned
+    assert by_module is not None
+    assert len(set(by_module.values())) > 1
+    assert merged_loss(tiny_base, donors, learned, samples, tmp_path / "modules", by_module) < found
+
+
+def test_greedy_takes_a_donor_only_if_the_loss_falls(
+    tmp_path: Path, tiny_base: str, donors: list[Path], random_samples: Callable[..., pa.Table]
+) -> None:
+    """Against the losses of the merged adapters themselves."""
+    samples = random_samples([12, 20, 31])
+    contrary = tmp_path / "contrary"
+    shutil.copytree(donors[0], contrary)
+    file = contrary / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": -8}))  # takes away what the first donor spoils
+    pool = [donors[0], donors[1], contrary]
+    chosen = greedy_donors(tiny_base, [str(donor) for donor in pool], samples, "float32")
+
+    def of(places: tuple[int, ...]) -> float:
+        weights = tuple((place in places) / len(places) for place in range(3))
+        return merged_loss(tiny_base, pool, weights, samples, tmp_path / "".join(map(str, places)))
+
+    second, third = sorted((1, 2), key=lambda place: of((0, place)))
+    assert of((0, second)) < of((0,))
+    expected = (0, second, third) if of((0, second, third)) < of((0, second)) else (0, second)
+    assert chosen == expected

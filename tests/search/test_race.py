@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.search.race import BASE, FIRST_RUNG, KEEP, SMALL_POOL, Floats, Plan, Race, make_plan, surely_above
+from pipeline.search.race import BASE, FIRST_RUNG, KEEP, SMALL_POOL, Floats, Plan, Race, finalists, make_plan, surely_above
 
 N_SEARCH, N_HOLDOUT = 24, 8
 S = N_SEARCH + N_HOLDOUT
@@ -58,7 +58,7 @@ def test_a_plan_rises_to_every_sample(n: int, share: float, n_search: int, n_hol
     plan = make_plan(n, n_search, n_holdout, share)
     assert plan.rungs == tuple(sorted(set(plan.rungs)))
     assert plan.rungs[-1] == n_search + n_holdout
-    if n <= SMALL_POOL or share == 1:
+    if n <= SMALL_POOL * finalists(n) or share == 1:
         assert len(plan.rungs) == 1
     else:
         assert 2 <= plan.rungs[0] <= FIRST_RUNG
@@ -87,7 +87,7 @@ def test_the_budget_holds(seed: int, n: int, share: float) -> None:
     plan = make_plan(n, N_SEARCH, N_HOLDOUT, share)
     scored = finish(Race(plan, tokens, empty(nll)), nll)
     assert plan.budget is not None
-    assert len(scored) <= max(plan.budget, n * plan.rungs[0] + (KEEP + 1) * S)
+    assert len(scored) <= max(plan.budget, n * plan.rungs[0] + (finalists(n) + 1) * S)
 
 
 @settings(deadline=None, max_examples=40)
@@ -131,9 +131,7 @@ def test_a_race_by_confidence_drops_who_is_out_and_keeps_who_is_merely_unlucky()
 def test_everything_is_scored_where_the_budget_is_whole_or_the_pool_small() -> None:
     nll, tokens = losses(1, 40)
     assert len(finish(Race(make_plan(40, N_SEARCH, N_HOLDOUT, 1), tokens, empty(nll)), nll)) == 40 * S
-    assert (
-        len(finish(Race(make_plan(SMALL_POOL, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:SMALL_POOL])), nll)) == SMALL_POOL * S
-    )
+    assert len(finish(Race(make_plan(6, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:6])), nll)) == 6 * S
 
 
 def test_a_worker_gets_work_of_the_next_rung_while_another_is_slow() -> None:
@@ -198,7 +196,7 @@ def test_when_time_is_over_who_was_not_reached_is_left_out() -> None:
     left = 0.0
     assert race.drop_pending() == list(range(30, 50))
     finish(race, nll)
-    assert (race.seen_N()[1:30] == S).sum() == KEEP
+    assert (race.seen_N()[1:30] == S).sum() == KEEP == finalists(50)
     assert race.drop_pending() == []
 
 
