@@ -1,11 +1,13 @@
 """Is a finetune from a mashup better than one from the base, and than the paper's recipe? Leave-one-out over tasks.
 
-    python -m benchmarks.study [--quick] [--work FOLDER]                                             # the demo's pool and tasks
-    python -m benchmarks.study [--quick] --base FOLDER --pool FOLDER --tasks FOLDER [--tasks ...]    # real ones
+    python -m benchmarks.study [--quick]                                                   # the demo's pool and tasks
+    python -m benchmarks.study [--quick] --base BASE --pool FOLDER --tasks FOLDER [--tasks ...]
+    python -m benchmarks.study [--quick] --base BASE --tasks FOLDER [--settings FILE]      # donors are trained first
 
-Each folder of tasks holds <task>/train.jsonl and, as test split, <task>/test.jsonl or validation.jsonl. For each task, adapters
-of the pool that are named like it (or like it with -<seed> behind) are left out; `mashup run` does the rest, in <work>/<task>.
-A second call goes on where the first was interrupted; with more seeds or rates it trains only what is new.
+Each folder of tasks holds <task>/train.jsonl and, as test split, <task>/test.jsonl or validation.jsonl. Without a pool, a donor
+is trained from the base on each task with a seed of its own. For each task, adapters of the pool that are named like it (or like
+it with -<seed> behind) are left out; `mashup run` does the rest, in <work>/<task>. A second call goes on where the first was
+interrupted; with more seeds or learning rates it trains only what is new. `study.yaml` has the settings.
 
 Means over tasks; a task where the verdict is to start from the base counts as no difference, one without parity as nothing saved:
     steps_saved                    share of the base run's steps that the mashup did without until parity
@@ -15,6 +17,7 @@ Means over tasks; a task where the verdict is to start from the base counts as n
 """
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -24,17 +27,31 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow.parquet as pq
 import typer
+import yaml
 from matplotlib.figure import Figure
 
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
+from pipeline import cluster
+from pipeline.arms import Arm, Job, Lora
+from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
+from pipeline.ledger import digest
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.pool import list_adapters
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
+from pipeline.samples import take_samples
+from pipeline.storage import Folder
 
-CONTROLS = ("paper", "best_donor", "random_donors", "random_delta")
+SETTINGS = Path(__file__).parent / "study.yaml"
+QUICK = {
+    "search": {"samples": 16},
+    "train": {"steps": 12, "batch_size": 8, "evaluations": 4, "seeds": [0]},
+    "compare": {"inits": ["base", "mashup", "paper"]},
+    "target": {"validation_rows": 16, "test_rows": 50},
+}
 DEMO_ROWS = {"train": 400, "test": 200}
 MAX_FLIPS = 12
 """Tasks up to which all flips of sign are tried; beyond, a seeded draw of as many."""
@@ -43,43 +60,31 @@ Row = dict[str, Any]
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Two tasks, 12 steps, no controls but the paper's start.")] = False,
-    base: Annotated[str, typer.Option(help="Base model folder of a real pool.")] = "",
-    pool: Annotated[str, typer.Option(help="A real pool.")] = "",
-    tasks: Annotated[list[Path], typer.Option(help="Folders of <task>/train.jsonl.")] = [],  # noqa: B006 (typer's way)
+    quick: Annotated[bool, typer.Option(help="Two tasks, few rows and steps, no controls but the paper's start.")] = False,
+    base: Annotated[str, typer.Option(help="Base model; by default the demo's.")] = "",
+    pool: Annotated[str, typer.Option(help="Donors; by default the demo's, or trained on the tasks.")] = "",
+    tasks: Annotated[list[Path], typer.Option(help="Folders of <task>/train.jsonl; by default the demo's tasks.")] = [],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="Only these tasks.")] = [],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
-    samples: Annotated[int, typer.Option(help="Rows of each target that donors are scored on.")] = 64,
-    rates: Annotated[list[float], typer.Option(help="Learning rates.")] = [2e-4, 1e-3],  # noqa: B006
-    seeds: Annotated[int, typer.Option(help="Seeds of training.")] = 3,
-    controls: Annotated[list[str], typer.Option(help="Further starts.")] = list(CONTROLS),  # noqa: B006
-    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+    settings: Annotated[
+        Path, typer.Option(help="What each run is asked, and the donors' shape and number of epochs.")
+    ] = SETTINGS,
     work: Annotated[Path, typer.Option(help="Folder of the runs, and of the table and the curves.")] = Path(".cache/study"),
 ) -> None:
     """Run the study; the last line is a JSON object."""
-    if any((base, pool, tasks)) and not all((base, pool, tasks)):
-        raise typer.BadParameter("--base, --pool and --tasks go together")
+    asked = yaml.safe_load(settings.read_text())
+    donor, epochs = asked.pop("donor"), asked.pop("epochs", None)
     if quick:
-        steps, samples, rates, seeds, controls = 12, 16, rates[-1:], 1, ["paper"]
+        asked = {name: asked.get(name, {}) | QUICK.get(name, {}) for name in asked | QUICK}
+        asked["train"]["learning_rates"] = asked["train"]["learning_rates"][-1:]
+    asked["base"] = base or str(base_model())
+    work = work.resolve()
     targets = _targets(tasks) if tasks else _demo_targets(work)
-    chosen = {name: target for name, target in targets.items() if not only or name in only}
-    content = {
-        "base": base or str(base_model()),
-        "search": {"samples": samples, "engine": engine},
-        "train": {
-            "steps": steps,
-            "batch_size": batch_size,
-            "learning_rates": rates,
-            "seeds": list(range(seeds)),
-            "evaluations": 8,
-        },
-        "compare": {"inits": ["base", "mashup", *controls]},
-    }
+    configs = {name: _config(asked, epochs, work / name, target) for name, target in targets.items()}
+    if not pool:
+        pool = _train_donors(configs, Lora(**donor), work) if tasks else "examples/pool"
     rows: list[Row] = []
-    for name in list(chosen)[: 2 if quick else None]:
-        others = _others(work, pool or "examples/pool", name)
-        config = build_config({**content, "run": str(work / name), "pool": others, "target": chosen[name]}, name)
+    for name in [name for name in configs if not only or name in only][: 2 if quick else None]:
+        config = configs[name].model_copy(update={"pool": _others(work, pool, name)})
         rows.append(_row(name, config, run_all(config)))
         typer.echo(f"so far: {json.dumps(rows[-1])}", err=True)
         (work / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -117,8 +122,38 @@ def sign_flips(differences: Sequence[float]) -> float:
     return float((np.abs(signs @ values) >= abs(values.sum()) - 1e-9).mean())
 
 
+def _config(asked: Row, epochs: float | None, run: Path, target: Row) -> Config:
+    """What one run is asked; the steps of so many epochs where these are given."""
+    content = {**asked, "run": str(run), "pool": "-", "target": asked.get("target", {}) | target}
+    if epochs is not None:
+        rows = len(Path(target["train"]).read_text().splitlines())
+        batch = asked["train"]["batch_size"]
+        content["train"] = asked["train"] | {"steps": math.ceil(epochs * rows / batch)}
+    return build_config(content, run.name)
+
+
+def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
+    """A pool of one donor a task, trained from the base like the arms of a comparison; validation picks its learning rate."""
+    cluster.connect()
+    for seed, (task, config) in enumerate(configs.items(), start=1000):
+        donor, place = Folder.at(work / "pool" / task), Folder.at(work / "donors" / task)
+        if donor.exists(CONFIG_FILE):
+            continue
+        if not place.exists("data/test.parquet"):
+            for split, table in take_samples(config).training.items():
+                place.write_table(f"data/{split}.parquet", table)
+        key = digest(config.base, config.train.model_dump(), shape)[:8]
+        arms = [Arm("base", rate, seed) for rate in config.train.learning_rates]
+        jobs = [Job(arm, config.base, shape, config.train, place.sub("data"), place, key) for arm in arms]
+        outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True))
+        best = min(outcomes, key=lambda outcome: min(point["eval_nll"] for point in outcome["curve"]))
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            donor.write_bytes(file, place.sub("train", *best["checkpoint"].split("/")).read_bytes(file))
+    return str(work / "pool")
+
+
 def _targets(folders: Sequence[Path]) -> dict[str, Row]:
-    """Task name -> the target section of a config; validation rows come out of train, the other file is the test split."""
+    """Task name -> data files of a config; validation rows come out of train, the other file is the test split."""
     found: dict[str, Row] = {}
     for train in (file for folder in folders for file in sorted(folder.glob("*/train.jsonl"))):
         test = next((file for name in ("test", "validation") if (file := train.parent / f"{name}.jsonl").exists()), None)

@@ -103,7 +103,7 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.usefixtures("ray_session")
 def test_the_whole_page_with_two_kills_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
-    config |= {"merge": {"probe": 1, "weights": "learned"}}
+    config |= {"merge": {"probe": 1, "weights": "learned", "method": "fold"}}
     command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
     run = tmp_path / "run"
     _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
@@ -142,7 +142,7 @@ def _check_results(run: Path, base: str) -> None:
     assert selection["verdict"] == "mashup"
     assert {donor["adapter_id"].partition("/")[0] for donor in selection["donors"]} == {"related"}
     candidates = {candidate["name"]: candidate for candidate in selection["candidates"]}
-    assert {"exact-1", "exact-2"} <= candidates.keys()
+    assert {"fold-1", "fold-2"} <= candidates.keys()
     learned = next(candidate for name, candidate in candidates.items() if name.endswith("-learned"))
     assert len(set(learned["weights"])) == len(learned["donors"])
     assert candidates[selection["recipe"]["name"]]["probe_nll"] < selection["base_probe_nll"]
@@ -214,3 +214,19 @@ def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: p
     assert list(inits) == ["mashup", "random_delta"]
     assert inits["mashup"]["validation_nll_start"] < inits["random_delta"]["validation_nll_start"]
     assert "start paper is left out: ab_mean needs donors of one rank" in capsys.readouterr().err
+
+    # Another way of training: nothing but the comparison is computed anew.
+    before = {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.parquet") if file.name != "comparison.parquet"
+    }
+    content["train"] |= {"method": "full"}
+    content["compare"] = {"inits": ["mashup"]}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(content))
+    assert mashup("compare", "--run", run) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    again = json.loads((tmp_path / "run/summary.json").read_text())["inits"]["mashup"]
+    assert again["validation_nll_start"] == pytest.approx(inits["mashup"]["validation_nll_start"], abs=1e-4)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run/finetuned")
+    assert sorted(path.name for path in (tmp_path / "run/finetuned").iterdir() if path.suffix == ".pt") == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/finetuned").chat_template
+    assert torch.isfinite(whole(torch.tensor([[1, 5, 9]])).logits).all()

@@ -97,4 +97,4 @@ def _donor_line(selection: Json | None) -> str | None:
 
 
 def _adapter_line(summary: Json) -> str | None:
-    return f"Best finetuned adapter, by validation NLL: {summary['adapter']}" if summary.get("adapter") else None
+    return f"Best finetuned weights, by validation NLL: {summary['adapter']}" if summary.get("adapter") else None
