@@ -33,12 +33,11 @@ from matplotlib.figure import Figure
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
 from pipeline import cluster
-from pipeline.arms import Arm, Job, Lora
+from pipeline.arms import Arm, Job, Lora, copy_weights
 from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
 from pipeline.ledger import digest
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.pool import list_adapters
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
@@ -52,6 +51,9 @@ QUICK = {
     "compare": {"inits": ["base", "mashup", "paper"]},
     "target": {"validation_rows": 16, "test_rows": 50},
 }
+TRAINING_FILE = "training.json"
+"""Written last into a donor's folder: how it was trained."""
+
 DEMO_ROWS = {"train": 400, "test": 200}
 MAX_FLIPS = 12
 """Tasks up to which all flips of sign are tried; beyond, a seeded draw of as many."""
@@ -137,7 +139,7 @@ def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
     cluster.connect()
     for seed, (task, config) in enumerate(configs.items(), start=1000):
         donor, place = Folder.at(work / "pool" / task), Folder.at(work / "donors" / task)
-        if donor.exists(CONFIG_FILE):
+        if donor.exists(TRAINING_FILE):
             continue
         if not place.exists("data/test.parquet"):
             for split, table in take_samples(config).training.items():
@@ -147,8 +149,8 @@ def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
         jobs = [Job(arm, config.base, shape, config.train, place.sub("data"), place, key) for arm in arms]
         outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True))
         best = min(outcomes, key=lambda outcome: min(point["eval_nll"] for point in outcome["curve"]))
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            donor.write_bytes(file, place.sub("train", *best["checkpoint"].split("/")).read_bytes(file))
+        copy_weights(place.sub("train", *best["checkpoint"].split("/")), donor)
+        donor.write_json(TRAINING_FILE, {"task": task, "lr": best["lr"], "seed": seed, "best_step": best["best_step"]})
     return str(work / "pool")
 
 

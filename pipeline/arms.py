@@ -58,3 +58,10 @@ class Job:
     def name(self) -> str:
         """Unique among the arms that a run ever had: Ray Train goes on with a run of the same name."""
         return f"{self.arm.name}-{self.key}"
+
+
+def copy_weights(source: Folder, target: Folder) -> None:
+    """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
+    for file in source.list_files():
+        if file not in ("README.md", CURVE_FILE, STATE_FILE):
+            target.write_bytes(file, source.read_bytes(file))

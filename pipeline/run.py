@@ -16,7 +16,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline.arms import CURVE_FILE, STATE_FILE, Arm
+from pipeline.arms import Arm, copy_weights
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
@@ -141,7 +141,7 @@ def merge_donors(run: Run) -> None:
         scored, base_nll = score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
         choice = selection(scored, leaderboard, catalogue, base_nll, probe_starts(run, ranked(scored)[:SHORT_LIST]))
         if choice["recipe"]:
-            _copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
+            copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))
             run.folder.write_text("mashup/README.md", card)
         run.folder.write_json("selection.json", choice)
@@ -198,7 +198,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
     overhead = {stage: run.ledger.seconds(stage) for stage in OVERHEAD}
     total = sum(overhead.values())
     best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
-    _copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
+    copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
     return {
         "verdict": choice["verdict"],
         "why": choice["why"],
@@ -219,13 +219,6 @@ def _said_and_timed(run: Run) -> Callable[[str], None]:
         run.ledger.beat()
 
     return say
-
-
-def _copy_weights(source: Folder, target: Folder) -> None:
-    """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
-    for file in source.list_files():
-        if file not in ("README.md", CURVE_FILE, STATE_FILE):
-            target.write_bytes(file, source.read_bytes(file))
 
 
 def _sampling(config: Config) -> tuple[int, float, int]:

@@ -1,0 +1,107 @@
+"""What the study concludes from its tasks, and the rows that it is fed with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.bigbench import name_of, rows_of
+from benchmarks.paper import DATA_SETS
+from benchmarks.study import _others, _targets, conclude, sign_flips
+from pipeline.errors import InputError
+
+
+def row(task: str, base: float, mashup: float | None, paper: float | None = None, **more: Any) -> dict[str, Any]:
+    found = {"base": base, "mashup": mashup, "paper": paper}
+    inits = {init: {"exact_match": value, "token_accuracy": value} for init, value in found.items() if value is not None}
+    verdict = "base" if mashup is None else "mashup"
+    return {"task": task, "verdict": verdict, "inits": inits, "steps_saved": 0.5, "seconds_saved": 0.25, "worse": False} | more
+
+
+def test_the_means_count_a_base_verdict_as_no_difference_and_missed_parity_as_nothing_saved() -> None:
+    rows = [
+        row("a", 0.5, 0.6, 0.55),
+        row("b", 0.4, None, steps_saved=0.0, seconds_saved=-0.5),
+        row("c", 0.3, 0.25, 0.35, steps_saved=None, seconds_saved=-0.2, worse=True),
+    ]
+    found = conclude(rows)
+    assert (found["tasks"], found["mashups"], found["parity_reached"]) == (3, 2, 2)
+    assert found["steps_saved"] == pytest.approx(0.5 / 3, abs=1e-3)
+    assert found["seconds_saved"] == pytest.approx((0.25 - 0.5 - 0.2) / 3, abs=1e-3)
+    assert found["exact_match"] == pytest.approx((10 + 0 - 5) / 3, abs=0.01)
+    assert found["exact_match_over_paper"] == pytest.approx((5 - 10) / 2, abs=0.01)  # b was not compared with the paper's start
+    assert found["worse_than_base"] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [([1.0] * 5, 2 / 32), ([1.0, 2.0, 3.0], 2 / 8), ([0.0, 0.0], 1.0), ([5.0, -5.0], 1.0), ([3.0, 1.0, -1.0], 6 / 8)],
+)
+def test_sign_flips_are_counted_exactly(differences: list[float], p: float) -> None:
+    assert sign_flips(differences) == pytest.approx(p)
+
+
+def test_sign_flips_of_many_tasks_are_drawn() -> None:
+    assert sign_flips([1.0] * 20) < 0.001
+    assert sign_flips([(-1.0) ** n for n in range(20)]) == 1.0
+
+
+def test_a_tasks_own_adapters_are_left_out(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("sums", "sums-2", "sums-plus-3", "dates"):
+        make_adapter(tmp_path / "pool" / name, tiny_base)
+    listing = Path(_others(tmp_path, str(tmp_path / "pool"), "sums")).read_text().split()
+    assert sorted(Path(uri).name for uri in listing) == ["dates", "sums-plus-3"]
+
+
+def test_tasks_need_a_test_split(write_jsonl: Any, tmp_path: Path) -> None:
+    for name, files in {"one": ("train", "validation"), "two": ("train", "validation", "test")}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            write_jsonl(tmp_path / name / f"{file}.jsonl", [])
+    found = _targets([tmp_path])
+    assert {name: Path(target["test"]).name for name, target in found.items()} == {"one": "validation.jsonl", "two": "test.jsonl"}
+    (tmp_path / "one/validation.jsonl").unlink()
+    with pytest.raises(InputError, match=r"one: no test\.jsonl"):
+        _targets([tmp_path])
+
+
+def test_big_bench_examples_become_prompts_and_completions() -> None:
+    task = {
+        "task_prefix": "Choose. ",
+        "examples": [
+            {"input": "1 + 1?", "target_scores": {"3": 0, "2": 1}},
+            {"input": "A word", "target": ["right", "also right"]},
+            {"input": "nothing", "target": ""},
+        ],
+    }
+    assert list(rows_of(task)) == [
+        {"prompt": "Choose. 1 + 1?\nChoices:\n- 3\n- 2\nAnswer with one of the choices.", "completion": "2"},
+        {"prompt": "Choose. A word", "completion": "right"},
+    ]
+    assert next(rows_of(task | {"task_prefix": "A page. " * 50}))["prompt"].startswith("1 + 1?")
+    assert name_of("natural_instructions/subtask041_qasc_answer_generation") == "qasc_answer_generation"
+    assert name_of("linguistic_mappings/sentence_negation_json") == "linguistic_mappings__sentence_negation"
+
+
+PUBLISHED = {
+    "arc_easy": {"question": "Q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+    "commonsense_qa": {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+    "hellaswag": {"ctx": "C", "endings": ["x", "y"], "label": "1"},
+    "math_qa": {"Problem": "P", "options": "a ) 1 , 000 , b ) 27.675 , c ) x , d ) none of these , e ) 5", "correct": "b"},
+    "openbookqa": {"question_stem": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+    "piqa": {"goal": "G", "sol1": "x", "sol2": "y", "label": 1},
+    "social_iqa": {"context": "C", "question": "Q", "answerA": "x", "answerB": "y", "answerC": "z", "label": "2"},
+    "winogrande": {"sentence": "S _", "option1": "x", "option2": "y", "answer": "2"},
+}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_rows_of_the_papers_data_sets_ask_for_a_letter(name: str) -> None:
+    found = DATA_SETS[name][1](PUBLISHED[name])
+    assert found["completion"] == "B"
+    assert ("\nB. 27.675\n" if name == "math_qa" else "\nB. y\n") in found["prompt"]
+    if name == "math_qa":
+        assert "\nA. 1 , 000\n" in found["prompt"]
+    assert json.loads(json.dumps(found)) == found
