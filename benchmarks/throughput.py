@@ -50,7 +50,7 @@ from pipeline.merge.adapter import read_adapter
 
 LENGTH, COMPLETION = 80, 16
 """Tokens of a row, and how many of them are the completion."""
-ROWS, QUICK_ROWS, SLOW_ROWS = 16, 2, 1
+ROWS, QUICK_ROWS, SLOW_ROWS = 4, 2, 1
 """Rows that an adapter is scored on; the last for vLLM's own LoRA and PEFT's mixed batch."""
 SLOW_ADAPTERS = 4
 """Adapters of PEFT, reloaded, at most."""
