@@ -115,16 +115,16 @@ def make_controls(run: Run, n_donors: int) -> list[str]:
     asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
     if not asked:
         return []
-    starts, modules = run.folder.sub("starts"), list(_start_shape(run).target_modules)
+    starts, modules = run.folder.sub("starts"), list(_trained_shape(run).target_modules)
     refused = _write_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
-    found: list[str] = []
     for init in asked:
-        file = f"{init}/{CONFIG_FILE}"
-        if starts.exists(file) and sorted(starts.read_json(file)["target_modules"]) == modules:
-            found.append(init)
-        else:
-            run.progress.say(f"start {init} is left out: {refused.get(init, 'its donors adapt other modules than the mashup')}")
-    return found
+        if init in refused or not _trained_on(run.config, init):
+            continue
+        if sorted(starts.read_json(f"{init}/{CONFIG_FILE}")["target_modules"]) != modules:
+            refused[init] = "its donors adapt other modules than the arms"
+    for name, reason in refused.items():
+        run.progress.say(f"start {name} is left out: {reason}")
+    return [init for init in asked if init not in refused]
 
 
 def _write_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
