@@ -131,7 +131,7 @@ def test_a_race_by_confidence_drops_who_is_out_and_keeps_who_is_merely_unlucky()
 def test_everything_is_scored_where_the_budget_is_whole_or_the_pool_small() -> None:
     nll, tokens = losses(1, 40)
     assert len(finish(Race(make_plan(40, N_SEARCH, N_HOLDOUT, 1), tokens, empty(nll)), nll)) == 40 * S
-    assert len(finish(Race(make_plan(6, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:6])), nll)) == 6 * S
+    assert len(finish(Race(make_plan(10, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:10])), nll)) == 10 * S
 
 
 def test_a_worker_gets_work_of_the_next_rung_while_another_is_slow() -> None:
