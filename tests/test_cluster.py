@@ -68,3 +68,13 @@ def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
 def test_workers_know_that_the_network_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert worker_env(Resources(1, 0, 2))["env_vars"]["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("known", "preloaded"), [("libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4:own.so"), (None, None)])
+def test_workers_on_cpus_use_the_faster_allocator_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, known: str | None, preloaded: str | None
+) -> None:
+    monkeypatch.setattr(cluster, "find_library", lambda name: known)
+    monkeypatch.setenv("LD_PRELOAD", "own.so")
+    assert worker_env(Resources(1, 0, 2))["env_vars"].get("LD_PRELOAD") == preloaded
+    assert "LD_PRELOAD" not in worker_env(Resources(1, 1, 2))["env_vars"]
