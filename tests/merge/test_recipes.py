@@ -174,6 +174,13 @@ def test_a_random_adapter_has_the_norms_of_the_given_one_and_nothing_else_of_it(
 def test_a_recipe_is_named_by_method_size_and_weighting() -> None:
     recipe = Recipe(("a", "b"), (0.5, 0.5), "exact", 8)
     assert recipe.name == "exact-2"
-    about = {"donors": ("a", "b"), "weights": (0.5, 0.5), "method": "exact", "rank": 8, "weighting": "equal"}
+    about = {
+        "donors": ("a", "b"),
+        "weights": (0.5, 0.5),
+        "method": "exact",
+        "rank": 8,
+        "weighting": "equal",
+        "module_weights": None,
+    }
     assert recipe.as_dict() == {"name": "exact-2", **about}
     assert Recipe(("a", "b"), (0.7, 0.3), "ties", 8, "gains").name == "ties-2-gains"
