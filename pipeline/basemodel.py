@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -53,8 +54,18 @@ def load_model(base: str, dtype: torch.dtype) -> Any:
 
 
 def weights_folder(base: str) -> Path:
-    """The local folder with the base model's weights: itself, or its snapshot in the Hub's cache."""
-    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
+    """The local folder with the base model's weights: itself, or its snapshot in the Hub's cache.
+
+    Raises:
+        InputError: the Hub cannot be reached and its cache has no snapshot.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({reason})") from error
 
 
 @lru_cache(maxsize=4)

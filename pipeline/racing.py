@@ -6,18 +6,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.basemodel import fingerprint
-from pipeline.engines.scorer import EngineConfig
+from pipeline.engines.scorer import EngineConfig, too_large
+from pipeline.errors import InputError
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import KEEP, SMALL_POOL, Plan
 from pipeline.search.screen import screen_pool
-from pipeline.search.store import Known, ScoreStore, read_failures
+from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.stream import engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
+
+
+def servable(run: Run, catalogue: pa.Table, failures: Folder) -> pa.Table:
+    """The adapters that the engine has room for; the others are set aside with the reason.
+
+    Raises:
+        InputError: there are no others.
+    """
+    pairs = zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True)
+    reasons = {name: reason for name, rank in pairs if (reason := too_large(run.config.search.engine, rank))}
+    if len(reasons) == len(catalogue):
+        raise InputError(f"{run.config.pool}: no adapter can be scored: {next(iter(reasons.values()))}")
+    record_failures(failures, reasons)
+    return catalogue.filter(pc.invert(pc.is_in(catalogue["adapter_id"], pa.array(reasons, pa.string()))))
 
 
 def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:

@@ -110,12 +110,12 @@ def selection(
     probed: Probed | None = None,
 ) -> dict[str, Any]:
     """The selection file: the verdict, why, the donors with their weights and hashes, and every rival."""
-    best = choose(scored, probed)
+    best, probed = choose(scored, probed), probed or {}
     return {
         "verdict": "mashup" if best else "base",
         "why": _why(best, scored, len(leaderboard) - 1, probed),
         "base_holdout_nll": base_nll,
-        "base_probe_nll": (probed or {}).get(BASE_ID),
+        "base_probe_nll": probed.get(BASE_ID),
         "recipe": best.recipe.as_dict() if best else None,
         "donors": _donors(best.recipe, leaderboard, catalogue) if best else [],
         "candidates": [
@@ -125,7 +125,7 @@ def selection(
                 "holdout_nll_minus_base": candidate.nll_minus_base,
                 "stderr": candidate.stderr,
                 "kept_energy": candidate.kept_energy,
-                "probe_nll": (probed or {}).get(candidate.recipe.name),
+                "probe_nll": probed.get(candidate.recipe.name),
             }
             for candidate in sorted(scored, key=lambda one: one.nll_minus_base)
         ],

@@ -13,6 +13,7 @@ from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
 from pipeline.cluster import compute_task
 from pipeline.config import ON_SAMPLES, Config
+from pipeline.engines.scorer import too_large
 from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import digest
@@ -46,7 +47,7 @@ def score_recipes(
     adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
     plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
-    engine = make_engine(run, catalogue, max(recipe.rank for recipe in recipes))
+    engine = make_engine(run, catalogue, max(recipe.rank for recipe in recipes if recipe.name in built))
     known, seen = race(run, work, engine, plan, details)
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
     scored = [
@@ -102,11 +103,13 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Bu
         InputError: the method asked for can merge none of them.
     """
     named = {recipe.name: recipe for recipe in recipes}
-    built, refused = build(named, _uris(catalogue), run.config.base, run.folder.sub("candidates"))
-    for name, reason in refused.items():
+    over = {name: reason for name, one in named.items() if (reason := too_large(run.config.search.engine, one.rank))}
+    fitting = {name: recipe for name, recipe in named.items() if name not in over}
+    built, refused = build(fitting, _uris(catalogue), run.config.base, run.folder.sub("candidates"))
+    for name, reason in (over | refused).items():
         run.progress.say(f"refused: {name}: {reason}")
     if not built:
-        raise InputError(f"no recipe can be merged: {next(iter(refused.values()))}")
+        raise InputError(f"no recipe can be merged: {next(iter((over | refused).values()))}")
     return built
 
 

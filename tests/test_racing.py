@@ -1,24 +1,44 @@
 """Who enters the race."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline import racing
 from pipeline.config import build_config
+from pipeline.errors import InputError
 from pipeline.run_folder import Run
 from pipeline.search.screen import SCREEN
+from pipeline.search.store import read_failures
+
+
+def asked(run: Path) -> dict[str, Any]:
+    return {"run": str(run), "base": "base", "pool": "pool", "target": {"train": "train.jsonl"}}
 
 
 def test_the_screen_lets_the_best_estimates_into_the_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 adapters a half, without those that have no estimate; but never fewer than are scored in full anyway."""
-    asked = {"run": str(tmp_path), "base": "base", "pool": "pool", "target": {"train": "train.jsonl"}}
     names = [f"a{n:02}" for n in range(40)]
     catalogue = pa.table({"adapter_id": names, "uri": names})
     estimates = [None if n < 3 else float(n) for n in range(40)]
     monkeypatch.setattr(racing, "screen_pool", lambda *_: pa.table([names, estimates], schema=SCREEN))
     samples = pa.table({"split": ["search", "holdout"]})
     for share, entrants in ((0.5, names[3:23]), (0.1, names[3:19]), (1.0, names)):
-        run = Run(build_config({**asked, "search": {"screen": share}}, "test"))
+        run = Run(build_config({**asked(tmp_path), "search": {"screen": share}}, "test"))
         assert racing.screened(run, catalogue, samples)["adapter_id"].to_pylist() == entrants
+
+
+def test_an_adapter_that_the_engine_has_no_room_for_is_set_aside(tmp_path: Path) -> None:
+    catalogue = pa.table({"adapter_id": ["small", "huge"], "rank": [8, 1024]})
+    run = Run(build_config({**asked(tmp_path), "search": {"engine": "vllm"}}, "test"))
+    failures = run.folder.sub("failures")
+    assert racing.servable(run, catalogue, failures)["adapter_id"].to_pylist() == ["small"]
+    assert read_failures(failures) == {
+        "huge": "rank 1024 is above 512, the largest that vllm serves; use search.engine: transformers"
+    }
+    with pytest.raises(InputError, match="pool: no adapter can be scored: rank 1024 is above 512"):
+        racing.servable(run, catalogue.slice(1), failures)
+    run = Run(build_config({**asked(tmp_path), "search": {"engine": "transformers"}}, "test"))
+    assert len(racing.servable(run, catalogue, run.folder.sub("none"))) == 2

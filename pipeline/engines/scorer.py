@@ -10,6 +10,9 @@ from typing import Protocol
 
 import pyarrow as pa
 
+LARGEST_RANK = {"vllm": 512}
+"""Of an adapter, where an engine has a limit."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -49,6 +52,14 @@ class Scorer(Protocol):
             A table of schema `tables.SCORES`, candidates x samples rows.
         """
         ...
+
+
+def too_large(engine: str, rank: int) -> str | None:
+    """Why an engine cannot serve an adapter of this rank, if it cannot."""
+    largest = LARGEST_RANK.get(engine)
+    if largest is None or rank <= largest:
+        return None
+    return f"rank {rank} is above {largest}, the largest that {engine} serves; use search.engine: transformers"
 
 
 def build_scorer(engine: str, config: EngineConfig) -> Scorer:

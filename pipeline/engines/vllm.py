@@ -112,7 +112,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "enable_lora": config.max_rank > 0,
         "max_loras": config.adapters_per_batch,
         "max_cpu_loras": config.adapters_per_batch,
-        "max_lora_rank": _fitting_rank(config.max_rank),
+        "max_lora_rank": next(rank for rank in RANKS if rank >= config.max_rank),
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),
     }
@@ -131,13 +131,6 @@ def _fitting_length(config: EngineConfig) -> int:
     """Room for the longest row and the one token that vLLM wants to generate, within the base's context."""
     context = getattr(AutoConfig.from_pretrained(config.base), "max_position_embeddings", None)
     return min(config.max_tokens + 1, context or config.max_tokens + 1)
-
-
-def _fitting_rank(rank: int) -> int:
-    fitting = [known for known in RANKS if known >= rank]
-    if not fitting:
-        raise ValueError(f"rank {rank} is above {RANKS[-1]}, the largest that vLLM serves; use search.engine: transformers")
-    return fitting[0]
 
 
 def _row(ids: list[int], mask: list[bool]) -> Row:
