@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.bigbench import name_of, rows_of
 from benchmarks.paper import DATA_SETS
 from benchmarks.study import _others, _targets, conclude, sign_flips
+from benchmarks.study import main as study
 from pipeline.errors import InputError
 
 
@@ -105,3 +107,37 @@ def test_rows_of_the_papers_data_sets_ask_for_a_letter(name: str) -> None:
     if name == "math_qa":
         assert "\nA. 1 , 000\n" in found["prompt"]
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_study_trains_donors_on_its_tasks_and_goes_on_where_it_was(
+    tiny_base: str, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two tasks that repeat one of two words; one is the other's donor."""
+    words = ["fox", "dog", "river", "hotel", "review", "France"]
+    for task, place in {"first": 0, "second": 1}.items():
+        rows = [{"prompt": f"{a} and {b}", "completion": (a, b)[place]} for a in words for b in words]
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        for split, part in {"train": rows[6:], "test": rows[:6]}.items():
+            write_jsonl(tmp_path / "tasks" / task / f"{split}.jsonl", part)
+    settings = {
+        "search": {"samples": 8, "engine": "transformers", "cpus_per_actor": 1},
+        "epochs": 1,
+        "train": {"batch_size": 8, "learning_rates": [5e-3], "evaluations": 2, "cpus_per_worker": 1},
+        "compare": {"inits": ["base", "mashup"]},
+        "donor": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    asked = {"base": tiny_base, "pool": "", "tasks": [tmp_path / "tasks"], "settings": tmp_path / "settings.yaml"}
+    study(quick=False, only=["first"], work=tmp_path / "work", **asked)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["tasks"] == 1
+    (run,) = json.loads((tmp_path / "work/study.json").read_text())
+    assert {Path(donor).name for donor in run["donors"]} <= {"second"}
+    assert sorted(path.name for path in (tmp_path / "work/pool").iterdir()) == ["first", "second"]
+    assert (tmp_path / "work/study.png").stat().st_size > 10_000
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
+    study(quick=False, only=["first"], work=tmp_path / "work", **asked)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == before
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
