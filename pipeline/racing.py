@@ -36,23 +36,32 @@ def servable(run: Run, catalogue: pa.Table, failures: Folder) -> pa.Table:
 
 
 def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
-    """The part of the pool that the cheap screen lets into the race; a pool that is scored in full anyway is left whole."""
+    """The part of the pool that the cheap screen lets into the race, the best estimate first; a pool that is scored in full
+    anyway is left whole."""
     entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL * KEEP)
     if entrants >= len(catalogue):
         return catalogue
     estimates = screen_pool(catalogue, run.config.base, split_of(drawn, "search"), run.config.search.dtype)
     best = estimates.sort_by([("first_order", "ascending")])["adapter_id"][:entrants]
     run.progress.say(f"the screen lets {entrants} of {len(catalogue)} adapters into the race")
-    return catalogue.filter(pc.is_in(catalogue["adapter_id"], best.combine_chunks()))
+    return catalogue.take(pc.index_in(best, catalogue["adapter_id"].combine_chunks()))
+
+
+def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
+    """The adapters in the order of scoring. Those of like rank share a batch, as vLLM computes with the largest rank in it; of
+    these, the ones that earlier runs found to be good come first, then those of which nothing is known, in the order given. It
+    matters where time ends the search."""
+    known = _store(run).mean_losses(drawn)
+    place = pc.index_in(catalogue["adapter_hash"], known["adapter_hash"].combine_chunks())
+    losses = known["known_nll"].take(place)
+    keyed = pa.table([catalogue["rank"], losses], ["rank", "known_nll"])
+    return catalogue.take(pc.sort_indices(keyed, [("rank", "ascending"), ("known_nll", "ascending")]))
 
 
 def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
     """The base and these adapters (columns CANDIDATE) on these samples."""
-    search = run.config.search
     base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
-    store = search.store or run.folder.sub("store").uri
-    scores = ScoreStore.at(store, fingerprint(run.config.base), search.engine, scoring_dtype(search))
-    return Work(pa.concat_tables([base, adapters]), samples, scores, failures)
+    return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures)
 
 
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
@@ -78,6 +87,12 @@ def race(
     for name, value in ({"engine_start_seconds": board.startup} | spent).items():
         details[name] = round(details.get(name, 0) + value, 1)
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
+
+
+def _store(run: Run) -> ScoreStore:
+    search = run.config.search
+    uri = search.store or run.folder.sub("store").uri
+    return ScoreStore.at(uri, fingerprint(run.config.base), search.engine, scoring_dtype(search))
 
 
 def _tell(run: Run, board: Progress, n_candidates: int, n_samples: int) -> None:

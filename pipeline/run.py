@@ -24,7 +24,7 @@ from pipeline.config import SHORT_LIST, Config
 from pipeline.errors import InputError
 from pipeline.ledger import digest
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.racing import CANDIDATE, make_engine, make_work, race, screened, servable
+from pipeline.racing import CANDIDATE, in_order, make_engine, make_work, race, screened, servable
 from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
@@ -113,8 +113,7 @@ def search(run: Run) -> None:
     with run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
-        # Adapters of like rank share a batch: vLLM computes with the largest rank in it.
-        adapters = catalogue.sort_by([("rank", "ascending"), ("adapter_id", "ascending")]).select(CANDIDATE)
+        adapters = in_order(run, catalogue, drawn).select(CANDIDATE)
         work = make_work(run, adapters, drawn, failures)
         n_search = len(split_of(drawn, "search"))
         budget = config.search.budget

@@ -1,5 +1,6 @@
 """Who enters the race."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from pipeline.errors import InputError
 from pipeline.run_folder import Run
 from pipeline.search.screen import SCREEN
 from pipeline.search.store import read_failures
+from pipeline.tables import SCORES
+
+CANDIDATES = pa.schema([(name, pa.string()) for name in racing.CANDIDATE])
 
 
 def asked(run: Path) -> dict[str, Any]:
@@ -42,3 +46,21 @@ def test_an_adapter_that_the_engine_has_no_room_for_is_set_aside(tmp_path: Path)
         racing.servable(run, catalogue.slice(1), failures)
     run = Run(build_config({**asked(tmp_path), "search": {"engine": "transformers"}}, "test"))
     assert len(racing.servable(run, catalogue, run.folder.sub("none"))) == 2
+
+
+def test_what_earlier_runs_found_to_be_good_comes_first_among_adapters_of_like_rank(
+    tmp_path: Path, tiny_base: str, random_samples: Callable[..., pa.Table]
+) -> None:
+    drawn = random_samples([12, 14])
+    run = Run(
+        build_config({**asked(tmp_path), "base": tiny_base, "search": {"engine": "transformers", "dtype": "float32"}}, "test")
+    )
+    store = racing.make_work(
+        run, pa.table({"adapter_id": [], "uri": [], "adapter_hash": []}, CANDIDATES), drawn, run.folder
+    ).store
+    names = ["big", "new", "poor", "good"]
+    for name, nll in (("poor", 9.0), ("good", 1.0), ("big", 0.1)):
+        scores = pa.table([[name], ["s0"], [nll], [5], [0]], schema=SCORES)
+        store.write(scores, {name: f"hash-{name}"})
+    catalogue = pa.table({"adapter_id": names, "adapter_hash": [f"hash-{name}" for name in names], "rank": [8, 4, 4, 4]})
+    assert racing.in_order(run, catalogue, drawn)["adapter_id"].to_pylist() == ["good", "poor", "new", "big"]

@@ -6,16 +6,21 @@ other; a row that two of them wrote is read once.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from pipeline.storage import Folder
 from pipeline.tables import SCORING_FAILURES, STORED
+
+T = TypeVar("T")
 
 SCORING_VERSION = 1
 """To be raised by a change of the engines that changes scores."""
@@ -62,18 +67,25 @@ class ScoreStore:
             np.array(tokens, np.int32),
         )
         wanted = pc.is_in(pc.field("sample_id"), ids) & pc.is_in(pc.field("adapter_hash"), adapters)
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                for batch in self.folder.dataset(STORED).to_batches(filter=wanted):
-                    rows, columns = pc.index_in(batch["adapter_hash"], adapters), pc.index_in(batch["sample_id"], ids)
-                    place = rows.to_numpy(), columns.to_numpy()
-                    known.nll_NS[place] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
-                    known.hits_NS[place] = batch["n_correct"].to_numpy()
-                return known
-            except FileNotFoundError:  # another run has just merged the files
-                if attempt + 1 == READ_ATTEMPTS:
-                    raise
+
+        def read(stored: pads.Dataset) -> None:
+            for batch in stored.to_batches(filter=wanted):
+                rows, columns = pc.index_in(batch["adapter_hash"], adapters), pc.index_in(batch["sample_id"], ids)
+                place = rows.to_numpy(), columns.to_numpy()
+                known.nll_NS[place] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
+                known.hits_NS[place] = batch["n_correct"].to_numpy()
+
+        self._read(read)
         return known
+
+    def mean_losses(self, samples: pa.Table) -> pa.Table:
+        """Columns adapter_hash and known_nll: the mean NLL a token of each adapter that was scored on some of these samples."""
+        wanted = pc.is_in(pc.field("sample_id"), samples["sample_id"].combine_chunks())
+        rows = self._read(lambda stored: stored.to_table(["adapter_hash", "nll_sum", "n_tokens"], filter=wanted))
+        sums = rows.group_by("adapter_hash").aggregate([("nll_sum", "sum"), ("n_tokens", "sum")])
+        return pa.table(
+            [sums["adapter_hash"], pc.divide(sums["nll_sum_sum"], sums["n_tokens_sum"])], ["adapter_hash", "known_nll"]
+        )
 
     def merge_files(self) -> None:
         """Make one file of many. What another run merges at the same time is then there twice, and read once."""
@@ -90,6 +102,13 @@ class ScoreStore:
         self.folder.write_table(f"{uuid.uuid4().hex}.parquet", merged.select(STORED.names).cast(STORED))
         for name in names:
             self.folder.delete(name)
+
+    def _read(self, read: Callable[[pads.Dataset], T]) -> T:
+        """Read the files that there are, and again where another run has just merged them."""
+        for _ in range(READ_ATTEMPTS - 1):
+            with suppress(FileNotFoundError):
+                return read(self.folder.dataset(STORED))
+        return read(self.folder.dataset(STORED))
 
 
 def record_failures(folder: Folder, failures: dict[str, str]) -> None:

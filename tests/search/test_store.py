@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from pipeline.search.store import MANY_FILES, ScoreStore, read_failures, record_failures
@@ -97,6 +98,17 @@ def test_many_writers_at_once_and_the_merging_of_their_files_lose_nothing(
     assert after.hits_NS.tolist() == before.hits_NS.tolist()
     store.merge_files()
     assert store.folder.read_table(store.folder.list_files(".parquet")[0]).schema == STORED
+
+
+def test_mean_losses_are_of_the_wanted_samples_alone(store: ScoreStore, samples: pa.Table, drawn_scores: Draw) -> None:
+    assert len(store.mean_losses(samples)) == 0
+    for place, name in enumerate("ab"):
+        table = drawn_scores([name], [*SAMPLE_IDS, "another"], place)
+        store.write(table, by_name(table))
+        wanted = table.filter(pc.not_equal(table["sample_id"], "another"))
+        found = {row["adapter_hash"]: row["known_nll"] for row in store.mean_losses(samples).to_pylist()}
+        mean = sum(wanted["nll_sum"].to_pylist()) / sum(wanted["n_tokens"].to_pylist())
+        assert found[f"hash-{name}"] == pytest.approx(mean)
 
 
 def test_in_an_object_store(bucket: str, samples: pa.Table, drawn_scores: Draw) -> None:
