@@ -156,14 +156,12 @@ class Finetuning:
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
         for stop in [stop for stop in stops if stop > self.step]:
-            if self.diverged_at is not None:
+            if self.diverged_at is not None or self._stalled():
                 return
             started = time.perf_counter()
             losses = list(self._advance(stop))
             self.seconds += time.perf_counter() - started
             self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
-            if self._stalled():
-                return
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint that `_save` wrote."""

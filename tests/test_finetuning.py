@@ -148,6 +148,10 @@ def test_patience_ends_an_arm_that_no_longer_improves_but_never_the_bases(
         finetuning.run()
         ends.append(finetuning.curve[-1]["step"])
     assert ends == [2, 8]
+    again = Finetuning(stuck, 0, 1, Checkpoints(tmp_path / "again"))
+    again.restore(tmp_path / "stuck" / "2")
+    again.run()
+    assert again.curve[-1]["step"] == 2
 
 
 def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: Path) -> None:
