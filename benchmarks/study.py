@@ -47,7 +47,7 @@ from pipeline.storage import Folder
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {
     "search": {"samples": 16},
-    "train": {"steps": 12, "batch_size": 8, "evaluations": 4, "seeds": [0]},
+    "train": {"steps": 8, "batch_size": 8, "evaluations": 2, "seeds": [0]},
     "compare": {"inits": ["base", "mashup", "paper"]},
     "target": {"validation_rows": 16, "test_rows": 50},
 }
