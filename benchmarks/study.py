@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import typer
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
@@ -235,30 +236,25 @@ def _draw(work: Path, rows: Sequence[Row]) -> Figure:
     """Validation curves of every task, each init at the learning rate that validation chose."""
     columns = min(3, len(rows))
     height = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).flat
+    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.6), layout="constrained")
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
+    shown: dict[str, Any] = {}
     for panel, row in zip(panels, rows, strict=False):
         for curve in read_curves(pq.read_table(work / row["task"] / "comparison.parquet"), "eval_nll"):
             if curve.lr == row["inits"][curve.init]["lr"]:
                 style = {"color": COLOURS.get(curve.init, OTHER_COLOUR), "marker": MARKERS[curve.init], "markersize": 4}
-                panel.plot(curve.steps, curve.mean, label=curve.init, linewidth=1.4, **style)
+                (shown[curve.init],) = panel.plot(curve.steps, curve.mean, linewidth=1.4, **style)
         panel.set_title(row["task"], fontsize=9)
         panel.set_yscale("log")
-    _legend(figure, panels=[*figure.axes])
-    return figure
-
-
-def _legend(figure: Figure, panels: Sequence[Any]) -> None:
-    for panel in panels:
-        if not panel.lines:
-            panel.set_axis_off()
-    shown: dict[str, Any] = {}
-    for panel in panels:
-        handles, labels = panel.get_legend_handles_labels()
-        shown |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown), fontsize=9)
+        panel.yaxis.set_major_formatter(LogFormatter())
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))  # no crowd on an axis of two decades
+        panel.tick_params(axis="y", which="both", labelsize=8)
+    for panel in panels[len(rows) :]:
+        panel.set_axis_off()
+    figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=len(shown), fontsize=10)
     figure.supxlabel("training step", fontsize=10)
     figure.supylabel("validation NLL, nats a token", fontsize=10)
+    return figure
 
 
 if __name__ == "__main__":
