@@ -11,6 +11,9 @@ from typing import Any
 import ray
 from ray.data import DataContext
 
+START_ATTEMPTS = 3
+"""To start Ray on this machine."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -30,7 +33,10 @@ def connect() -> float:
     started = time.perf_counter()
     if not ray.is_initialized():
         _quiet()
-        ray.init(address=None if os.environ.get("RAY_ADDRESS") else "local", log_to_driver=False, logging_level="ERROR")
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        else:
+            _start_local()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -85,6 +91,18 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
         }
     }
+
+
+def _start_local() -> None:
+    """On a busy machine some of Ray's processes may come too late for the others, which then give up."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+            return
+        except Exception:  # Ray raises no narrower one
+            ray.shutdown()
+            if attempt + 1 == START_ATTEMPTS:
+                raise
 
 
 def _cpu_env() -> dict[str, str]:

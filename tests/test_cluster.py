@@ -78,3 +78,24 @@ def test_workers_on_cpus_use_the_faster_allocator_where_there_is_one(
     monkeypatch.setenv("LD_PRELOAD", "own.so")
     assert worker_env(Resources(1, 0, 2))["env_vars"].get("LD_PRELOAD") == preloaded
     assert "LD_PRELOAD" not in worker_env(Resources(1, 1, 2))["env_vars"]
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (3, 3)])
+def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest.MonkeyPatch, failures: int, starts: int) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    calls: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) <= failures:
+            raise ConnectionError("The current node timed out during startup.")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    if failures == 3:
+        with pytest.raises(ConnectionError, match="timed out during startup"):
+            cluster.connect()
+    else:
+        cluster.connect()
+    assert [call["address"] for call in calls] == ["local"] * starts
