@@ -33,10 +33,7 @@ def connect() -> float:
     started = time.perf_counter()
     if not ray.is_initialized():
         _quiet()
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        else:
-            _start_local()
+        _join_or_start()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -93,15 +90,16 @@ def worker_env(resources: Resources) -> dict[str, Any]:
     }
 
 
-def _start_local() -> None:
-    """On a busy machine some of Ray's processes may come too late for the others, which then give up."""
-    for attempt in range(START_ATTEMPTS):
+def _join_or_start() -> None:
+    """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
+    address, attempts = (None, 1) if os.environ.get("RAY_ADDRESS") else ("local", START_ATTEMPTS)
+    for attempt in range(attempts):
         try:
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             return
         except Exception:  # Ray raises no narrower one
             ray.shutdown()
-            if attempt + 1 == START_ATTEMPTS:
+            if attempt + 1 == attempts:
                 raise
 
 

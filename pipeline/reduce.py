@@ -50,12 +50,12 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     weights found on the samples are asked for, besides equal ones, one recipe of the most donors, for which they are yet to be
     found.
     """
-    donors = eligible_donors(leaderboard)
+    donors, ranks = eligible_donors(leaderboard), _ranks(catalogue)
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
     tops = [donors[:k] for k in sizes if 0 < k <= len(donors)]
     on_samples = config.weights in ON_SAMPLES
     weightings = ("equal", "gains") if config.weights == "auto" else ("equal",) if on_samples else (config.weights,)
-    recipes = [_recipe(top, weighting, catalogue, config) for top in tops for weighting in weightings]
+    recipes = [_recipe(top, weighting, ranks, config) for top in tops for weighting in weightings]
     if config.weights == "auto":
         return [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
     if on_samples and recipes:
@@ -66,7 +66,8 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
 def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
     """The recipe with only the donors at `places`, in equal parts."""
     donors = tuple(recipe.donors[place] for place in places)
-    rank = _rank(_ranks(donors, catalogue), recipe.method, config.rank)
+    ranks = _ranks(catalogue)
+    rank = _rank([ranks[donor] for donor in donors], recipe.method, config.rank)
     return replace(recipe, donors=donors, weights=(1 / len(donors),) * len(donors), rank=rank)
 
 
@@ -132,17 +133,16 @@ def selection(
     }
 
 
-def _recipe(donors: list[dict[str, Any]], weighting: str, catalogue: pa.Table, config: MergeConfig) -> Recipe:
+def _recipe(donors: list[dict[str, Any]], weighting: str, ranks: dict[str, int], config: MergeConfig) -> Recipe:
     names = tuple(donor["adapter_id"] for donor in donors)
     method = "exact" if config.method == "auto" else config.method
     shares = [1.0 if weighting == "equal" else -donor["nll_minus_base"] for donor in donors]
     weights = tuple(share / sum(shares) for share in shares)
-    return Recipe(names, weights, method, _rank(_ranks(names, catalogue), method, config.rank), weighting)
+    return Recipe(names, weights, method, _rank([ranks[name] for name in names], method, config.rank), weighting)
 
 
-def _ranks(donors: Sequence[str], catalogue: pa.Table) -> list[int]:
-    ranks = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
-    return [ranks[donor] for donor in donors]
+def _ranks(catalogue: pa.Table) -> dict[str, int]:
+    return dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["rank"].to_pylist(), strict=True))
 
 
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:

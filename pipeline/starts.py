@@ -64,7 +64,8 @@ def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
     greedy = recipe.weighting == "greedy"
     if not candidates.exists(file):
         search = split_of(run.folder.read_table("samples.parquet"), "search")
-        uris = [_uris(catalogue)[donor] for donor in recipe.donors]
+        places = _uris(catalogue)
+        uris = [places[donor] for donor in recipe.donors]
         run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
         if greedy:
             task = compute_task(greedy_donors).remote(run.config.base, uris, search)
