@@ -27,7 +27,7 @@ KEEP = 8
 """Candidates that go through to the end at least, in a pool of four times as many: the largest mashup has so many donors."""
 
 FEWEST = 5
-"""The same in the smallest pool; with three, one of the best three was lost in one search of ten on a real pool of 18."""
+"""The same in the smallest pool; with four, one of the best three was lost in one search of ten on a real pool of 18."""
 
 FIRST_RUNG = 4
 """Samples of the first rung at most."""
