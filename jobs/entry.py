@@ -1,0 +1,45 @@
+"""How a job ends: with an exit code and, as its last line, one JSON object that a scheduler can read.
+
+    {"status": "done", "exit_code": 0, ...what the job found}
+    {"status": "failed", "exit_code": 1, "error": "..."}       the same job goes on from there
+    {"status": "wrong input", "exit_code": 2, "error": "..."}
+    {"status": "stopped", "exit_code": 1, ...}                 by `ray job stop`, or a scheduler's SIGTERM; likewise
+
+Ray itself reports exit code 1 for every job that did not end with 0: who needs to tell them apart reads the last line.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipeline.errors import InputError
+
+
+class Stopped(BaseException):
+    """The job was told to end."""
+
+
+def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
+    """Do the work, print its result as the last line and exit. `work` may give an exit code of its own as `exit_code`."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        ending = {"status": "done", "exit_code": 0} | work()
+    except InputError as error:
+        ending = {"status": "wrong input", "exit_code": 2, "error": str(error)}
+    except (Stopped, KeyboardInterrupt):
+        ending = {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
+    except Exception as error:  # the last line of defence: one line for a scheduler, the traceback on demand
+        if os.environ.get("MASHUP_TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        ending = {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {lines[-1]}"}
+    print(json.dumps(ending), flush=True)
+    sys.exit(ending["exit_code"])
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
