@@ -39,7 +39,6 @@ from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
 from pipeline.ledger import digest
-from pipeline.pool import list_adapters
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
 from pipeline.samples import take_samples
@@ -87,7 +86,7 @@ def main(
         pool = _train_donors(configs, Lora(**donor), work) if tasks else "examples/pool"
     rows: list[Row] = []
     for name in [name for name in configs if not only or name in only][: 2 if quick else None]:
-        config = configs[name].model_copy(update={"pool": _others(work, pool, name)})
+        config = configs[name].model_copy(update={"pool": str(Path(pool).resolve()), "exclude": _own(name)})
         rows.append(_row(name, config, run_all(config)))
         typer.echo(f"so far: {json.dumps(rows[-1])}", err=True)
         (work / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -179,16 +178,9 @@ def _demo_targets(work: Path) -> dict[str, Row]:
     return found
 
 
-def _others(work: Path, pool: str, task: str) -> str:
-    """A list file of the pool without the adapters of a task."""
-    listing = list_adapters(str(Path(pool).resolve()))["uri"]
-    names = [(uri, Path(uri).name) for uri in listing]
-    kept = [uri for uri, name in names if name != task and name.rpartition("-")[0] != task]
-    file, lines = work / "pools" / f"{task}.txt", "".join(f"{uri}\n" for uri in kept)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists() or file.read_text() != lines:
-        file.write_text(lines)
-    return str(file.resolve())
+def _own(task: str) -> tuple[str, ...]:
+    """Patterns of the adapters of a task: in any folder, its name, or this with a seed behind."""
+    return task, f"{task}-[0-9]*", f"*/{task}", f"*/{task}-[0-9]*"
 
 
 def _row(task: str, config: Config, summary: Row) -> Row:

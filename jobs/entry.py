@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 
 
 class Stopped(BaseException):
@@ -35,8 +35,7 @@ def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
     except Exception as error:  # the last line of defence: one line for a scheduler, the traceback on demand
         if os.environ.get("MASHUP_TRACEBACK"):
             raise
-        lines = str(error).strip().splitlines() or [""]
-        ending = {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {lines[-1]}"}
+        ending = {"status": "failed", "exit_code": 1, "error": one_line(error)}
     print(json.dumps(ending), flush=True)
     sys.exit(ending["exit_code"])
 

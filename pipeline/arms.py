@@ -49,6 +49,8 @@ class Job:
     key: str
     """Digest of all that the arm's result depends on."""
     folded: bool = False
+    last_step: int | None = None
+    """Where to stop before the end, on the way of the whole finetune: its learning rates do not change."""
 
     @property
     def full(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 
 app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
@@ -135,8 +135,7 @@ def main() -> None:
     except Exception as error:  # the last line of defence: one line for the user, the traceback on demand
         if os.environ.get("MASHUP_TRACEBACK"):
             raise
-        lines = str(error).strip().splitlines() or [""]
-        _fail(f"{type(error).__name__}: {lines[-1]} (the same command goes on from here; MASHUP_TRACEBACK=1 shows more)", 1)
+        _fail(f"{one_line(error)} (the same command goes on from here; MASHUP_TRACEBACK=1 shows more)", 1)
 
 
 def _config(run: str, base: str, pool: str, target: dict[str, Any], **sections: Any) -> Any:

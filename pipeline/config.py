@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InputError
+from pipeline.storage import NO_SECRET, has_secret, without_secret
 
 Auto = Literal["auto"]
 SHORT_LIST = 3
@@ -25,6 +26,13 @@ LOSSLESS = ("concat", "fold")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def no_credentials(cls, value: Any) -> Any:
+        if isinstance(value, str) and has_secret(value):
+            raise ValueError(NO_SECRET)
+        return value
 
 
 class TargetConfig(Section):
@@ -109,7 +117,9 @@ class MergeConfig(Section):
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat, fold: without that limit"
     )
     probe: int = Field(
-        0, ge=0, description=f"finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none"
+        0,
+        ge=0,
+        description=f"first finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none",
     )
 
     @field_validator("k", "rank")
@@ -173,6 +183,7 @@ class Config(Section):
     run: str = Field(description="folder of the run: a local path or s3://...")
     base: str = Field(description="base model: Hub id or local folder")
     pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
+    exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
     target: TargetConfig
     search: SearchConfig = SearchConfig()
     merge: MergeConfig = MergeConfig()
@@ -222,7 +233,7 @@ def _describe(problem: Any) -> str:
         return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc']))})"
     if problem["type"] == "missing":
         return f"key {place!r} is missing"
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+    return without_secret(f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}")
 
 
 def _known_keys(place: tuple[str | int, ...]) -> list[str]:

@@ -7,3 +7,19 @@ class InputError(ValueError):
 
 class AdapterError(ValueError):
     """One adapter cannot be a donor. The message is the reason that the catalogue shows; it stops nothing."""
+
+
+REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
+UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
+"""Marks of an object store's errors in what pyarrow raises."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
+    lines = str(error).strip().splitlines() or [""]
+    hint = ""
+    if isinstance(error, OSError) and any(mark in str(error) for mark in REFUSED):
+        hint = "the object store refuses these credentials, or they have expired: renew them in the environment; "
+    elif isinstance(error, OSError) and any(mark in str(error) for mark in UNREACHABLE):
+        hint = "the object store does not answer: look at the network and at AWS_ENDPOINT_URL; "
+    return f"{hint}{type(error).__name__}: {lines[-1]}"

@@ -152,7 +152,7 @@ class Finetuning:
 
     def run(self) -> None:
         """Train to the last step; evaluate, checkpoint and report on the way."""
-        stops = evaluation_steps(self.job.train.steps, self.job.train.evaluations)
+        stops = evaluation_steps(self.job.last_step or self.job.train.steps, self.job.train.evaluations)
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
         for stop in [stop for stop in stops if stop > self.step]:

@@ -1,17 +1,19 @@
 """Adapters -> catalogue: find every adapter of a pool, check each, keep it or set it aside with the reason.
 
 A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id or object-store URI a line, # starts a comment)
-or an object-store prefix.
+or an object-store prefix. A path in a list file is relative to it, and stays in its folder: whoever wrote the list decides
+about nothing else on the machines that read it.
 """
 
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,27 +35,42 @@ from pipeline.merge.adapter import (
     write_adapter,
 )
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
-from pipeline.storage import Folder
+from pipeline.storage import NO_SECRET, Folder, has_secret, without_secret
 from pipeline.tables import BASE_ID, CATALOGUE
+
+LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
 
 
+class Listed(NamedTuple):
+    """An entry of a pool, and why it is not even looked at, if so."""
+
+    adapter_id: str
+    uri: str
+    problem: str | None = None
+
+
 def build_catalogue(
-    base: str, pool: str, factored: str | None = None, count: Callable[[int, int], None] = lambda done, total: None
+    base: str,
+    pool: str,
+    factored: str | None = None,
+    count: Callable[[int, int], None] = lambda done, total: None,
+    exclude: Sequence[str] = (),
 ) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
         factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
         count: told how many adapters of how many are checked, as it goes.
+        exclude: as in `list_adapters`.
 
     Raises:
         InputError: the pool or the base cannot be read, or no adapter is valid.
     """
     shapes, head = linear_shapes(base)
-    found = pa.table(list_adapters(pool), schema=pa.schema([("adapter_id", pa.string()), ("uri", pa.string())]))
+    found = pa.table(list_adapters(pool, exclude), schema=LISTING)
     rows = (
         ray.data.from_arrow(found)
         .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
@@ -75,8 +92,11 @@ def valid_adapters(catalogue: pa.Table) -> pa.Table:
     return catalogue.filter(pc.equal(catalogue["status"], "ok"))
 
 
-def list_adapters(pool: str) -> dict[str, list[str]]:
-    """adapter_id and uri of everything in a pool that may be an adapter.
+def list_adapters(pool: str, exclude: Sequence[str] = ()) -> dict[str, list[str | None]]:
+    """Columns LISTING of everything in a pool that may be an adapter; `problem` says of some why they are not looked at.
+
+    Args:
+        exclude: ids to leave out, with the wildcards of a shell.
 
     Raises:
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
@@ -87,22 +107,24 @@ def list_adapters(pool: str) -> dict[str, list[str]]:
     except OSError as error:
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind == fs.FileType.File:
-        pairs = _from_list(folder)
+        found = _from_list(folder)
     elif kind == fs.FileType.Directory:
-        pairs = _from_folder(folder)
+        found = _from_folder(folder)
     else:
         raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
-    if not pairs:
+    if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return {"adapter_id": [name for name, _ in pairs], "uri": [uri for _, uri in pairs]}
+    found = [_excluded(one, exclude) for one in found]
+    return {name: [getattr(one, name) for one in found] for name in LISTING.names}
 
 
 def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None) -> pa.Table:
-    """Catalogue rows of a batch of (adapter_id, uri)."""
+    """Catalogue rows of a batch of schema LISTING."""
     inspector = Inspector(base, shapes, head, factored)
+    listed = [Listed(**row) for row in batch.to_pylist()]
     with closing(AdapterCache()) as cache:
-        cache.prefetch(batch["uri"].to_pylist())
-        rows = [inspector.inspect(row["adapter_id"], row["uri"], cache) for row in batch.to_pylist()]
+        cache.prefetch(one.uri for one in listed if one.problem is None)
+        rows = [inspector.inspect(one, cache) for one in listed]
     return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
 
@@ -115,13 +137,15 @@ class Inspector:
     head: str | None
     factored: str | None
 
-    def inspect(self, adapter_id: str, uri: str, cache: AdapterCache) -> dict[str, Any]:
+    def inspect(self, listed: Listed, cache: AdapterCache) -> dict[str, Any]:
         """A catalogue row: what the adapter is, or why it is set aside."""
-        row: dict[str, Any] = {"adapter_id": adapter_id, "uri": uri, "status": "ok"}
+        row: dict[str, Any] = {"adapter_id": listed.adapter_id, "uri": listed.uri, "status": "ok"}
+        if listed.problem:
+            return row | {"status": "set_aside", "reason": listed.problem}
         try:
-            with cache.lease(uri) as folder:
+            with cache.lease(listed.uri) as folder:
                 if is_checkpoint(folder):
-                    return row | self._factor(adapter_id, folder)
+                    return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder)
                 row |= _describe(folder / WEIGHTS_FILE, adapter)
             check_adapter(adapter, self.shapes, self.head)
@@ -165,36 +189,42 @@ def _other_base(adapter: Adapter, base: str) -> str | None:
     return f"says that it was trained on {claimed}; its shapes fit {base}"
 
 
-def _from_folder(folder: Folder) -> list[tuple[str, str]]:
+def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
+    pattern = next((pattern for pattern in patterns if fnmatchcase(one.adapter_id, pattern)), None)
+    return one if pattern is None else one._replace(problem=f"excluded: the config's exclude names {pattern!r}")
+
+
+def _from_folder(folder: Folder) -> list[Listed]:
     names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
     if folder.is_local:  # full checkpoints of an object store are not fetched
         names |= {"model.safetensors", "model.safetensors.index.json"}
-    infos = folder.files.get_file_info(fs.FileSelector(folder.path, recursive=True))
-    parents = {info.path.rpartition("/")[0] for info in infos if info.is_file and info.base_name in names}
-    pairs = []
-    for parent in sorted(parents):
-        tail = parent.removeprefix(folder.path).strip("/")
-        pairs.append((tail or Path(folder.path).name, folder.sub(tail).uri if tail else folder.uri))
-    return pairs
+    parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
+    tails = [parent.removeprefix(folder.path).strip("/") for parent in sorted(parents)]
+    return [Listed(tail, folder.sub(tail).uri) if tail else Listed(Path(folder.path).name, folder.uri) for tail in tails]
 
 
-def _from_list(file: Folder) -> list[tuple[str, str]]:
+def _from_list(file: Folder) -> list[Listed]:
     lines = [line.partition("#")[0].strip() for line in file.read_text("").splitlines()]
-    pairs = [_list_entry(line, Path(file.path).parent, file.is_local) for line in lines if line]
-    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if shown := next((without_secret(line) for line in lines if has_secret(line)), None):
+        raise InputError(f"{file.uri}: {shown!r}: {NO_SECRET}")
+    found = [_list_entry(line, Path(file.path).parent, file.is_local) for line in lines if line]
+    twice = [name for name, n in Counter(one.adapter_id for one in found).items() if n > 1]
     if twice:
         raise InputError(f"{file.uri}: {twice[0]!r} is listed twice")
-    return pairs
+    return found
 
 
-def _list_entry(line: str, parent: Path, is_local: bool) -> tuple[str, str]:
+def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
+    if line.startswith("file:"):
+        return Listed(line, line, "a file: URI in a list file; give the path relative to the list")
     if "://" in line:
-        return line.removeprefix(HUB), line
+        return Listed(line.removeprefix(HUB), line)
     path = parent / Path(line).expanduser()
     looks_local = line.startswith((".", "/", "~")) or line.count("/") != 1
-    if is_local and (path.exists() or looks_local):
-        return line, str(path)
-    return line, HUB + line
+    if not is_local or not (path.exists() or looks_local):
+        return Listed(line, HUB + line)
+    inside = path.resolve().is_relative_to(parent.resolve())
+    return Listed(line, str(path), None if inside else f"{line} lies outside of {parent}, the folder of the list file")
 
 
 def _set_duplicates_aside(table: pa.Table) -> pa.Table:

@@ -64,7 +64,7 @@ def index(run: Run) -> None:
     """Check every adapter of the pool."""
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
-    listing = list_adapters(config.pool)
+    listing = list_adapters(config.pool, config.exclude)
     key = digest(fingerprint(config.base), listing, _state(config.pool))
     if run.ready("index", key):
         return
@@ -72,7 +72,7 @@ def index(run: Run) -> None:
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731
-        catalogue = build_catalogue(config.base, config.pool, factored, checked)
+        catalogue = build_catalogue(config.base, config.pool, factored, checked, config.exclude)
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))
     run.progress.say(f"{len(valid_adapters(catalogue))} valid, {details['set_aside']} set aside")

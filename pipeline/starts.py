@@ -87,11 +87,12 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
         return {}
     data = run.folder.sub("candidates", "probe", "data")
     write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
-    train = config.train.model_copy(update={"steps": config.merge.probe, "evaluations": 1})
+    train = config.train.model_copy(update={"evaluations": 1})
+    last = min(config.merge.probe, train.steps)
     shape, folded = _usual_shape(run), not _trained_on(config, "mashup")
     lr, seed = config.train.learning_rates[0], config.train.seeds[0]
     jobs = {
-        name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded)
+        name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded, last)
         for name in (BASE_ID, *(one.recipe.name for one in short_list))
     }
     return probe(jobs, run.folder.sub("candidates", "probe"), run.progress.say)

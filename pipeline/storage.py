@@ -6,8 +6,10 @@ when it is whole, and an object store shows an object only when its upload is co
 
 import json
 import os
+import re
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,25 @@ from pyarrow import fs
 from pipeline.errors import InputError
 
 COPY_BYTES = 8 << 20  # read at once; an object store serves each read as one request
+
+LISTED_APART = 32
+"""Folders directly below one that are listed side by side at most; more of them are mostly one adapter each."""
+
+
+SECRET = re.compile(r"(?<=://)[^/?#@\s]*@")
+"""What stands before the bucket of s3://KEY:SECRET@bucket/folder."""
+
+NO_SECRET = "a location must hold no credentials, as it is shown and kept; set them in the environment"
+
+
+def has_secret(uri: str) -> bool:
+    """Whether a URI holds credentials."""
+    return bool(SECRET.search(uri))
+
+
+def without_secret(text: str) -> str:
+    """A text with the credentials of every URI in it left out."""
+    return SECRET.sub("...@", text)
 
 
 @dataclass(frozen=True)
@@ -36,9 +57,11 @@ class Folder:
         """Open a local path or an object-store URI (`s3://`, `gs://`). Nothing is created.
 
         Raises:
-            InputError: the URI's scheme or bucket is unknown.
+            InputError: the URI's scheme or bucket is unknown, or it holds credentials.
         """
         text = str(uri).rstrip("/") or "/"
+        if has_secret(text):
+            raise InputError(f"{without_secret(text)}: {NO_SECRET}")
         if "://" not in text:
             local = str(Path(text).expanduser().resolve())
             return cls(local, local, fs.LocalFileSystem())
@@ -66,6 +89,17 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
+
+    def walk(self) -> list[fs.FileInfo]:
+        """Every file at any depth. An object store gives a thousand names a request, one request after the other: folders
+        directly below are listed side by side where they are few."""
+        top = self.files.get_file_info(fs.FileSelector(self.path))
+        below = [info.path for info in top if info.type == fs.FileType.Directory]
+        if len(below) > LISTED_APART:
+            return [info for info in self.files.get_file_info(fs.FileSelector(self.path, recursive=True)) if info.is_file]
+        with ThreadPoolExecutor(max(1, len(below))) as threads:
+            parts = threads.map(lambda path: self.files.get_file_info(fs.FileSelector(path, recursive=True)), below)
+            return [info for part in (top, *parts) for info in part if info.is_file]
 
     def list_files(self, suffix: str = "") -> list[str]:
         """Names of the files directly in this folder that end in `suffix`, sorted; a missing folder has none."""

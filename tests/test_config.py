@@ -59,7 +59,7 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"serach": {}}, r"unknown key 'serach' \(known there: run, base, pool, target"),
+        ({"serach": {}}, r"unknown key 'serach' \(known there: run, base, pool, exclude, target"),
         ({"search": {"sample": 3}}, r"unknown key 'search.sample' \(known there: samples, holdout"),
         ({"target": {}}, "key 'target.train' is missing"),
         ({"base": 5}, "base: .*got 5"),
@@ -134,3 +134,13 @@ def test_a_local_base_is_made_absolute_for_workers_that_run_elsewhere(tmp_path: 
     assert build_config({**content, "base": "~/model"}, "test").base == str(tmp_path / "model")
     assert build_config({**content, "base": "model"}, "test").base == str(tmp_path / "model")
     assert build_config({**content, "base": "org/model"}, "test").base == "org/model"
+
+
+@pytest.mark.parametrize("place", ["run", "pool", "base", "target.train", "search.store"])
+def test_credentials_are_refused_and_not_shown(place: str) -> None:
+    content: dict[str, Any] = {"run": "r", "base": "b", "pool": "p", "target": {"train": "t"}, "search": {}}
+    *sections, key = place.split(".")
+    (content[sections[0]] if sections else content)[key] = "s3://KEY:SECRET@bucket/x"
+    with pytest.raises(InputError, match=f"{place}: .*no credentials.*s3://[.]{{3}}@bucket/x") as caught:
+        build_config(content, "c.yaml")
+    assert "SECRET" not in str(caught.value)

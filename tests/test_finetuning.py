@@ -137,6 +137,15 @@ def test_all_weights_learn_and_are_saved_as_a_model(job: Callable[..., Job], dat
     )
 
 
+def test_a_job_that_stops_early_is_the_first_part_of_the_whole(
+    job: Callable[..., Job], without_time: Any, tmp_path: Path
+) -> None:
+    whole, part = Checkpoints(tmp_path / "whole"), Checkpoints(tmp_path / "part")
+    Finetuning(job(), 0, 1, whole).run()
+    Finetuning(replace(job(evaluations=1), last_step=2), 0, 1, part).run()
+    assert without_time(part.points) == without_time(whole.points[:2])
+
+
 def test_patience_ends_an_arm_that_no_longer_improves_but_never_the_bases(
     job: Callable[..., Job], start: Path, tmp_path: Path
 ) -> None:

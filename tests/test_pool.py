@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.basemodel import linear_shapes
 from pipeline.errors import InputError
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from pipeline.pool import build_catalogue, inspect_batch, list_adapters
+from pipeline.pool import LISTING, build_catalogue, inspect_batch, list_adapters
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE
 
@@ -30,7 +30,7 @@ def entries(catalogue: pa.Table) -> dict[str, dict[str, Any]]:
 def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
     """Catalogue rows without Ray, duplicates not yet set aside."""
     shapes, head = linear_shapes(base)
-    return entries(inspect_batch(pa.table(list_adapters(str(pool))), f"{pool}-factored", base, shapes, head))
+    return entries(inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head))
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -99,7 +99,11 @@ def test_a_folder_of_nested_adapters_becomes_a_catalogue(tmp_path: Path, tiny_ba
 
 def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     make_adapter(tmp_path / "only", tiny_base)
-    assert list_adapters(str(tmp_path / "only")) == {"adapter_id": ["only"], "uri": [str(tmp_path / "only")]}
+    assert list_adapters(str(tmp_path / "only")) == {
+        "adapter_id": ["only"],
+        "uri": [str(tmp_path / "only")],
+        "problem": [None],
+    }
 
 
 def spoil(kind: str, folder: Path) -> None:
@@ -168,6 +172,39 @@ def test_a_list_file_names_paths_and_hub_ids(
     assert "adapter_config.json is missing" in rows["./gone"]["reason"]
 
 
+def test_a_path_of_a_list_file_that_leaves_its_folder_is_set_aside(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    outside = make_adapter(tmp_path / "outside", tiny_base)
+    pool = tmp_path / "pool"
+    make_adapter(pool / "inside", tiny_base)
+    (pool / "link").symlink_to(outside)
+    lines = ["inside", "./inside/../inside", "../outside", str(outside), "./link", f"file://{outside}", "/etc/passwd"]
+    (pool / "list.txt").write_text("\n".join(lines))
+    rows = inspected(tiny_base, pool / "list.txt")
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"inside", "./inside/../inside"}
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] == "set_aside"}
+    assert "give the path relative to the list" in reasons.pop(f"file://{outside}")
+    assert all(f"{name} lies outside of {pool}" in reason for name, reason in reasons.items())
+
+
+def test_adapters_that_the_config_excludes_are_set_aside_unread(tmp_path: Path, tiny_base: str) -> None:
+    for name in ("sums", "sums-1001", "summary"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS_FILE).write_text("")
+    problems = list_adapters(str(tmp_path), ["sums", "sums-[0-9]*"])
+    assert problems["problem"] == [
+        None,
+        "excluded: the config's exclude names 'sums'",
+        "excluded: the config's exclude names 'sums-[0-9]*'",
+    ]
+
+
+def test_credentials_in_a_list_file_are_refused_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "pool.txt").write_text("org/a\ns3://KEY:SECRET@bucket/adapter\n")
+    with pytest.raises(InputError, match="no credentials") as caught:
+        list_adapters(str(tmp_path / "pool.txt"))
+    assert "SECRET" not in str(caught.value)
+
+
 def test_a_list_file_that_names_an_adapter_twice_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "pool.txt").write_text("org/a\norg/b\nhf://org/a\n")
     with pytest.raises(InputError, match="'org/a' is listed twice"):
@@ -199,6 +236,7 @@ def test_an_object_store_prefix_is_a_pool(bucket: str, tmp_path: Path, tiny_base
     assert list_adapters(f"{bucket}/adapters/") == {
         "adapter_id": ["a", "deep/b"],
         "uri": [f"{bucket}/adapters/a", f"{bucket}/adapters/deep/b"],
+        "problem": [None, None],
     }
     rows = entries(build_catalogue(tiny_base, f"{bucket}/adapters"))
     assert {name: row["status"] for name, row in rows.items()} == {"a": "ok", "deep/b": "ok"}

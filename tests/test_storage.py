@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.storage import Folder
+from pipeline.storage import LISTED_APART, Folder, without_secret
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -121,3 +121,18 @@ def test_a_place_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> Non
 def test_create_makes_the_folder(tmp_path: Path) -> None:
     Folder.at(tmp_path / "a" / "b").create()
     assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("folders", [0, 2, LISTED_APART + 1])
+def test_every_file_at_any_depth_is_found(folder: Folder, folders: int) -> None:
+    names = ["top", *(f"{place}/{name}" for place in range(folders) for name in ("a", "deep/er/b"))]
+    for name in names:
+        folder.write_text(name, "")
+    assert sorted(info.path.removeprefix(f"{folder.path}/") for info in folder.walk()) == sorted(names)
+
+
+def test_credentials_in_a_location_are_refused_and_not_shown() -> None:
+    with pytest.raises(InputError, match=r"s3://\.\.\.@bucket/runs: .*no credentials") as caught:
+        Folder.at("s3://KEY:SECRET@bucket/runs")
+    assert "SECRET" not in str(caught.value)
+    assert without_secret("see s3://bucket/a@b and me@example.org") == "see s3://bucket/a@b and me@example.org"

@@ -1,0 +1,25 @@
+"""One line for a person."""
+
+import pytest
+
+from pipeline.errors import one_line
+from pipeline.storage import Folder
+
+
+def test_the_last_line_of_an_error_is_what_went_wrong() -> None:
+    assert one_line(RuntimeError("in\nthe end\n")) == "RuntimeError: the end"
+    assert one_line(RuntimeError()) == "RuntimeError: "
+
+
+def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in (settings | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).items():  # the discard port: nobody listens
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
+        Folder.at("s3://bucket/run").exists("config.yaml")
+    assert one_line(caught.value).startswith("the object store does not answer")
+
+
+def test_refused_credentials_are_said_to_be_so() -> None:
+    error = OSError("When reading 'key': AWS Error ACCESS_DENIED during GetObject operation: No response body.")
+    assert one_line(error).startswith("the object store refuses these credentials")
