@@ -89,7 +89,9 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
     write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
     train = config.train.model_copy(update={"evaluations": 1})
     last = min(config.merge.probe, train.steps)
-    shape, folded = _usual_shape(run), not _trained_on(config, "mashup")
+    folded = not _trained_on(config, "mashup")
+    best = run.folder.sub("candidates", short_list[0].recipe.name)
+    shape = _usual_shape(run) if folded else _shape_at(best)  # the base's, too: a larger rank alone learns faster
     lr, seed = config.train.learning_rates[0], config.train.seeds[0]
     jobs = {
         name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded, last)
@@ -179,9 +181,11 @@ def _trained_shape(run: Run) -> Lora:
 
 def _start_shape(run: Run) -> Lora:
     """The mashup's shape, or without one that of most donors."""
-    if not run.folder.exists("mashup"):
-        return _usual_shape(run)
-    content = run.folder.read_json(f"mashup/{CONFIG_FILE}")
+    return _shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else _usual_shape(run)
+
+
+def _shape_at(adapter: Folder) -> Lora:
+    content = adapter.read_json(CONFIG_FILE)
     return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
 
 
