@@ -33,6 +33,7 @@ from pipeline.merge.adapter import (
     write_adapter,
 )
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
+from pipeline.observe import worker_log
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE
 
@@ -103,6 +104,9 @@ def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shap
     with closing(AdapterCache()) as cache:
         cache.prefetch(batch["uri"].to_pylist())
         rows = [inspector.inspect(row["adapter_id"], row["uri"], cache) for row in batch.to_pylist()]
+    for row in rows:
+        if row["status"] != "ok":
+            worker_log("index", row["adapter_id"]).warning("set aside: %s", row["reason"])
     return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
 
