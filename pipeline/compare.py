@@ -14,10 +14,11 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipeline import cluster
+from pipeline import cluster, track
 from pipeline.arms import Job
-from pipeline.config import Config
+from pipeline.config import Config, TrackConfig
 from pipeline.metrics import interpolate, steps_to_parity
+from pipeline.observe import tell_training
 from pipeline.storage import Folder
 from pipeline.train import curve_table, fit
 
@@ -27,15 +28,23 @@ Outcome = dict[str, Any]
 """What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
 
 
-def train_arms(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> list[Outcome]:
+def train_arms(
+    jobs: Sequence[Job], storage: Folder, say: Callable[[str], None], tracked: TrackConfig | None = None
+) -> list[Outcome]:
     """Train every arm that has no result yet in `storage`, side by side where the cluster has room.
 
+    Args:
+        tracked: where the curves go besides.
+
     Raises:
+        InputError: what they are to be tracked with cannot be had.
         RuntimeError: an arm failed; the others' results are kept.
     """
     todo = [job for job in jobs if not storage.exists(f"{job.name}/{RESULT_FILE}")]
     if todo:
-        _tune(todo, storage, say)
+        tracked = tracked or TrackConfig()
+        track.check(tracked)
+        _tune(todo, storage, [_Follow(say, todo[0].train.steps), *track.callbacks(tracked, storage.path)])
     return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
 
 
@@ -91,7 +100,7 @@ def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, 
     return {**parity, "seconds": seconds, "seconds_saved": 1 - seconds / parity["base_seconds"]}
 
 
-def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> None:
+def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) -> None:
     train = jobs[0].train
     resources = cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
     at_once = max(1, cluster.engine_slots(resources) // train.workers)
@@ -99,7 +108,7 @@ def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> N
     tuner = tune.Tuner(
         # The trial only waits for its Ray Train run, which takes the resources.
         tune.with_resources(drive, {"CPU": 0.01}),
-        param_space={"arm": tune.grid_search([job.name for job in jobs])},
+        param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
         ),
@@ -108,7 +117,7 @@ def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> N
             storage_path=storage.path,
             storage_filesystem=storage.files,
             verbose=0,
-            callbacks=[_Follow(say, train.steps)],
+            callbacks=callbacks,
         ),
     )
     results = tuner.fit()
@@ -118,10 +127,13 @@ def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> N
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
     """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
-    job = jobs[trial["arm"]]
+    job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
-    about = {"name": job.name, "init": job.arm.init, "lr": job.arm.lr, "seed": job.arm.seed}
-    storage.write_json(f"{job.name}/{RESULT_FILE}", about | outcome)
+    storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    return {"name": job.name, "init": job.arm.init, "lr": job.arm.lr, "seed": job.arm.seed}
 
 
 class _Follow(tune.Callback):
@@ -136,12 +148,13 @@ class _Follow(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "eval_nll" in result:  # the last result of a trial carries no metrics
-            where = f"{trial.config['arm']}: step {result['step']}/{self._steps}"
+            tell_training(_trial_name(trial), result["tokens"], result["seconds"])
+            where = f"{_trial_name(trial)}: step {result['step']}/{self._steps}"
             self._say(f"{where}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
 
 
 def _trial_name(trial: Any) -> str:
-    return str(trial.config["arm"])
+    return str(trial.config["arm"]["name"])
 
 
 def _chosen(arms: Sequence[Outcome]) -> list[Outcome]:

@@ -177,6 +177,13 @@ class CompareConfig(Section):
     )
 
 
+class TrackConfig(Section):
+    """Where the training curves go besides the run folder's own tables."""
+
+    tensorboard: bool = Field(False, description="event files in train/tune/ of the run folder")
+    mlflow: str | None = Field(None, description="tracking URI of an MLflow server, such as http://host:5000")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -189,6 +196,7 @@ class Config(Section):
     merge: MergeConfig = MergeConfig()
     train: TrainConfig = TrainConfig()
     compare: CompareConfig = CompareConfig()
+    track: TrackConfig = TrackConfig()
 
     @field_validator("base")
     @classmethod

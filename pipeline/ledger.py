@@ -9,7 +9,7 @@ since its last `beat` is lost.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +35,13 @@ class Outputs:
 
 
 class Ledger:
-    """The stages of one run folder; `stages` are their outputs, in the order in which they run."""
+    """The stages of one run folder; `stages` are their outputs, in the order in which they run. `tell` hears now and then how
+    many seconds the running stage has taken."""
 
-    def __init__(self, run: Folder, stages: Mapping[str, Outputs]):
-        self._run, self._stages = run, stages
+    def __init__(
+        self, run: Folder, stages: Mapping[str, Outputs], tell: Callable[[str, float], None] = lambda stage, seconds: None
+    ):
+        self._run, self._stages, self._tell = run, stages, tell
         self.records: dict[str, dict[str, Any]] = run.read_json(FILE) if run.exists(FILE) else {}
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
@@ -47,6 +50,11 @@ class Ledger:
         """Whether a stage is done; with a key, whether for that key."""
         record = self.records.get(stage, {})
         return bool(record.get("done")) and (key is None or record["key"] == key)
+
+    @property
+    def running(self) -> str | None:
+        """The stage that is being performed."""
+        return self._running and self._running[0]
 
     def key(self, stage: str) -> str:
         return str(self.records[stage]["key"])
@@ -83,8 +91,9 @@ class Ledger:
         if self._running is None or (not force and time.perf_counter() - self._written < BEAT):
             return
         stage, started, before = self._running
-        self.records[stage]["seconds"] = before + time.perf_counter() - started
+        seconds = self.records[stage]["seconds"] = before + time.perf_counter() - started
         self._write()
+        self._tell(stage, seconds)
 
     def _reopen_from(self, stage: str) -> None:
         """Remove the results of this stage and of those after it: a reader must not take them for results of this input."""

@@ -35,6 +35,7 @@ from pipeline.merge.adapter import (
     write_adapter,
 )
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
+from pipeline.observe import worker_log
 from pipeline.storage import NO_SECRET, Folder, has_secret, without_secret
 from pipeline.tables import BASE_ID, CATALOGUE
 
@@ -125,6 +126,9 @@ def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shap
     with closing(AdapterCache()) as cache:
         cache.prefetch(one.uri for one in listed if one.problem is None)
         rows = [inspector.inspect(one, cache) for one in listed]
+    for row in rows:
+        if row["status"] != "ok":
+            worker_log("index", row["adapter_id"]).warning("set aside: %s", row["reason"])
     return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
 

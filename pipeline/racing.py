@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from pipeline.basemodel import fingerprint
 from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.errors import InputError
+from pipeline.observe import tell
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
@@ -61,7 +62,7 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
 def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
     """The base and these adapters (columns CANDIDATE) on these samples."""
     base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
-    return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures)
+    return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures, run.ledger.running or "search")
 
 
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
@@ -75,6 +76,7 @@ def race(
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
     board = Progress()
     for board in score_stream(work, engine, run.config.search, plan, limit):
+        _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()
     if not board.seen or not board.seen[0]:
@@ -93,6 +95,14 @@ def _store(run: Run) -> ScoreStore:
     search = run.config.search
     uri = search.store or run.folder.sub("store").uri
     return ScoreStore.at(uri, fingerprint(run.config.base), search.engine, scoring_dtype(search))
+
+
+def _measure(board: Progress) -> None:
+    """How far a race is, what waits in it and how fast it goes, as Ray metrics."""
+    for name in ("engines", "rung", "outstanding", "adapter_samples"):
+        tell(f"mashup_search_{name}", getattr(board, name))
+    if board.seconds:
+        tell("mashup_search_tokens_per_second", board.tokens / board.seconds)
 
 
 def _tell(run: Run, board: Progress, n_candidates: int, n_samples: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipeline import track
 from pipeline.arms import Arm, copy_weights
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.compare import compare as compare_arms
@@ -48,6 +49,7 @@ def run_all(config: Config) -> dict[str, Any]:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
     target_paths(config)  # a wrong path is said now, not after an hour of indexing
+    track.check(config.track)
     run = Run(config)
     run.save_config()
     index(run)
@@ -162,7 +164,7 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str
     arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
     run.progress.stage("train")
     run.start_ray()
-    outcome = train_arms([make_job(run, arm)], run.folder.sub("train"), run.progress.say)[0]
+    outcome = train_arms([make_job(run, arm)], run.folder.sub("train"), run.progress.say, run.config.track)[0]
     return run.folder.sub("train", outcome["checkpoint"]).uri
 
 
@@ -179,7 +181,7 @@ def compare(run: Run) -> None:
     if choice["verdict"] == "base" and "mashup" in config.compare.inits:
         run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
     with run.ledger.perform("compare", key) as details:
-        outcomes = train_arms(jobs, run.folder.sub("train"), _said_and_timed(run))
+        outcomes = train_arms(jobs, run.folder.sub("train"), _said_and_timed(run), config.track)
         curves, result = compare_arms(config, outcomes, run.folder)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.folder.write_table("comparison.parquet", curves)

@@ -10,6 +10,7 @@ from pipeline import cluster
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
 from pipeline.ledger import Ledger, Outputs
+from pipeline.observe import tell_stage
 from pipeline.progress import Progress
 from pipeline.storage import Folder
 
@@ -30,7 +31,7 @@ class Run:
         self.config = config
         self.folder = Folder.at(config.run)
         self.folder.create()
-        self.ledger = Ledger(self.folder, STAGES)
+        self.ledger = Ledger(self.folder, STAGES, tell_stage)
         self.progress = Progress()
 
     @classmethod

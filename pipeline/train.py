@@ -6,6 +6,7 @@ world there costs ten seconds of a CPU each, so that it is left to the workers.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
+from pipeline.observe import WorkerLog, worker_log
 from pipeline.storage import Folder
 from pipeline.tables import COMPARISON
 
 MAX_FAILURES = 2
+TUNE_STEP = "timesteps_total"
+"""What Tune's loggers draw over, where it is reported."""
 
 
 def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -71,8 +75,10 @@ def train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     from pipeline.finetuning import Finetuning
 
+    job: Job = config["job"]
     context = ray.train.get_context()
-    finetuning = Finetuning(config["job"], context.get_world_rank(), context.get_world_size(), _report_to_ray)
+    report = partial(_report_to_ray, worker_log("train", job.arm.name))
+    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
@@ -84,6 +90,8 @@ def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([row for outcome in outcomes for row in outcome["curve"]], schema=COMPARISON)
 
 
-def _report_to_ray(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+def _report_to_ray(log: WorkerLog, metrics: dict[str, Any], checkpoint: Path | None) -> None:
     """A barrier among the workers; returns when the checkpoint is stored."""
-    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(checkpoint)) if checkpoint else None)
+    stored = Checkpoint.from_directory(str(checkpoint)) if checkpoint else None
+    ray.train.report(metrics | {TUNE_STEP: metrics["step"]}, checkpoint=stored)
+    log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])

@@ -203,6 +203,15 @@ def ray_session(object_store: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def worker_logs(ray_session: None) -> Callable[[], str]:
+    """worker_logs(): all that the session's workers have logged so far."""
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    return lambda: "".join(file.read_text() for file in folder.glob("worker-*.err"))
+
+
 def _seeded_model(tie_word_embeddings: bool) -> LlamaForCausalLM:
     """Weights large enough that the logits are not flat."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,8 +61,9 @@ def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_
     assert "wrong base" in reasons["other"]
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_folder_of_nested_adapters_becomes_a_catalogue(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+def test_a_folder_of_nested_adapters_becomes_a_catalogue(
+    tmp_path: Path, tiny_base: str, make_adapter: Make, worker_logs: Callable[[], str]
+) -> None:
     pool = tmp_path / "pool"
     make_adapter(pool / "a", tiny_base, rank=3, alpha=6, seed=1)
     make_adapter(pool / "deep" / "er" / "b", tiny_base, rank=9, use_rslora=True, targets=["up_proj"], seed=2)
@@ -95,6 +97,7 @@ def test_a_folder_of_nested_adapters_becomes_a_catalogue(tmp_path: Path, tiny_ba
     assert "DoRA" in reasons["unlike"]
     assert "org/another-name" in rows["renamed"]["warning"]
     assert rows["a"]["warning"] is None
+    assert re.search(r"WARNING stage=index adapter=pickled node=[\d.]+/\w{8} set aside: pickle", worker_logs())
 
 
 def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:

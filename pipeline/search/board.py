@@ -41,6 +41,8 @@ class Work:
     samples: pa.Table
     store: ScoreStore
     failures: Folder
+    stage: str = "search"
+    """Of the run that asks, for the engines' logs."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ an actor that died to another. An actor stores the scores of a batch, whole or n
 """
 
 import faulthandler
-import logging
 import math
 import os
 import time
@@ -26,6 +25,7 @@ from pipeline.cache import AdapterCache
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
 from pipeline.errors import AdapterError
+from pipeline.observe import WorkerLog, worker_log
 from pipeline.search.board import Job, Progress, Scoreboard, Work
 from pipeline.search.race import Plan
 from pipeline.search.store import record_failures
@@ -136,7 +136,9 @@ class ScoringActor:
         ray.get(board.hello.remote(self.name))
         self.scorer: Scorer = build_scorer(engine, config)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
-        ray.get(board.ready.remote(time.perf_counter() - started))
+        startup = time.perf_counter() - started
+        self._log().info("engine up in %.1f s", startup)
+        ray.get(board.ready.remote(startup))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do the ticket's jobs; with `jobs` 0, all that there are until the race is over."""
@@ -158,6 +160,9 @@ class ScoringActor:
             scores, failed = self._watched(candidates, samples, tokens)
         record_failures(self.work.failures, failures | failed)
         names = rows["adapter_id"].to_pylist()
+        for name, reason in (failures | failed).items():
+            self._log(name).warning("set aside: %s", reason)
+        self._log(*names).info("scored on %d samples, %.3g s a token", len(samples), self.token_seconds)
         if len(scores):
             self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
         nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
@@ -187,7 +192,7 @@ class ScoringActor:
         try:
             return self.scorer.score(candidates, samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept
-            logging.getLogger(__name__).warning("scoring failed", exc_info=True)
+            self._log(*(candidate.adapter_id for candidate in candidates)).warning("scoring failed", exc_info=True)
             if len(candidates) == 1:
                 self._require_engine(samples)
                 return SCORES.empty_table(), {candidates[0].adapter_id: _first_line(error)}
@@ -200,8 +205,11 @@ class ScoringActor:
         try:
             self.scorer.score([Candidate(BASE_ID, None)], samples.slice(0, 1))
         except Exception:
-            logging.getLogger(__name__).exception("the engine is dead")
+            self._log(BASE_ID).exception("the engine is dead")
             os._exit(1)
+
+    def _log(self, *adapters: str) -> WorkerLog:
+        return worker_log(self.work.stage, ",".join(adapters) or "-")
 
 
 def _by_place(scores: pa.Table, places: dict[str, int]) -> dict[int, list[float]]:

@@ -1,5 +1,6 @@
 """The search on Ray with the transformers engine: the race's work, each piece once, whatever happens to some of it."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,12 @@ def test_all_engines_of_a_search_compute_in_one_type() -> None:
 
 
 def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
-    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], make_adapter: Callable[..., Path]
+    tmp_path: Path,
+    tiny_base: str,
+    samples: pa.Table,
+    pool: dict[str, Path],
+    make_adapter: Callable[..., Path],
+    worker_logs: Callable[[], str],
 ) -> None:
     """The first run, over a part of the pool, stands for one that was killed; in the second, one adapter is now corrupt."""
     uris = {name: str(folder) for name, folder in pool.items()}
@@ -98,6 +104,10 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     assert second.seen == [4, 4, 4, 4, 4, 0, 0]
     assert second.adapter_samples == 8
     assert read_failures(everything.failures).keys() == {"corrupt", "removed"}
+    origin = r"stage=search adapter=%s node=[\d.]+/\w{8} "
+    assert re.search("INFO " + origin % "-" + "engine up", worker_logs())
+    assert re.search("INFO " + origin % "a0,a1" + "scored on 4 samples", worker_logs())
+    assert re.search("WARNING " + origin % "corrupt" + "set aside: ", worker_logs())
 
     table = stored(everything)
     counts = Counter(zip(table["adapter_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True))

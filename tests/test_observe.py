@@ -1,0 +1,63 @@
+"""Metrics as a node gives them, the stage's time among them."""
+
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import observe, racing
+from pipeline.ledger import Ledger, Outputs
+from pipeline.search.board import Progress
+from pipeline.storage import Folder
+
+
+def test_nothing_is_told_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(observe, "_gauge", lambda name: pytest.fail("a gauge was made"))
+    observe.tell("mashup_search_rung", 1)
+
+
+def exported(names: set[str]) -> dict[str, float]:
+    """Our metrics at this node's endpoint, by name and own tag, once all of these names are there."""
+    (node,) = [one for one in ray.nodes() if one["Alive"]]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    found: dict[str, float] = {}
+    while not names <= found.keys() and time.monotonic() < deadline:
+        time.sleep(1)
+        lines = urllib.request.urlopen(address, timeout=10).read().decode().splitlines()
+        found = dict(_parse(line) for line in lines if line.startswith("ray_mashup_"))
+    return found
+
+
+def _parse(line: str) -> tuple[str, float]:
+    name, _, rest = line.removeprefix("ray_").partition("{")
+    labels, _, value = rest.rpartition("} ")
+    tags = dict(label.split("=", 1) for label in labels.split(",") if "=" in label)
+    own = [tags[tag].strip('"') for tag in ("stage", "arm") if tag in tags]
+    return ":".join([name, *own]), float(value)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
+    ledger = Ledger(Folder.at(tmp_path), {"probing": Outputs([])}, observe.tell_stage)
+    with ledger.perform("probing", "key"):
+        pass
+    observe.tell_training("some-arm", tokens=300, seconds=2.0)
+    observe.tell_training("not-begun", tokens=0, seconds=0.0)
+    racing._measure(Progress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5))
+    expected = {
+        "mashup_train_tokens_per_second:some-arm": 150.0,
+        "mashup_search_engines": 2.0,
+        "mashup_search_rung": 1.0,
+        "mashup_search_outstanding": 5.0,
+        "mashup_search_adapter_samples": 12.0,
+        "mashup_search_tokens_per_second": 300.0,
+    }
+    found = exported({"mashup_stage_seconds:probing", *expected})
+    assert found["mashup_stage_seconds:probing"] == pytest.approx(ledger.seconds("probing"))
+    assert {name: found[name] for name in expected} == expected
+    assert "mashup_train_tokens_per_second:not-begun" not in found
+    assert {name.partition(":")[0] for name in found} == observe.METRICS.keys()

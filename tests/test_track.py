@@ -1,0 +1,93 @@
+"""Curves in TensorBoard's files and in an MLflow store, from an arm that is really trained."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from pipeline import compare, track
+from pipeline.arms import Job
+from pipeline.config import TrackConfig, build_config
+from pipeline.errors import InputError
+from pipeline.run import run_all
+from pipeline.storage import Folder
+
+
+@pytest.fixture(autouse=True)
+def mlflow_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No usage statistics, no second try at a server that is not there, and a store of files, which stands for the server."""
+    settings = {"DISABLE_TELEMETRY": "true", "HTTP_REQUEST_MAX_RETRIES": "0", "ALLOW_FILE_STORE": "true"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+
+
+def scalars(events: bytes) -> dict[str, list[tuple[int, float]]]:
+    """The curves in an event file, a series of records: eight bytes of length, four of checksum, the event, four of checksum."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    while events:
+        end = 12 + struct.unpack("<Q", events[:8])[0]
+        event = Event.FromString(events[12:end])
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+        events = events[end + 4 :]
+    return found
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_arm_is_tracked_in_both(
+    job: Callable[..., Job], tmp_path: Path, worker_logs: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses at the same steps as in the arm's own curve; the start is drawn at step 1."""
+    told: list[tuple[str, int, float]] = []
+    monkeypatch.setattr(compare, "tell_training", lambda *figures: told.append(figures))
+    arm, store = job(steps=4, evaluations=2), str(tmp_path / "store")
+    storage = Folder.at(tmp_path / "train")
+    (outcome,) = compare.train_arms([arm], storage, lambda text: None, TrackConfig(tensorboard=True, mlflow=store))
+    curve = [(max(1, row["step"]), row["eval_nll"]) for row in outcome["curve"]]
+    assert [step for step, _ in curve] == [1, 2, 4]
+
+    (events,) = (tmp_path / "train/tune" / arm.name).glob("events.out.tfevents.*")
+    drawn = scalars(events.read_bytes())["ray/tune/eval_nll"]
+    assert drawn[: len(curve)] == [(step, pytest.approx(nll, abs=1e-5)) for step, nll in curve]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name(storage.path)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == (arm.name, "FINISHED")
+    assert {name: run.data.params[f"arm/{name}"] for name in ("init", "lr", "seed")} == {
+        "init": "base",
+        "lr": "0.01",
+        "seed": "0",
+    }
+    assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "eval_nll")] == curve
+
+    assert [(name, tokens) for name, tokens, _ in told] == [(arm.name, row["tokens"]) for row in outcome["curve"]]
+    assert f"INFO stage=train adapter={arm.arm.name} node=" in worker_logs()
+
+
+def test_nothing_is_written_unasked() -> None:
+    assert track.callbacks(TrackConfig(), "experiment") == []
+
+
+@pytest.mark.parametrize(("asked", "package"), [({"tensorboard": True}, "tensorboardX"), ({"mlflow": "http://x"}, "mlflow")])
+def test_a_missing_package_is_said_before_anything_is_spent(
+    asked: dict[str, Any], package: str, tiny_base: str, write_jsonl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    target = {"train": write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])}
+    content = {"run": str(tmp_path / "run"), "base": tiny_base, "pool": str(tmp_path), "target": target, "track": asked}
+    with pytest.raises(InputError, match=f"install {package} to use track.{next(iter(asked))}: pip install 'mashup-learning"):
+        run_all(build_config(content, "test"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "nosuch://store"])
+def test_a_server_that_cannot_be_used_is_an_input_error(uri: str) -> None:
+    with pytest.raises(InputError, match=f"track.mlflow: {uri}: cannot be used"):
+        track.check(TrackConfig(mlflow=uri))
