@@ -3,8 +3,8 @@
 pyarrow writes to an object store without conditions, so this is Lamport's bakery (A new solution of Dijkstra's concurrent
 programming problem, Communications of the ACM 17 (8), 1974), which needs nothing but writes and listings that all see at once, as
 local disks, S3 and Google Cloud Storage give. Who comes says so (`choosing.<id>`), takes a number above all that it sees
-(`number.<n>.<id>`), waits until nobody is choosing, and looks again: the smallest number holds the lock. Unlike in the bakery, the
-others do not wait for their turn but give up. No file that a listing has to find is ever written twice.
+(`number.<n>.<id>`), waits until nobody is choosing, and looks again: the smallest number holds the lock. Unlike in the bakery,
+the others do not wait for their turn but give up. No file that a listing has to find is ever written twice.
 
 `beat.<id>` is written anew every quarter of the expiry. Where it is older than the expiry, by the store's own clock, its process
 is dead or asleep, and the others remove what it left. Who slept that long and wakes finds its number gone: `check` raises, and is
@@ -106,7 +106,7 @@ class Lock:
 
     def _give_up(self, holder: str) -> NoReturn:
         about: dict[str, Any] = {}
-        with suppress(FileNotFoundError):  # it ended just now
+        with suppress(OSError):  # it ended just now, or is being removed
             about = self.folder.read_json(holder)
         who = "since {since} (process {process} on {host})".format_map(about) if about else "until a moment ago"
         raise LockTakenError(f"{self.folder.uri}: another process is at work here {who}; try again when it has ended")
