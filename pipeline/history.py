@@ -13,7 +13,7 @@ from pipeline.tables import HISTORY, SEEN, require
 
 FILE = "history.parquet"
 FAILURES = ("failed", "wrong input")
-NEW = "target"
+NEW = "new target"
 
 Seen = dict[str, str]
 """Of each of SEEN a digest."""

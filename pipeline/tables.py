@@ -85,7 +85,7 @@ HISTORY = pa.schema(
     [
         ("time", pa.timestamp("ms", tz="UTC")),  # of the end
         ("target", pa.string()),
-        ("changed", pa.list_(pa.string())),  # of SEEN, since it last went well; 'target': it never did
+        ("changed", pa.list_(pa.string())),  # of SEEN, since it last went well; 'new target': it never did
         ("seen", pa.struct([(name, pa.string()) for name in SEEN])),  # digests
         ("candidates", pa.int32()),  # adapters on the leaderboard
         ("adapter_samples", pa.int64()),  # newly scored by the search

@@ -6,6 +6,7 @@ One page that needs nothing else, like the report of a run, and as careful with 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -73,5 +74,7 @@ def _draw(figure: Figure, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     axes.set_ylabel("gain, nats a token")
     axes.set_ylim(top=1.12 * max([row["gain"] for row in rows if math.isfinite(row["gain"])] + [0.05]))
-    axes.margins(x=0.06)
+    first, last = rows[0]["time"], rows[-1]["time"]
+    margin = (last - first) / 16 or timedelta(hours=12)
+    axes.set_xlim(first - margin, last + margin)
     legend_above(figure, axes)

@@ -33,7 +33,7 @@ def row(day: int, target: str = "medicine", gain: float | None = 0.4, outcome: s
         "base_holdout_nll": 1.6,
         "nll_minus_base": None if gain is None else -gain,
         "outcome": outcome,
-        "mashup": None if gain is None else f"s3://team/mashups/published/{target}/{day}",
+        "mashup": None if gain is None else f"s3://team/mashups/published/{target}/2026030{day + 1}-abc",
         "reason": None,
         "seconds": 75.0,
     } | more
@@ -42,8 +42,8 @@ def row(day: int, target: str = "medicine", gain: float | None = 0.4, outcome: s
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     return [
-        row(0, outcome="published", changed=["target"]),
-        row(0, "law", 0.1, "published", changed=["target"]),
+        row(0, outcome="published", changed=["new target"]),
+        row(0, "law", 0.1, "published", changed=["new target"]),
         row(1, gain=0.402),
         row(1, "law", None, "withdrawn", changed=["data"]),
         row(2, gain=0.55, outcome="published", changed=["adapters", "base"]),
@@ -64,8 +64,8 @@ def test_the_page_shows_donors_gains_and_what_happened(rows: list[dict[str, Any]
     page = (tmp_path / "history.html").read_text()
     text = text_of(page)
     now = text[text.index("Donors now") : text.index("Gain over time")]
-    assert "medicine 2026-03-03 06:00 exact-3 1.0500 1.6000 0.5500 boolq-r8, hotel-reviews, sql" in now
-    assert "law 2026-03-02 06:00 base – 1.6000 0.0000 none beats the base none" in now  # what failed says nothing of donors
+    assert "medicine 2026-03-03 06:00 exact-3 1.0500 0.5500 boolq-r8, hotel-reviews, sql 20260303-abc" in now
+    assert "law 2026-03-02 06:00 base – 0.0000 none beats the base none" in now  # what failed says nothing of donors
     done = text[text.index("Refreshes") :]
     assert "2026-03-03 06:00 law tried again failed – – 1 min 15 s OSError: the store is away" in done
     assert "2026-03-03 06:00 medicine adapters, base published 96 0.5500 1 min 15 s" in done
