@@ -1,6 +1,7 @@
 """The command `mashup`: a subcommand for each stage, and `mashup run CONFIG.yaml` for all of them.
 
-Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong.
+Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong; 3 nothing to do (only of
+`mashup refresh --exit-code`).
 """
 
 import os
@@ -115,6 +116,20 @@ def run_command(
     folder = Folder.at(asked.run)
     _print_summary(folder)
     typer.echo(f"{folder.uri}/report.html")
+
+
+@app.command("refresh")
+def refresh_command(
+    config: Annotated[str, typer.Argument(metavar="REFRESH.yaml", help="Which targets to keep up to date; see README.")],
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where there was nothing to do.")] = False,
+) -> None:
+    """Bring the mashups of many targets up to date: score what is new, publish what is better. Prints what came of each."""
+    from pipeline.refresh import load_refresh, refresh
+
+    found = refresh(load_refresh(config), exit_code)
+    for target, came in found["targets"].items():
+        typer.echo(": ".join([target, *(came[key] for key in ("outcome", "reason", "mashup") if key in came)]))
+    raise typer.Exit(found["exit_code"])
 
 
 def main() -> None:

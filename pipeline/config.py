@@ -5,7 +5,7 @@ A key that is not known is an error, never ignored. `load_config` gives messages
 
 import math
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -33,6 +33,9 @@ class Section(BaseModel):
         if isinstance(value, str) and has_secret(value):
             raise ValueError(NO_SECRET)
         return value
+
+
+Asked = TypeVar("Asked", bound=Section)
 
 
 class TargetConfig(Section):
@@ -212,6 +215,16 @@ def load_config(path: str, **overrides: Any) -> Config:
     Raises:
         InputError: no such file, not YAML, or a key or value that is not right.
     """
+    content = read_yaml(path, "run, base, pool and target")
+    return build_config({**content, **{key: value for key, value in overrides.items() if value is not None}}, path)
+
+
+def read_yaml(path: str, keys: str) -> dict[str, Any]:
+    """The content of a config file; `keys` names some that it should have, for the message.
+
+    Raises:
+        InputError: no such file, not YAML, or no keys in it.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -219,8 +232,8 @@ def load_config(path: str, **overrides: Any) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys such as run, base, pool and target, got {type(content).__name__}")
-    return build_config({**content, **{key: value for key, value in overrides.items() if value is not None}}, path)
+        raise InputError(f"{path}: expected keys such as {keys}, got {type(content).__name__}")
+    return content
 
 
 def build_config(content: dict[str, Any], source: str) -> Config:
@@ -229,26 +242,31 @@ def build_config(content: dict[str, Any], source: str) -> Config:
     Raises:
         InputError: a key or value that is not right, named with its place.
     """
+    return checked(Config, content, source)
+
+
+def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
+    """`content` as a section of this kind; else as `build_config`."""
     try:
-        return Config.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+        raise InputError(f"{source}: " + "; ".join(_describe(problem, kind) for problem in error.errors())) from error
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, kind: type[Section]) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc']))})"
+        return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":
         return f"key {place!r} is missing"
     return without_secret(f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}")
 
 
-def _known_keys(place: tuple[str | int, ...]) -> list[str]:
-    section: type[BaseModel] = Config
+def _known_keys(place: tuple[str | int, ...], kind: type[Section]) -> list[str]:
+    section: Any = kind
     for part in place[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        section = cast(type[BaseModel], annotation)
+        named = get_origin(section) is dict  # of sections, under names that the user gives
+        section = get_args(section)[-1] if named else section.model_fields[str(part)].annotation
     return list(section.model_fields)
 
 

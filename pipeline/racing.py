@@ -12,7 +12,7 @@ from pipeline.observe import tell
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
-from pipeline.search.race import KEEP, SMALL_POOL, Plan
+from pipeline.search.race import KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.stream import engine_config, score_stream, scoring_dtype
@@ -89,6 +89,16 @@ def race(
     for name, value in ({"engine_start_seconds": board.startup} | spent).items():
         details[name] = round(details.get(name, 0) + value, 1)
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
+
+
+def race_holdout(
+    run: Run, adapters: pa.Table, catalogue: pa.Table, max_rank: int, details: dict[str, Any]
+) -> tuple[Known, list[int]]:
+    """Score the base and these adapters (columns CANDIDATE) on every hold-out sample, as `race` does."""
+    holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
+    work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
+    plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
+    return race(run, work, make_engine(run, catalogue, max_rank), plan, details)
 
 
 def _store(run: Run) -> ScoreStore:

@@ -182,6 +182,7 @@ def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[
             "weight": weight,
             "uri": entries[donor]["uri"],
             "sha256": entries[donor]["sha256"],
+            "adapter_hash": entries[donor]["adapter_hash"],
             "base_model": entries[donor]["base_model"],
             "rank": entries[donor]["rank"],
             "place": places[donor]["place"],

@@ -14,8 +14,6 @@ input, and goes on where it was interrupted.
 from collections.abc import Callable
 from typing import Any
 
-from pyarrow import fs
-
 from pipeline import track
 from pipeline.arms import Arm, copy_weights
 from pipeline.basemodel import fingerprint, linear_shapes
@@ -67,7 +65,7 @@ def index(run: Run) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool, config.exclude)
-    key = digest(fingerprint(config.base), listing, _state(config.pool))
+    key = digest(fingerprint(config.base), listing, Folder.at(config.pool).state())
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
@@ -83,7 +81,7 @@ def index(run: Run) -> None:
 def samples(run: Run) -> None:
     """Draw the sample of the target task and tokenise its training splits."""
     config = run.config
-    files = [_state(path) for path in target_paths(config).values()]
+    files = [Folder.at(path).state() for path in target_paths(config).values()]
     key = digest(fingerprint(config.base), config.target.model_dump(), files, _sampling(config))
     if run.ready("samples", key):
         return
@@ -225,11 +223,3 @@ def _said_and_timed(run: Run) -> Callable[[str], None]:
 
 def _sampling(config: Config) -> tuple[int, float, int]:
     return config.search.samples, config.search.holdout, config.search.seed
-
-
-def _state(path: str) -> list[Any]:
-    """Names, sizes and times of the files at a path."""
-    folder = Folder.at(path)
-    what = fs.FileSelector(folder.path, recursive=True) if folder.is_folder else [folder.path]
-    found = folder.files.get_file_info(what)
-    return sorted((one.path, one.size, one.mtime_ns) for one in found if one.is_file)

@@ -24,11 +24,10 @@ from pipeline.merge.recipes import Recipe, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
-from pipeline.racing import CANDIDATE, make_engine, make_work, race
+from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
-from pipeline.search.race import make_plan
 from pipeline.search.scoreboard import paired_difference
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
@@ -42,13 +41,10 @@ def score_recipes(
         return [], None
     recipes = [_found_on_samples(run, recipe, catalogue) if recipe.weighting in ON_SAMPLES else recipe for recipe in recipes]
     built = _build(run, recipes, catalogue)
-    holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
     uris = [run.folder.sub("candidates", name).uri for name in built]
     adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
-    work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
-    plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
-    engine = make_engine(run, catalogue, max(recipe.rank for recipe in recipes if recipe.name in built))
-    known, seen = race(run, work, engine, plan, details)
+    max_rank = max(recipe.rank for recipe in recipes if recipe.name in built)
+    known, seen = race_holdout(run, adapters, catalogue, max_rank, details)
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
     scored = [
         Scored(recipe, mean_per_token(nll, tokens).mean, *paired_difference(nll, base, tokens), built[recipe.name].kept)

@@ -106,6 +106,17 @@ class Folder:
         found = self.files.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
 
+    def state(self) -> list[tuple[str, int, int]]:
+        """Path, size in bytes and time in nanoseconds of every file at this location, a folder at any depth or one file, sorted:
+        what differs once something there has changed. Nothing there: empty."""
+        what = fs.FileSelector(self.path, recursive=True) if self.is_folder else [self.path]
+        return sorted((one.path, one.size, one.mtime_ns) for one in self.files.get_file_info(what) if one.is_file)
+
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds since 1970 by the store's own clock; None where there is none."""
+        when = self.files.get_file_info(self.join(name)).mtime_ns
+        return None if when is None else when / 1e9
+
     def create(self) -> None:
         """Make the folder where it is missing.
 

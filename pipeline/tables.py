@@ -78,6 +78,31 @@ COMPARISON = pa.schema(
     ]
 )
 
+SEEN = ("adapters", "data", "base", "settings")
+"""What a refresh looks at to find out whether there is anything to do."""
+
+HISTORY = pa.schema(
+    [
+        ("time", pa.timestamp("ms", tz="UTC")),  # of the end
+        ("target", pa.string()),
+        ("changed", pa.list_(pa.string())),  # of SEEN, since it last went well; 'new target': it never did
+        ("seen", pa.struct([(name, pa.string()) for name in SEEN])),  # digests
+        ("candidates", pa.int32()),  # adapters on the leaderboard
+        ("adapter_samples", pa.int64()),  # newly scored by the search
+        ("verdict", pa.string()),
+        ("recipe", pa.string()),
+        ("donors", pa.list_(pa.string())),
+        ("holdout_nll", pa.float64()),  # of the selection, nats a completion token
+        ("base_holdout_nll", pa.float64()),
+        ("nll_minus_base", pa.float64()),
+        ("outcome", pa.string()),  # published, withdrawn, kept, failed, wrong input
+        ("mashup", pa.string()),  # where the published mashup is; null: none is better than the base
+        ("reason", pa.string()),  # why it failed
+        ("seconds", pa.float64()),
+    ]
+)
+"""A row for each target that a refresh worked on."""
+
 
 def require(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
     """The columns of `schema` in its order.

@@ -74,7 +74,7 @@ def read_run(run: Folder) -> RunFiles:
 
 def render(files: RunFiles) -> str:
     """The page as HTML."""
-    return _template().render(
+    return template("page.html").render(
         files=files,
         target=(files.config.get("target") or {}).get("train"),
         verdict=words.verdict(files.summary, files.selection),
@@ -102,7 +102,8 @@ def _json(run: Folder, name: str) -> Any:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this folder. Whatever is put into it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -113,7 +114,7 @@ def _template() -> Template:
     shown: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.rate, words.unbroken]
     environment.filters |= {function.__name__: function for function in shown}
     environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS}
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _plots(files: RunFiles) -> dict[str, Markup]:

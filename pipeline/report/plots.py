@@ -95,14 +95,14 @@ def loss_plot(comparison: pa.Table, chosen: Mapping[str, float], parity: Mapping
     """
     curves = read_curves(comparison, "eval_nll")
     label = "Validation NLL against training step for " + _names(curves)
-    return _svg("loss", partial(_draw_loss, curves=curves, chosen=chosen, parity=parity), 400, label)
+    return svg("loss", partial(_draw_loss, curves=curves, chosen=chosen, parity=parity), 400, label)
 
 
 def accuracy_plot(comparison: pa.Table, chosen: Mapping[str, float]) -> str:
     """Token accuracy and exact match on the validation split against step, one above the other."""
     tokens, rows = (read_curves(comparison, column) for column in ("eval_token_accuracy", "eval_exact_match"))
     label = "Token accuracy and exact match on the validation split against training step for " + _names(tokens)
-    return _svg("accuracy", partial(_draw_accuracy, tokens=tokens, rows=rows, chosen=chosen), 400, label)
+    return svg("accuracy", partial(_draw_accuracy, tokens=tokens, rows=rows, chosen=chosen), 400, label)
 
 
 def leaderboard_plot(leaderboard: pa.Table, donors: Collection[str]) -> str:
@@ -110,13 +110,13 @@ def leaderboard_plot(leaderboard: pa.Table, donors: Collection[str]) -> str:
     adapters = (row for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID)
     shown = [row for row in adapters if is_number(row["nll_minus_base"])][:TOP]
     label = f"NLL minus the base's of the first {len(shown)} adapters, with standard errors"
-    return _svg("leaderboard", partial(_draw_leaderboard, rows=shown, donors=donors), 90 + 22 * max(len(shown), 1), label)
+    return svg("leaderboard", partial(_draw_leaderboard, rows=shown, donors=donors), 90 + 22 * max(len(shown), 1), label)
 
 
 def time_plot(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """A bar a stage in the order of running, the share spent starting up hatched."""
     label = "Time by stage: " + ", ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages.items())
-    return _svg("time", partial(_draw_time, stages=stages), 80 + 34 * max(len(stages), 1), label)
+    return svg("time", partial(_draw_time, stages=stages), 80 + 34 * max(len(stages), 1), label)
 
 
 def read_curves(comparison: pa.Table, column: str) -> list[Curve]:
@@ -142,7 +142,7 @@ def _names(curves: Sequence[Curve]) -> str:
     return " and ".join(dict.fromkeys(curve.init for curve in curves)) or "no arm"
 
 
-def _svg(name: str, draw: Callable[[Figure], None], height: int, label: str) -> str:
+def svg(name: str, draw: Callable[[Figure], None], height: int, label: str) -> str:
     """The figure that `draw` fills, as an `<svg>` element of its container's width. `name` keeps ids apart from other plots'."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"mashup-{name}"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has more fonts
@@ -184,7 +184,7 @@ def _draw_loss(figure: Figure, curves: Sequence[Curve], chosen: Mapping[str, flo
             }
             axes.plot(parity["steps"], target, color=INK, zorder=5, label=f"parity, step {step(parity['steps'])}", **marker)
     _fit_height(axes, curves, chosen)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _draw_accuracy(figure: Figure, tokens: Sequence[Curve], rows: Sequence[Curve], chosen: Mapping[str, float]) -> None:
@@ -195,7 +195,7 @@ def _draw_accuracy(figure: Figure, tokens: Sequence[Curve], rows: Sequence[Curve
     lower.set(xlabel="step", ylabel="exact match")
     for axes in (upper, lower):
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    _legend_above(figure, upper)
+    legend_above(figure, upper)
 
 
 def _draw_curves(axes: Axes, curves: Sequence[Curve], chosen: Mapping[str, float]) -> None:
@@ -229,7 +229,7 @@ def _fit_height(axes: Axes, curves: Sequence[Curve], chosen: Mapping[str, float]
         axes.set_ylim(min(low) - margin, max(high) + margin)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
+def legend_above(figure: Figure, axes: Axes) -> None:
     """Solid curves first: they are what the plot is about."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:

@@ -1,0 +1,117 @@
+"""The mashups that others use: `published/<target>/<time>-<digest>/`, and `current.json` beside them: which one counts.
+
+A version is never changed, and `current.json` is written last: who reads it finds a whole mashup, or that the base is the better
+start (`uri` null).
+"""
+
+import math
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.basemodel import fingerprint
+from pipeline.fetch import fetch_adapter
+from pipeline.merge.adapter import WEIGHTS_FILE, content_hash, file_sha256, read_adapter
+from pipeline.metrics import mean_per_token
+from pipeline.pool import valid_adapters
+from pipeline.racing import CANDIDATE, race_holdout
+from pipeline.run_folder import Run
+from pipeline.storage import Folder
+
+CURRENT = "current.json"
+
+Json = dict[str, Any]
+
+
+def publish(run: Run, place: Folder, threshold: float) -> tuple[str, Json]:
+    """Publish what a run selected, if that is another selection than the published one, or better by `threshold`.
+
+    Args:
+        place: of the target's published mashups.
+        threshold: nats a completion token on the run's hold-out samples.
+
+    Returns:
+        What was done (published; withdrawn, where a mashup was published and the base is better now; kept), and what now counts.
+    """
+    current = place.read_json(CURRENT) if place.exists(CURRENT) else None
+    found = _describe(run)
+    if current and not _is_news(run, current, found, threshold):
+        return "kept", current
+    now = datetime.now(UTC)
+    if found["verdict"] == "mashup":
+        found["uri"] = _copy(run.folder, place.sub(f"{now:%Y%m%dT%H%M%SZ}-{found['adapter_hash'][:8]}"))
+        outcome = "published"
+    else:
+        outcome = "withdrawn" if current else "kept"
+    found["time"] = f"{now:%Y-%m-%dT%H:%M:%SZ}"
+    place.write_json(CURRENT, found)
+    return outcome, found
+
+
+def chosen(selection: Json) -> Json:
+    """The candidate that was chosen, with its losses; of a verdict for the base, nothing."""
+    name = (selection["recipe"] or {}).get("name")
+    return next((one for one in selection["candidates"] if one["name"] == name), {})
+
+
+def _describe(run: Run) -> Json:
+    """What a reader, and the next refresh, should know of a selection."""
+    selection = run.folder.read_json("selection.json")
+    best = chosen(selection)
+    return {
+        "uri": None,
+        "verdict": selection["verdict"],
+        "base": run.config.base,
+        "base_fingerprint": fingerprint(run.config.base),
+        "adapter_hash": _hash(run.folder.sub("mashup").uri) if best else None,
+        "recipe": best.get("name"),
+        "rank": best.get("rank"),
+        "donors": [{key: donor[key] for key in ("adapter_id", "adapter_hash", "weight")} for donor in selection["donors"]],
+        "holdout_nll": best.get("holdout_nll"),
+        "base_holdout_nll": selection["base_holdout_nll"],
+    }
+
+
+def _is_news(run: Run, current: Json, found: Json, threshold: float) -> bool:
+    """Whether a selection is worth publishing in place of the current one."""
+    if _identity(current) != _identity(found):
+        return True
+    if current["adapter_hash"] == found["adapter_hash"]:
+        return False
+    gain = _loss_now(run, current) - found["holdout_nll"]
+    return math.isnan(gain) or gain >= threshold
+
+
+def _identity(described: Json) -> tuple[str, str, list[str]]:
+    """Verdict, base and donors; donors by their content, which may change under a name."""
+    donors = sorted(donor["adapter_hash"] for donor in described["donors"])
+    return described["verdict"], described["base_fingerprint"], donors
+
+
+def _loss_now(run: Run, current: Json) -> float:
+    """The published mashup's loss on the hold-out samples of today, in nats a completion token; NaN: it cannot be scored any
+    more. A mashup that is among today's candidates was scored with them."""
+    run.start_ray()
+    published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
+    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
+    known, _ = race_holdout(run, published, catalogue, current["rank"], {})
+    return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
+
+
+def _copy(run: Folder, target: Folder) -> str:
+    """Copy the mashup with its card and the selection file. Returns where it is now."""
+    mashup = run.sub("mashup")
+    for file in mashup.list_files():
+        target.write_bytes(file, mashup.read_bytes(file))
+    target.write_bytes("selection.json", run.read_bytes("selection.json"))
+    return target.uri
+
+
+def _hash(uri: str) -> str:
+    """The adapter_hash of a merged adapter, as the catalogue has it of donors."""
+    with tempfile.TemporaryDirectory() as cache:
+        folder = fetch_adapter(uri, Path(cache))
+        return content_hash(file_sha256(folder / WEIGHTS_FILE), read_adapter(folder).config)

@@ -1,0 +1,194 @@
+"""Scheduled runs: `mashup refresh REFRESH.yaml` keeps the mashups of many targets up to date.
+
+    look      files of pool, targets and base, settings -> what changed since the last time
+    renew     for each target where something did: search what is new, select, merge   -> runs/<target>/
+    publish   where the selection changed, or its gain passes the threshold            -> published/<target>/
+    history   a row for each of these targets, and a page                              -> history.parquet, history.html
+
+One refresh of a home at a time. Where nothing changed, neither Ray nor torch is even imported.
+"""
+
+import os
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from huggingface_hub import hf_hub_download
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from pipeline.config import Config, MergeConfig, SearchConfig, Section, TargetConfig, checked, read_yaml
+from pipeline.errors import InputError
+from pipeline.history import FAILURES, History, Seen
+from pipeline.ledger import digest
+from pipeline.lock import Lock, LockLostError
+from pipeline.progress import Progress
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.run_folder import Run
+
+NOTHING = "nothing to do"
+EXIT_CODES = {"done": 0, NOTHING: 0, "failed": 1, "wrong input": 2}
+NOTHING_CODE = 3
+"""Of a refresh that had nothing to do, for who asks."""
+
+REPORTED = ("outcome", "changed", "verdict", "donors", "nll_minus_base", "adapter_samples", "mashup", "reason")
+"""Columns of the history that a refresh gives back."""
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise ValueError("names a folder: letters, digits, '.', '_' and '-' alone, no dot in front")
+    return name
+
+
+class RefreshConfig(Section):
+    """What a refresh keeps up to date."""
+
+    home: str = Field(description="folder of everything that refreshes leave: a local path or s3://...")
+    base: str = Field(description="as of a run, like all that follows")
+    pool: str
+    targets: dict[Annotated[str, AfterValidator(_file_name)], TargetConfig] = Field(min_length=1)
+    search: SearchConfig = SearchConfig()
+    merge: MergeConfig = MergeConfig()
+    threshold: float = Field(
+        0.01,
+        ge=0,
+        description="gain over the published mashup, in nats a token, from which other weights of its donors are worth it",
+    )
+
+    @field_validator("pool")
+    @classmethod
+    def home_lies_elsewhere(cls, value: str, info: ValidationInfo) -> str:
+        home, pool = Folder.at(info.data.get("home", "")), Folder.at(value)
+        if f"{home.path}/".startswith(f"{pool.path}/"):
+            raise ValueError(f"home {home.uri} lies in the pool, so that its mashups would become donors; choose another home")
+        return value
+
+    def run_of(self, target: str) -> Config:
+        """A target's run. All share one store of scores."""
+        home = Folder.at(self.home)
+        search = self.search.model_copy(update={"store": self.search.store or home.sub("store").uri})
+        places = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
+        return Config(**places, target=self.targets[target], search=search, merge=self.merge)
+
+
+def load_refresh(path: str) -> RefreshConfig:
+    """Read the config file of a refresh.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    return checked(RefreshConfig, read_yaml(path, "home, base, pool and targets"), path)
+
+
+def refresh(config: RefreshConfig, tell_nothing: bool = False) -> dict[str, Any]:
+    """Refresh every target for which something changed; one that fails does not stop the others.
+
+    Args:
+        tell_nothing: give `exit_code` NOTHING_CODE, not 0, where there was nothing to do.
+
+    Returns:
+        `status` and `exit_code`, and under `targets` what came of each.
+
+    Raises:
+        InputError: home, base or pool are not right.
+        LockTakenError: another refresh of this home is at work.
+        LockLostError: this process slept for so long that another one may be.
+    """
+    home = Folder.at(config.home)
+    home.create()
+    with Lock(home.sub("lock")) as lock:
+        history = History.of(home)
+        looked = look(config)
+        due = {name: changed for name, seen in looked.items() if (changed := history.changed(name, seen)) is not None}
+        rows = _renew_all(config, history, lock, due, looked) if due else {}
+    status = _status([row["outcome"] for row in rows.values()])
+    code = NOTHING_CODE if tell_nothing and status == NOTHING else EXIT_CODES[status]
+    untouched = {"outcome": NOTHING}
+    reported = {name: {key: row[key] for key in REPORTED if row.get(key) is not None} for name, row in rows.items()}
+    return {"status": status, "exit_code": code, "targets": {name: reported.get(name, untouched) for name in looked}}
+
+
+def look(config: RefreshConfig) -> dict[str, Seen]:
+    """Digests of what each target's mashup depends on, by the names, sizes and times of files; none is read.
+
+    Raises:
+        InputError: the base model is not known.
+    """
+    adapters, base = digest(Folder.at(config.pool).state()), digest(_base_state(config.base))
+    settings = digest(config.search.model_dump(), config.merge.model_dump(), config.threshold)
+    return {
+        name: {"adapters": adapters, "data": digest(_data_state(target)), "base": base, "settings": settings}
+        for name, target in config.targets.items()
+    }
+
+
+def _data_state(target: TargetConfig) -> list[Any]:
+    paths = [path for path in (target.train, target.validation, target.test) if path]
+    return [target.model_dump(), *(Folder.at(path).state() for path in paths)]
+
+
+def _base_state(base: str) -> list[Any]:
+    """Of a local folder its files; of a Hub id the place of its config in the Hub's cache, which names the commit."""
+    if Path(base).expanduser().is_dir():
+        return Folder.at(base).state()
+    try:
+        return [hf_hub_download(base, "config.json")]
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({reason})") from error
+
+
+def _renew_all(
+    config: RefreshConfig, history: History, lock: Lock, due: dict[str, list[str]], looked: dict[str, Seen]
+) -> dict[str, dict[str, Any]]:
+    """Renew the targets that are due, and put down what came of each at once. Gives rows of the history."""
+    from pipeline.renewal import index_pool  # this brings torch and Ray
+    from pipeline.report.history import write_history
+
+    progress = Progress()
+    pool = index_pool(config.run_of(next(iter(due))), history.home.sub("index"))
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        for name, changed in due.items():
+            progress.stage(name)
+            progress.say(f"changed: {', '.join(changed)}" if changed else "failed the last time")
+            row = _renew(config, name, pool, lock) | {"target": name, "changed": changed, "seen": looked[name]}
+            lock.check()
+            history.add(row)
+            rows[name] = row
+            progress.say(f"{row['outcome']}: {row['reason']}" if "reason" in row else row["outcome"])
+    finally:  # who is stopped leaves a page of what was done
+        lock.check()
+        write_history(history.home)
+    return rows
+
+
+def _renew(config: RefreshConfig, name: str, pool: "Run", lock: Lock) -> dict[str, Any]:
+    """Renew one target. What fails, but for a lock that is lost, is kept as the reason."""
+    from pipeline.renewal import renew
+
+    started = time.perf_counter()
+    place = Folder.at(config.home).sub("published", name)
+    try:
+        found = renew(config.run_of(name), pool, place, config.threshold, lock.check)
+    except LockLostError:
+        raise
+    except InputError as error:
+        found = {"outcome": "wrong input", "reason": str(error)}
+    except Exception as error:  # the next target may do
+        if os.environ.get("MASHUP_TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        found = {"outcome": "failed", "reason": f"{type(error).__name__}: {lines[-1]}"}
+    return found | {"time": datetime.now(UTC), "seconds": time.perf_counter() - started}
+
+
+def _status(outcomes: list[str]) -> str:
+    failures = {outcome for outcome in outcomes if outcome in FAILURES}
+    if failures:
+        return "wrong input" if failures == {"wrong input"} else "failed"
+    return "done" if outcomes else NOTHING

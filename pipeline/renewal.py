@@ -1,0 +1,85 @@
+"""One target of a refresh: the stages up to the merge, in a run folder of its own, and what comes of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import run as stages
+from pipeline.config import Config, TargetConfig
+from pipeline.publish import chosen, publish
+from pipeline.run_folder import Run
+from pipeline.samples import target_paths
+from pipeline.storage import Folder
+
+
+def index_pool(config: Config, folder: Folder) -> Run:
+    """Check the pool once for all targets of a refresh, in a run folder that holds nothing else.
+
+    Raises:
+        InputError: the base or the pool is not right.
+    """
+    run = Run(config.model_copy(update={"run": folder.uri, "target": TargetConfig(train="")}))
+    stages.index(run)
+    return run
+
+
+def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
+    """Score what is new for a target, select and merge anew where that may change, and publish what is worth it.
+
+    Args:
+        pool: the run that checked the pool.
+        place: of the target's published mashups.
+        threshold: see `publish`.
+        check: raises where publishing is not allowed any more.
+
+    Returns:
+        Columns of the history.
+
+    Raises:
+        InputError: the target is not right.
+    """
+    target_paths(config)
+    run = Run(config)
+    run.save_config()
+    _take_index(run, pool)
+    stages.samples(run)
+    key, before = _searched(run)
+    stages.search(run)
+    stages.merge_donors(run)
+    check()
+    outcome, current = publish(run, place, threshold)
+    key_now, spent = _searched(run)
+    return _columns(run) | {
+        "adapter_samples": spent - (before if key == key_now else 0),
+        "outcome": outcome,
+        "mashup": current["uri"],
+    }
+
+
+def _take_index(run: Run, pool: Run) -> None:
+    """Take the catalogue over."""
+    key = pool.ledger.key("index")
+    if run.ledger.done("index", key):
+        return
+    with run.ledger.perform("index", key) as details:
+        details |= pool.ledger.records["index"]["details"]
+        run.folder.write_table("catalogue.parquet", pool.folder.read_table("catalogue.parquet"))
+
+
+def _searched(run: Run) -> tuple[str, int]:
+    """The key of the last search and the adapter-samples that it scored, over all attempts."""
+    record = run.ledger.records.get("search", {"key": "", "details": {}})
+    return record["key"], record["details"].get("adapter_samples", 0)
+
+
+def _columns(run: Run) -> dict[str, Any]:
+    selection = run.folder.read_json("selection.json")
+    best = chosen(selection)
+    return {
+        "candidates": len(run.folder.read_table("leaderboard.parquet")) - 1,
+        "verdict": selection["verdict"],
+        "recipe": best.get("name"),
+        "donors": [donor["adapter_id"] for donor in selection["donors"]],
+        "holdout_nll": best.get("holdout_nll"),
+        "base_holdout_nll": selection["base_holdout_nll"],
+        "nll_minus_base": best.get("holdout_nll_minus_base"),
+    }
