@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config import Config, MergeConfig, SearchConfig, Section, TargetConfig, checked, read_yaml
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.history import FAILURES, History, Seen
 from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
@@ -182,8 +182,7 @@ def _renew(config: RefreshConfig, name: str, pool: "Run", lock: Lock) -> dict[st
     except Exception as error:  # the next target may do
         if os.environ.get("MASHUP_TRACEBACK"):
             raise
-        lines = str(error).strip().splitlines() or [""]
-        found = {"outcome": "failed", "reason": f"{type(error).__name__}: {lines[-1]}"}
+        found = {"outcome": "failed", "reason": one_line(error)}
     return found | {"time": datetime.now(UTC), "seconds": time.perf_counter() - started}
 
 

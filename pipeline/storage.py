@@ -109,8 +109,8 @@ class Folder:
     def state(self) -> list[tuple[str, int, int]]:
         """Path, size in bytes and time in nanoseconds of every file at this location, a folder at any depth or one file, sorted:
         what differs once something there has changed. Nothing there: empty."""
-        what = fs.FileSelector(self.path, recursive=True) if self.is_folder else [self.path]
-        return sorted((one.path, one.size, one.mtime_ns) for one in self.files.get_file_info(what) if one.is_file)
+        found = self.walk() if self.is_folder else self.files.get_file_info([self.path])
+        return sorted((one.path, one.size, one.mtime_ns) for one in found if one.is_file)
 
     def modified(self, name: str) -> float | None:
         """When a file was written, in seconds since 1970 by the store's own clock; None where there is none."""
