@@ -4,6 +4,7 @@ The calibration is the real thing in small: one engine scores the base and a bat
 trains a few steps. Its scores are kept in the store, so that the search does not compute them again.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
@@ -36,14 +37,17 @@ FOLDER = "calibration"
 
 
 def calibrate(run: Run) -> None:
-    """Measure what no earlier run of this store measured on workers of this kind."""
-    rates, config = rates_of(run), run.config
+    """Measure what no earlier run of this store measured on workers of this kind; what it took stands in the ledger beside the
+    stages."""
+    started, rates, config = time.perf_counter(), rates_of(run), run.config
     if not rates.recent(scoring_kind(config.search)):
         run.progress.say("no earlier run measured scoring here: a batch of adapters is scored on a few samples; this is kept")
         _score_a_little(run)
     if not rates.recent(training_kind(config.train)):
         run.progress.say(f"no earlier run measured training here: {STEPS} steps are trained from the base")
         _train_a_little(run)
+    if (seconds := time.perf_counter() - started) > 1:
+        run.ledger.note("calibration", seconds)
 
 
 def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:

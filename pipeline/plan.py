@@ -48,13 +48,12 @@ def write_plan(run: Run, merged: bool = False) -> dict[str, Any]:
 
 def estimate_before_search(run: Run) -> None:
     """Keep an estimate of a run that begins, unless it has one, where earlier runs measured what it takes to make one."""
-    if _plan_of(run):
+    rates, config = rates_of(run), run.config
+    measured = rates.recent(scoring_kind(config.search)) and rates.recent(training_kind(config.train))
+    if not measured or _plan_of(run):
         return
-    plan = estimate(run)
-    if plan["total"]["seconds"] is not None:
-        run.folder.write_json(PLAN_FILE, plan)
-        stages = (f"{name} {duration(stage['seconds'])}" for name, stage in plan["stages"].items())
-        run.progress.say(f"at the speed of earlier runs: {', '.join(stages)}")
+    stages = write_plan(run)["stages"].items()
+    run.progress.say("at the speed of earlier runs: " + ", ".join(f"{name} {duration(cost['seconds'])}" for name, cost in stages))
 
 
 def settle(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,8 +96,8 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
         "candidates": candidates,
         "adapter_samples": samples,
         "tokens": tokens,
-        "fetch": _fetch(work, race, usable),
-        "engines": {"count": scoring.engines, "memory_bytes": _memory(config.search.engine, engine, _resources(run)[0])},
+        "fetch": to_fetch(work, race, usable),
+        "engines": {"count": scoring.engines, "memory_bytes": memory_of_engine(config.search.engine, engine, _resources(run)[0])},
         "arms": {"count": training.arms, "at_once": training.at_once},
         **_time(run, scoring, merging, training),
         "ledger": run.ledger.records,
@@ -174,7 +173,7 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
     return [note for note, holds in notes.items() if holds]
 
 
-def _fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
+def to_fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
     """Adapters that are elsewhere and lack scores, their bytes, and as many for each node: each node fetches what it scores."""
     lacking = np.isnan(race.nll_NS).any(axis=1) & ~race.aside_N & (not race.over)
     uris = work.candidates["uri"].filter(pa.array(lacking))
@@ -183,7 +182,7 @@ def _fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
     return {"adapters": len(elsewhere), "bytes": size, "bytes_at_most": size * len(live_nodes())}
 
 
-def _memory(name: str, engine: EngineConfig, resources: Resources) -> dict[str, int]:
+def memory_of_engine(name: str, engine: EngineConfig, resources: Resources) -> dict[str, int]:
     """Bytes that an engine holds at least: the base's weights, places for adapters of the largest rank on every module that one
     of the pool has, and on CPUs vLLM's cache. On a GPU vLLM takes most of what is left for that."""
     width = fast_dtype(engine.dtype).itemsize
