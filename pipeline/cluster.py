@@ -79,7 +79,7 @@ def describe(resources: Resources) -> str:
     """What computes in a worker of this kind, so that speeds measured on one kind are not taken for those of another: GPUs by
     the names that Ray has for them, CPUs by this machine's model."""
     if not resources.gpus:
-        return f"{resources.threads} threads of {_cpu_model()}"
+        return f"{resources.threads} x {_cpu_model()}"
     mark = "accelerator_type:"
     models = sorted({name.removeprefix(mark) for node in live_nodes() for name in node if name.startswith(mark)})
     return f"{resources.gpus} x {' or '.join(models) or 'GPU'}"

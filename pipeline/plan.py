@@ -174,7 +174,8 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
 
 
 def to_fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
-    """Adapters that are elsewhere and lack scores, their bytes, and as many for each node: each node fetches what it scores."""
+    """Adapters that are elsewhere and lack scores, their bytes, and as many for each node: each fetches what it scores. What the
+    index left in the nodes' caches is not taken off."""
     lacking = np.isnan(race.nll_NS).any(axis=1) & ~race.aside_N & (not race.over)
     uris = work.candidates["uri"].filter(pa.array(lacking))
     elsewhere = uris.filter(pc.match_substring(uris, "://"))

@@ -10,7 +10,7 @@ def test_rates_of_another_kind_base_or_engine_are_not_used(tmp_path: Path) -> No
     here = Rates.beside(ScoreStore.at(str(tmp_path), "base", "vllm", "bfloat16"))
     here.keep("scoring, 1 x A100", {"tokens_per_second": 9000.0})
     assert here.recent("scoring, 1 x A100") == {"tokens_per_second": 9000.0}
-    assert here.recent("scoring, 2 threads of a Xeon") == {}
+    assert here.recent("scoring, 2 x Xeon") == {}
     for scope in (("other", "vllm", "bfloat16"), ("base", "transformers", "bfloat16"), ("base", "vllm", "float32")):
         assert Rates.beside(ScoreStore.at(str(tmp_path), *scope)).recent("scoring, 1 x A100") == {}
 

@@ -58,15 +58,17 @@ def _counts(plan: Json) -> list[tuple[str, str]]:
         ("Candidates", f"{candidates['valid']:,} valid of {candidates['found']:,}; {candidates['in_the_race']:,} in the race"),
         ("Adapter-samples", f"{samples['all']:,}, of which {samples['in_store']:,} are in the store; {left}"),
         ("Tokens", ", ".join(f"{name} {count:,}" for name, count in tokens.items())),
-        ("To fetch", f"{words.count(fetch['adapters'], 'adapter')}, {_bytes_to_fetch(fetch)}"),
+        ("To fetch", _to_fetch(fetch)),
         ("Engines", f"{plan['engines']['count']}, each with at least {words.size(memory['total'])} of memory: {_parts(memory)}"),
         ("Training", f"{words.count(arms['count'], 'arm')}, {arms['at_once']} at once"),
     ]
 
 
-def _bytes_to_fetch(fetch: Json) -> str:
-    once, most = words.size(fetch["bytes"]), words.size(fetch["bytes_at_most"])
-    return once if once == most else f"{once}, at most {most} over all nodes"
+def _to_fetch(fetch: Json) -> str:
+    if not fetch["adapters"]:
+        return "nothing"
+    over_all = f"{words.size(fetch['bytes'])} to a node, {words.size(fetch['bytes_at_most'])} to all"
+    return f"at most {words.count(fetch['adapters'], 'adapter')}, {over_all}; less what the index left in their caches"
 
 
 def _parts(memory: Json) -> str:

@@ -74,7 +74,7 @@ def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
     text = printed(plan_table(plan))
     assert "34 valid of 40; 17 in the race" in text
     assert "2,304, of which 204 are in the store; at most 1,100 are left to score" in text
-    assert "3 adapters, 8.4 MB, at most 16.8 MB over all nodes" in text
+    assert "at most 3 adapters, 8.4 MB to a node, 16.8 MB to all" in text
     assert "2, each with at least 510.0 MB of memory: weights 500.0 MB, adapters 10.0 MB" in text
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("search", "total"))] == [
         ["search", "1", "min", "40", "s", "0.25", "2"],
