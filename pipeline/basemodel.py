@@ -26,13 +26,16 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
     Raises:
         InputError: the base model is not known.
     """
-    config = _from_pretrained(AutoConfig, base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _skeleton(base)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in layers.items() if module is head), None)
     return {name: (module.out_features, module.in_features) for name, module in layers.items()}, head_name
+
+
+def count_parameters(base: str) -> int:
+    """How many weights the base model has, from its config alone."""
+    return sum(weights.numel() for weights in _skeleton(base).parameters())
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
@@ -105,6 +108,13 @@ def fast_dtype(wish: str) -> torch.dtype:
         return getattr(torch, wish)
     hardware = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if hardware else torch.float32
+
+
+def _skeleton(base: str) -> Any:
+    """The base model without values for its weights."""
+    config = _from_pretrained(AutoConfig, base)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _short(content: bytes) -> str:

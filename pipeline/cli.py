@@ -24,6 +24,11 @@ RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a loca
 Base = Annotated[str, typer.Option(help="Base model: a Hub id or a local folder.")]
 Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file or an object-store prefix.")]
 
+PLAN = (
+    "Only say what the run will do and cost, and write plan.json. Index and samples are made, and kept; where no earlier run "
+    "measured it, a short calibration scores and trains a little. Nothing else is scored, merged or trained."
+)
+
 
 @app.command()
 def index(base: Base, pool: Pool, run: RunFolder) -> None:
@@ -105,13 +110,18 @@ def report(run: RunFolder) -> None:
 def run_command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What the run is asked to do; see README.")],
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
 ) -> None:
     """Run all stages; go on where an earlier attempt stopped. Prints the result and the path of the report."""
     from pipeline import run as page
     from pipeline.config import load_config
+    from pipeline.report.terminal import plan_table
     from pipeline.storage import Folder
 
     asked = load_config(config, run=run)
+    if plan:
+        Console().print(plan_table(page.plan_run(asked)))
+        return
     page.run_all(asked)
     folder = Folder.at(asked.run)
     _print_summary(folder)

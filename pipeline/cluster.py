@@ -2,10 +2,13 @@
 
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes.util import find_library
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -48,7 +51,7 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare
     """
     total = ray.cluster_resources()
     n_gpus = (1 if total.get("GPU", 0) or gpus_to_come() else 0) if gpus == "auto" else int(gpus)
-    node_cpus = int(max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1))
+    node_cpus = int(max((node.get("CPU", 1) for node in live_nodes()), default=1))
     if cpus != "auto":
         return Resources(float(cpus), n_gpus, max(1, int(cpus)))
     if n_gpus:
@@ -64,13 +67,28 @@ def gpus_to_come() -> int:
     return int((grown or {}).get("GPU", 0))
 
 
-def engine_slots(resources: Resources) -> int:
-    """How many workers of this kind the cluster holds at once, or may grow to; one CPU of each node stays free for Ray Data."""
+def engine_slots(resources: Resources, spare: int = 1) -> int:
+    """How many workers of this kind the cluster holds at once, or may grow to; `spare` CPUs a node stay free for Ray Data."""
     slots = 0
-    for node in (node["Resources"] for node in ray.nodes() if node["Alive"]):
-        by_cpu = int((node.get("CPU", 0) - 1) / resources.cpus)
+    for node in live_nodes():
+        by_cpu = int((node.get("CPU", 0) - spare) / resources.cpus)
         slots += min(by_cpu, int(node.get("GPU", 0) // resources.gpus)) if resources.gpus else by_cpu
     return max(1, slots, gpus_to_come() // resources.gpus if resources.gpus else 0)
+
+
+def live_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def describe(resources: Resources) -> str:
+    """What computes in a worker of this kind, so that speeds measured on one kind are not taken for those of another: GPUs by
+    the names that Ray has for them, CPUs by this machine's model."""
+    if not resources.gpus:
+        return f"{resources.threads} x {_cpu_model()}"
+    mark = "accelerator_type:"
+    models = sorted({name.removeprefix(mark) for node in live_nodes() for name in node if name.startswith(mark)})
+    return f"{resources.gpus} x {' or '.join(models) or 'GPU'}"
 
 
 def compute_task(function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto") -> Any:
@@ -107,6 +125,14 @@ def _join_or_start() -> None:
             ray.shutdown()
             if attempt + 1 == attempts:
                 raise
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _cpu_env() -> dict[str, str]:

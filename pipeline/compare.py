@@ -20,7 +20,7 @@ from pipeline.config import Config, TrackConfig
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
-from pipeline.train import curve_table, fit
+from pipeline.train import arms_at_once, curve_table, fit
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -102,15 +102,13 @@ def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, 
 
 def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) -> None:
     train = jobs[0].train
-    resources = cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
-    at_once = max(1, cluster.engine_slots(resources) // train.workers)
     drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
     tuner = tune.Tuner(
         # The trial only waits for its Ray Train run, which takes the resources.
         tune.with_resources(drive, {"CPU": 0.01}),
         param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+            max_concurrent_trials=arms_at_once(train), trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
         ),
         run_config=tune.RunConfig(
             name="tune",

@@ -146,6 +146,7 @@ class Finetuning:
         steps = job.train.steps
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(WARMUP * steps), steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.evaluating = 0.0  # seconds; checkpoints apart
         self.curve: list[dict[str, Any]] = []
         self.diverged_at: int | None = None
         self.startup = time.perf_counter() - started
@@ -176,6 +177,7 @@ class Finetuning:
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens, self.seconds = state["progress"]
         self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
+        self.evaluating = outcome["evaluation_seconds"]
 
     def _advance(self, stop: int) -> Iterator[float]:
         """Train up to `stop`; yields the mean NLL a learned token of each global batch. Ends early where it diverges."""
@@ -217,11 +219,13 @@ class Finetuning:
         return nll
 
     def _evaluate(self, train_nll: float) -> None:
+        started = time.perf_counter()
         self.model.eval()
         rows = self.rows["validation"]
         with self.precision:
             sums = evaluate(causal(self.model), rows, range(self.rank, len(rows), self.world))
         metrics = as_metrics(self._sum(sums))
+        self.evaluating += time.perf_counter() - started
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
         with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +247,8 @@ class Finetuning:
             "progress": (self.step, self.tokens, self.seconds),
         }
         torch.save(state, folder / STATE_FILE)
-        outcome = {"curve": self.curve, "diverged_at": self.diverged_at, "startup_seconds": self.startup}
+        times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
+        outcome = {"curve": self.curve, "diverged_at": self.diverged_at, **times}
         (folder / CURVE_FILE).write_text(json.dumps(outcome))
 
     def _sum(self, values: Tensor) -> Tensor:

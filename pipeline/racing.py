@@ -1,5 +1,6 @@
 """Candidates in, scores out: what the search and the merge share of racing candidates over samples."""
 
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -9,13 +10,14 @@ from pipeline.basemodel import fingerprint
 from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.errors import InputError
 from pipeline.observe import tell
+from pipeline.rates import Rates
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
-from pipeline.search.race import KEEP, SMALL_POOL, Plan, make_plan
+from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
-from pipeline.search.stream import engine_config, score_stream, scoring_dtype
+from pipeline.search.stream import engine_config, score_stream, scoring_dtype, scoring_kind
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
@@ -39,13 +41,18 @@ def servable(run: Run, catalogue: pa.Table, failures: Folder) -> pa.Table:
 def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
     """The part of the pool that the cheap screen lets into the race, the best estimate first; a pool that is scored in full
     anyway is left whole."""
-    entrants = max(round(run.config.search.screen * len(catalogue)), SMALL_POOL * KEEP)
-    if entrants >= len(catalogue):
+    entrants = count_entrants(run, catalogue)
+    if entrants == len(catalogue):
         return catalogue
     estimates = screen_pool(catalogue, run.config.base, split_of(drawn, "search"), run.config.search.dtype)
     best = estimates.sort_by([("first_order", "ascending")])["adapter_id"][:entrants]
     run.progress.say(f"the screen lets {entrants} of {len(catalogue)} adapters into the race")
     return catalogue.take(pc.index_in(best, catalogue["adapter_id"].combine_chunks()))
+
+
+def count_entrants(run: Run, catalogue: pa.Table) -> int:
+    """How many of these adapters the screen lets into the race."""
+    return min(len(catalogue), max(round(run.config.search.screen * len(catalogue)), SMALL_POOL * KEEP))
 
 
 def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
@@ -65,6 +72,14 @@ def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder)
     return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures, run.ledger.running or "search")
 
 
+def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Plan]:
+    """The race that the search runs: the base and these adapters on these samples, within the budget."""
+    work = make_work(run, in_order(run, catalogue, drawn).select(CANDIDATE), drawn, failures)
+    n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
+    level = budget.confidence or CONFIDENCE
+    return work, make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+
+
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
     leaves = {leaf for leaves in catalogue["target_modules"].to_pylist() for leaf in leaves}
     return engine_config(run.config.base, max_rank, leaves, run.config.search, run.config.target.max_tokens)
@@ -74,7 +89,7 @@ def race(
     run: Run, work: Work, engine: EngineConfig, plan: Plan, details: dict[str, Any], limit: float | None = None
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
-    board = Progress()
+    board, began = Progress(), time.perf_counter()
     for board in score_stream(work, engine, run.config.search, plan, limit):
         _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
@@ -85,9 +100,12 @@ def race(
         raise RuntimeError(f"the base model itself could not be scored: {reason}")
     if board.not_reached:
         run.progress.say(f"{board.not_reached} adapters were not reached in {limit:g} s")
+    wall = time.perf_counter() - began
     spent = {"adapter_samples": board.adapter_samples, "tokens": board.tokens, "scoring_seconds": board.seconds}
-    for name, value in ({"engine_start_seconds": board.startup} | spent).items():
+    for name, value in ({"engine_start_seconds": board.startup} | spent | {"race_seconds": wall}).items():
         details[name] = round(details.get(name, 0) + value, 1)
+    if board.tokens:
+        rates_of(run).keep(scoring_kind(run.config.search), _speed(board, wall))
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
 
 
@@ -99,6 +117,18 @@ def race_holdout(
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
     plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
     return race(run, work, make_engine(run, catalogue, max_rank), plan, details)
+
+
+def rates_of(run: Run) -> Rates:
+    """What earlier runs measured on this base model with this way of scoring."""
+    return Rates.beside(_store(run))
+
+
+def _speed(board: Progress, wall: float) -> dict[str, float]:
+    """Input tokens a second of one engine, and the seconds in which nothing was scored: mostly Ray's workers and engines that
+    started."""
+    start = max(0.0, wall - board.seconds / board.engines)
+    return {"tokens_per_second": board.tokens / board.seconds, "start_seconds": start}
 
 
 def _store(run: Run) -> ScoreStore:

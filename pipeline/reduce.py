@@ -63,6 +63,12 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     return recipes
 
 
+def most_recipes(config: MergeConfig, n_candidates: int) -> int:
+    """How many recipes `propose` gives of so many candidates at most."""
+    sizes = sum(k <= n_candidates for k in CANDIDATE_SIZES) if config.k == "auto" else 1
+    return sizes * (2 if config.weights == "auto" else 1) + (config.weights in ON_SAMPLES)
+
+
 def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
     """The recipe with only the donors at `places`, in equal parts."""
     donors = tuple(recipe.donors[place] for place in places)

@@ -14,22 +14,25 @@ input, and goes on where it was interrupted.
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import track
 from pipeline.arms import Arm, copy_weights
 from pipeline.basemodel import fingerprint, linear_shapes
+from pipeline.calibrate import calibrate
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
 from pipeline.config import SHORT_LIST, Config
 from pipeline.errors import InputError
 from pipeline.ledger import digest
+from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.racing import CANDIDATE, in_order, make_engine, make_work, race, screened, servable
+from pipeline.racing import line_up, make_engine, race, screened, servable
 from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.samples import split_of, take_samples, target_paths
-from pipeline.search.race import CONFIDENCE, make_plan
 from pipeline.search.scoreboard import build_leaderboard, score_table
 from pipeline.search.store import read_failures
 from pipeline.starts import list_arms, make_controls, make_job, probe_starts, score_recipes
@@ -58,6 +61,28 @@ def run_all(config: Config) -> dict[str, Any]:
     report(run)
     summary: dict[str, Any] = run.folder.read_json("summary.json")
     return summary
+
+
+def plan_run(config: Config) -> dict[str, Any]:
+    """What `run_all` would do and cost, estimated before anything is scored, merged or trained: `plan.json`.
+
+    The index and the samples are made for real, as the estimate needs them, and kept. Where no earlier run measured how fast
+    this cluster is, a short calibration does; its scores are kept, too.
+
+    Raises:
+        InputError: the input is not right.
+    """
+    target_paths(config)
+    run = Run(config)
+    run.save_config()
+    index(run)
+    samples(run)
+    run.progress.stage("plan")
+    run.start_ray()
+    calibrate(run)
+    catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
+    searched = run.ledger.done("search", _search_key(run, catalogue, drawn))
+    return write_plan(run, merged=searched and run.ledger.done("merge", _merge_key(run)))
 
 
 def index(run: Run) -> None:
@@ -106,33 +131,27 @@ def search(run: Run) -> None:
     config = run.config
     catalogue = valid_adapters(require(run.folder.read_table("catalogue.parquet"), CATALOGUE, "catalogue.parquet"))
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
-    asked = config.search.model_dump(include={"engine", "dtype", "budget", "screen"})
-    key = digest(fingerprint(config.base), drawn["sample_id"].to_pylist(), catalogue["adapter_hash"].to_pylist(), asked)
+    key = _search_key(run, catalogue, drawn)
     if run.ready("search", key):
         return
+    estimate_before_search(run)
     with run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
-        adapters = in_order(run, catalogue, drawn).select(CANDIDATE)
-        work = make_work(run, adapters, drawn, failures)
-        n_search = len(split_of(drawn, "search"))
-        budget = config.search.budget
-        level = budget.confidence or CONFIDENCE
-        plan = make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+        work, plan = line_up(run, catalogue, drawn, failures)
         engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
-        known, seen = race(run, work, engine, plan, details, budget.seconds)
+        known, seen = race(run, work, engine, plan, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.folder.write_json("scoring_failures.json", read_failures(work.failures))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
-        run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, n_search))
+        run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
         work.store.merge_files()
 
 
 def merge_donors(run: Run) -> None:
     """Choose donors and merge them, or nobody: each candidate merge is scored on the hold-out samples by the same engine."""
     run.needs("search", "the leaderboard", "mashup search")
-    training = run.config.train.model_dump() if run.config.merge.probe else None
-    key = digest(run.ledger.key("search"), run.config.merge.model_dump(), training)
+    key = _merge_key(run)
     if run.ready("merge", key):
         return
     catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
@@ -183,7 +202,7 @@ def compare(run: Run) -> None:
         curves, result = compare_arms(config, outcomes, run.folder)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.folder.write_table("comparison.parquet", curves)
-        run.folder.write_json("summary.json", _summary(run, choice, result))
+        run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))
 
 
 def report(run: Run) -> str:
@@ -192,6 +211,17 @@ def report(run: Run) -> str:
     uri = write_report(run.folder)
     run.progress.say(uri)
     return uri
+
+
+def _search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:
+    asked = run.config.search.model_dump(include={"engine", "dtype", "budget", "screen"})
+    hashes = catalogue["adapter_hash"].to_pylist()
+    return digest(fingerprint(run.config.base), drawn["sample_id"].to_pylist(), hashes, asked)
+
+
+def _merge_key(run: Run) -> str:
+    training = run.config.train.model_dump() if run.config.merge.probe else None
+    return digest(run.ledger.key("search"), run.config.merge.model_dump(), training)
 
 
 def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

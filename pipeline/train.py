@@ -5,6 +5,7 @@ world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
+from pipeline.config import TrainConfig
 from pipeline.observe import WorkerLog, worker_log
 from pipeline.storage import Folder
 from pipeline.tables import COMPARISON
@@ -32,16 +34,16 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
 
     Returns:
         The arm's curve (rows of schema COMPARISON), its best step by validation NLL, the best checkpoint's name in
-        `storage`, the seconds it took to start, and the step at which it diverged, if it did.
+        `storage`, the seconds that it took to start, that evaluations took and that all of this call took, and the step at
+        which it diverged, if it did.
     """
-    workers, gpus = job.train.workers, job.train.gpus_per_worker
-    resources = cluster.worker_resources(job.train.cpus_per_worker, gpus, workers)
+    resources = training_resources(job.train)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=job.train.workers,
             use_gpu=bool(resources.gpus),
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
@@ -57,7 +59,9 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
             callbacks=list(callbacks),
         ),
     )
+    started = time.perf_counter()
     result = trainer.fit()
+    seconds = time.perf_counter() - started
     best = result.get_best_checkpoint("eval_nll", "min")
     assert best is not None
     last = result.checkpoint or best
@@ -66,6 +70,7 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     losses = [row["eval_nll"] for row in outcome["curve"]]
     return {
         **outcome,
+        "fit_seconds": seconds,
         "best_step": outcome["curve"][int(np.argmin(losses))]["step"],
         "checkpoint": f"{job.name}/{Path(best.path).name}",
     }
@@ -83,6 +88,22 @@ def train_loop(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
     finetuning.run()
+
+
+def training_resources(train: TrainConfig) -> cluster.Resources:
+    """What one worker of an arm gets."""
+    return cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
+
+
+def training_kind(train: TrainConfig) -> str:
+    """What a measured speed of training holds for."""
+    workers = f"{train.workers} x {cluster.describe(training_resources(train))}"
+    return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {workers}"
+
+
+def arms_at_once(train: TrainConfig) -> int:
+    """How many arms the cluster has room for."""
+    return max(1, cluster.engine_slots(training_resources(train)) // train.workers)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline import basemodel
-from pipeline.basemodel import fast_dtype, linear_shapes, load_model, load_tokenizer
+from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.errors import InputError
 
 
@@ -20,6 +20,7 @@ def test_shapes_are_those_of_the_loaded_model(base: str, request: pytest.Fixture
     expected = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert shapes == expected
     assert head == "lm_head"
+    assert count_parameters(folder) == sum(weights.numel() for weights in model.parameters())
 
 
 @pytest.mark.parametrize("base", ["/no/such/folder", "./nothing-here", "org/name/more"])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline import cluster
-from pipeline.cluster import Resources, engine_slots, worker_env, worker_resources
+from pipeline.cluster import Resources, describe, engine_slots, worker_env, worker_resources
 
 
 @pytest.fixture
@@ -29,7 +29,19 @@ def test_on_cpus_one_worker_computes_with_all_cores_and_leaves_one_to_ray(nodes:
 
 def test_an_engine_on_cpus_takes_a_whole_node(nodes: Any) -> None:
     nodes({"CPU": 8}, {"CPU": 8})
-    assert worker_resources("auto", "auto", spare=0) == Resources(cpus=8, gpus=0, threads=8)
+    whole = worker_resources("auto", "auto", spare=0)
+    assert whole == Resources(cpus=8, gpus=0, threads=8)
+    assert engine_slots(whole, spare=0) == 2
+
+
+def test_workers_of_other_devices_or_of_more_of_them_are_of_another_kind(nodes: Any) -> None:
+    nodes({"CPU": 8, "GPU": 1, "accelerator_type:A100": 1}, {"CPU": 8})
+    one, threads = worker_resources("auto", "auto"), worker_resources("auto", 0)
+    assert describe(one) == "1 x A100"
+    assert describe(threads).startswith("8 x ")
+    kinds = {describe(one), describe(threads), describe(worker_resources("auto", 2)), describe(worker_resources(4, 0))}
+    nodes({"CPU": 8, "GPU": 1, "accelerator_type:T4": 1})
+    assert len(kinds | {describe(one)}) == 5
 
 
 def test_on_cpus_workers_share_a_node(nodes: Any) -> None:

@@ -1,5 +1,6 @@
 """The training loop: its order, its loss, going on from a checkpoint."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline.arms import Arm, Job
+from pipeline.arms import CURVE_FILE, Arm, Job
 from pipeline.finetuning import Finetuning, Rows, as_metrics, batch_places, causal, evaluate, evaluate_on_test, evaluation_steps
 from pipeline.storage import Folder
 
@@ -73,7 +74,10 @@ def test_going_on_from_a_checkpoint_gives_the_same_curve(job: Callable[..., Job]
     resumed = Checkpoints(tmp_path / "resumed")
     again = Finetuning(job(), 0, 1, resumed)
     again.restore(tmp_path / "whole" / "4")
+    evaluated = json.loads((tmp_path / "whole/4" / CURVE_FILE).read_text())["evaluation_seconds"]
+    assert again.evaluating == evaluated > 0
     again.run()
+    assert again.evaluating > evaluated
     assert [point["step"] for point in resumed.points] == [6, 8]
     assert without_time(again.curve) == without_time([{"lr": 1e-2, "seed": 0, **point} for point in whole.points])
 

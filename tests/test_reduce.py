@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import MergeConfig
 from pipeline.merge.recipes import Recipe
-from pipeline.reduce import Scored, choose, control_recipes, eligible_donors, propose, selection
+from pipeline.reduce import Scored, choose, control_recipes, eligible_donors, most_recipes, propose, selection
 from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD
 
 
@@ -87,6 +87,13 @@ def test_learned_weights_are_for_the_most_donors_and_rival_equal_ones() -> None:
     recipes = propose(BOARD, POOL, MergeConfig(weights="learned"))
     assert [recipe.name for recipe in recipes] == ["exact-1", "exact-2", "exact-3", "exact-3-learned"]
     assert propose(leaderboard(("a", 0.1, -0.1)), POOL, MergeConfig(weights="learned")) == []
+
+
+@pytest.mark.parametrize("weights", ["auto", "equal", "gains", "greedy", "learned"])
+@pytest.mark.parametrize("k", ["auto", 2])
+def test_no_more_recipes_are_proposed_than_is_said(weights: Any, k: Any) -> None:
+    config = MergeConfig(k=k, weights=weights)
+    assert 0 < len(propose(BOARD, POOL, config)) <= most_recipes(config, len(POOL)) <= 11
 
 
 def test_controls_are_the_papers_recipe_the_best_donor_and_random_ones() -> None:

@@ -111,8 +111,8 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.rate, words.unbroken]
-    environment.filters |= {function.__name__: function for function in shown}
+    measures: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.ratio, words.rate]
+    environment.filters |= {function.__name__: function for function in (*measures, words.unbroken)}
     environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS}
     return environment.get_template(name)
 

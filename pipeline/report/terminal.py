@@ -41,6 +41,51 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     )
 
 
+def plan_table(plan: Json) -> RenderableType:
+    """What a run will do and cost."""
+    counts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    counts.add_column(style="dim", no_wrap=True)
+    for name, text in _counts(plan):
+        counts.add_row(name, Text(text))
+    return Group(counts, _costs(plan), *(Text(f"Note: {note}.") for note in plan["notes"]))
+
+
+def _counts(plan: Json) -> list[tuple[str, str]]:
+    candidates, samples, fetch, tokens = (plan[name] for name in ("candidates", "adapter_samples", "fetch", "tokens"))
+    memory, arms = plan["engines"]["memory_bytes"], plan["arms"]
+    left = "none is left to score" if not samples["at_most"] else f"at most {samples['at_most']:,} are left to score"
+    return [
+        ("Candidates", f"{candidates['valid']:,} valid of {candidates['found']:,}; {candidates['in_the_race']:,} in the race"),
+        ("Adapter-samples", f"{samples['all']:,}, of which {samples['in_store']:,} are in the store; {left}"),
+        ("Tokens", ", ".join(f"{name} {count:,}" for name, count in tokens.items())),
+        ("To fetch", _to_fetch(fetch)),
+        ("Engines", f"{plan['engines']['count']}, each with at least {words.size(memory['total'])} of memory: {_parts(memory)}"),
+        ("Training", f"{words.count(arms['count'], 'arm')}, {arms['at_once']} at once"),
+    ]
+
+
+def _to_fetch(fetch: Json) -> str:
+    if not fetch["adapters"]:
+        return "nothing"
+    over_all = f"{words.size(fetch['bytes'])} to a node, {words.size(fetch['bytes_at_most'])} to all"
+    return f"at most {words.count(fetch['adapters'], 'adapter')}, {over_all}; less what the index left in their caches"
+
+
+def _parts(memory: Json) -> str:
+    return ", ".join(f"{name} {words.size(memory[name])}" for name in ("weights", "adapters", "cache") if memory[name])
+
+
+def _costs(plan: Json) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Stage")
+    for name in ("time", "GPU-hours", "CPU thread-hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, cost in {**plan["stages"], "total": plan["total"]}.items():
+        hours = (words.NOTHING if cost[unit] is None else f"{cost[unit]:.3g}" for unit in ("gpu_hours", "thread_hours"))
+        table.add_row(name, words.duration(cost["seconds"]), *hours, style="bold" if name == "total" else None)
+    return table
+
+
 def _place(row: Json) -> list[str]:
     difference = f"{words.signed(row['nll_minus_base'])} ± {words.nll(row['nll_minus_base_stderr'])}"
     return [

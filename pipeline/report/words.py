@@ -64,6 +64,16 @@ def duration(seconds: float | None) -> str:
     return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
 
 
+def size(n_bytes: float) -> str:
+    """`0 B`, `8.4 MB`, `1.2 TB`: powers of 1000."""
+    power = min(4, int(math.log10(n_bytes) / 3)) if n_bytes >= 1 else 0
+    return f"{n_bytes / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def ratio(value: float | None) -> str:
+    return f"x {value:.2f}" if value is not None and is_number(value) else NOTHING
+
+
 def rate(value: float) -> str:
     """A learning rate: `5e-4`, not `0.0005` or `5e-04`."""
     mantissa, exponent = f"{value:.3e}".split("e")

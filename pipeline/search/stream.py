@@ -69,6 +69,18 @@ def scoring_resources(search: SearchConfig) -> cluster.Resources:
     return cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
 
 
+def scoring_kind(search: SearchConfig) -> str:
+    """What a measured speed of scoring holds for, beside the scope of the score store."""
+    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search))}"
+
+
+def engines_at_once(search: SearchConfig, candidates: int) -> int:
+    """How many engines score so many candidates where the cluster is all ours."""
+    batches = math.ceil(candidates / search.adapters_per_batch)
+    slots = cluster.engine_slots(scoring_resources(search), spare=0)
+    return max(1, min(slots, batches if search.actors == "auto" else search.actors))
+
+
 def score_stream(
     work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
 ) -> Iterator[Progress]:

@@ -163,6 +163,20 @@ def test_parity_not_reached_is_a_headline(run_data: RunData, tmp_path: Path, los
     assert "Steps to parity not reached in 100 steps (1 of 2 seeds did)" in text
 
 
+def test_what_was_estimated_stands_beside_the_truth(run_data: RunData, tmp_path: Path) -> None:
+    assert "What was estimated before" not in page_of(run_data, tmp_path / "without").text
+    seconds = {
+        "search": {"estimated": 100.0, "true": 338.0, "ratio": 3.38},
+        "total": {"estimated": None, "true": 9.0, "ratio": None},
+    }
+    samples = {"estimated": 1632, "true": 816, "ratio": 0.5}
+    run_data.documents["summary.json"]["estimate"] = {"seconds": seconds, "adapter_samples": samples}
+    text = page_of(run_data, tmp_path / "with").text
+    assert "search 1 min 40 s 5 min 38 s x 3.38" in text
+    assert "total – 9.0 s –" in text
+    assert "adapter-samples, at most 1,632 816 x 0.50" in text
+
+
 def test_a_diverged_arm_is_named(run_data: RunData, tmp_path: Path) -> None:
     run_data.documents["summary.json"]["inits"]["base"]["diverged"] = ["base-lr0.01-seed0"]
     assert "Diverged, started from base: base-lr0.01-seed0." in page_of(run_data, tmp_path).text

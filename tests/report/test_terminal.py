@@ -7,7 +7,7 @@ from typing import Any
 from conftest import RunData
 from rich.console import Console, RenderableType
 
-from pipeline.report.terminal import leaderboard_table, summary_table
+from pipeline.report.terminal import leaderboard_table, plan_table, summary_table
 
 
 def printed(what: RenderableType, width: int = 120) -> str:
@@ -55,3 +55,29 @@ def test_the_leaderboard_fits_a_narrow_terminal(run_data: RunData) -> None:
     text = printed(leaderboard_table(run_data.tables["leaderboard.parquet"]), width=80)
     assert "−0.9300 ± 0.0294" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
+    cost = {"seconds": 100.0, "gpu_hours": 0.25, "thread_hours": 2.0}
+    unknown = dict.fromkeys(cost)
+    plan = {
+        "candidates": {"found": 40, "valid": 34, "in_the_race": 17},
+        "adapter_samples": {"all": 2304, "in_store": 204, "at_most": 1100},
+        "tokens": {"search": 112_000, "merge": 9000, "train": 350_000},
+        "fetch": {"adapters": 3, "bytes": 8_400_000, "bytes_at_most": 16_800_000},
+        "engines": {"count": 2, "memory_bytes": {"weights": 5 * 10**8, "adapters": 10**7, "cache": 0, "total": 51 * 10**7}},
+        "arms": {"count": 4, "at_once": 2},
+        "stages": {"search": cost, "compare": unknown},
+        "total": unknown,
+        "notes": ["the time of the screen is not in it"],
+    }
+    text = printed(plan_table(plan))
+    assert "34 valid of 40; 17 in the race" in text
+    assert "2,304, of which 204 are in the store; at most 1,100 are left to score" in text
+    assert "at most 3 adapters, 8.4 MB to a node, 16.8 MB to all" in text
+    assert "2, each with at least 510.0 MB of memory: weights 500.0 MB, adapters 10.0 MB" in text
+    assert [line.split() for line in text.splitlines() if line.strip().startswith(("search", "total"))] == [
+        ["search", "1", "min", "40", "s", "0.25", "2"],
+        ["total", "–", "–", "–"],
+    ]
+    assert "Note: the time of the screen is not in it." in text

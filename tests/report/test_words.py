@@ -17,6 +17,14 @@ def test_a_duration_is_written_with_its_units(seconds: float | None, text: str) 
     assert words.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (8_437_000, "8.4 MB"), (2.5e12, "2.5 TB"), (1e16, "10000.0 TB")],
+)
+def test_a_size_is_written_with_its_unit(n_bytes: float, text: str) -> None:
+    assert words.size(n_bytes) == text
+
+
 @pytest.mark.parametrize(("value", "text"), [(5e-4, "5e-4"), (1e-4, "1e-4"), (2.5e-5, "2.5e-5"), (0.01, "1e-2")])
 def test_a_learning_rate_is_short(value: float, text: str) -> None:
     assert words.rate(value) == text
@@ -28,7 +36,9 @@ def test_a_step_is_never_in_exponent_form(value: float, text: str) -> None:
 
 
 def test_numbers_that_are_not_there_are_a_dash() -> None:
-    assert {words.nll(None), words.nll(math.nan), words.signed(math.inf), words.percent(None)} == {words.NOTHING}
+    assert {words.nll(None), words.nll(math.nan), words.signed(math.inf), words.percent(None), words.ratio(None)} == {
+        words.NOTHING
+    }
 
 
 def test_a_long_id_keeps_both_ends() -> None:

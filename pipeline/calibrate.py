@@ -1,0 +1,100 @@
+"""How fast this cluster is, for a plan: measured by real runs, and where there was none by a short calibration.
+
+The calibration is the real thing in small: one engine scores the base and a batch of adapters on a few samples, and Ray Train
+trains a few steps. Its scores are kept in the store, so that the search does not compute them again.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.arms import Arm
+from pipeline.config import Config
+from pipeline.costs import training_rates
+from pipeline.ledger import digest
+from pipeline.pool import valid_adapters
+from pipeline.racing import CANDIDATE, in_order, make_engine, make_work, race, rates_of, servable
+from pipeline.run_folder import Run
+from pipeline.samples import split_of
+from pipeline.search.race import Indices, make_plan
+from pipeline.search.stream import scoring_kind
+from pipeline.starts import make_job
+from pipeline.train import fit, training_kind
+
+SAMPLES = 8
+"""That the calibration scores; the search begins with them, too."""
+
+STEPS, EVALUATIONS, ROWS = 4, 2, 16
+"""Of the calibration's training: the steps after the first evaluation count, and each evaluation reads so many rows."""
+
+FOLDER = "calibration"
+
+
+def calibrate(run: Run) -> None:
+    """Measure what no earlier run of this store measured on workers of this kind; what it took stands in the ledger beside the
+    stages."""
+    started, rates, config = time.perf_counter(), rates_of(run), run.config
+    if not rates.recent(scoring_kind(config.search)):
+        run.progress.say("no earlier run measured scoring here: a batch of adapters is scored on a few samples; this is kept")
+        _score_a_little(run)
+    if not rates.recent(training_kind(config.train)):
+        run.progress.say(f"no earlier run measured training here: {STEPS} steps are trained from the base")
+        _train_a_little(run)
+    if (seconds := time.perf_counter() - started) > 1:
+        run.ledger.note("calibration", seconds)
+
+
+def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
+    """Keep the median of what the arms of a run measured."""
+    tokens = int(lengths_of(run.folder.read_table("data/validation.parquet")).sum())
+    found = [rates for outcome in outcomes if (rates := training_rates(outcome, tokens))]
+    if found:
+        measured = {name: median(rates[name] for rates in found) for name in found[0]}
+        rates_of(run).keep(training_kind(run.config.train), measured)
+
+
+def merging_kind(config: Config) -> str:
+    """What measured seconds of merging, beside scoring the merges, hold for."""
+    training = config.train.model_dump() if config.merge.probe else None
+    return f"merging, {digest(config.merge.model_dump(), training)}, {scoring_kind(config.search)}"
+
+
+def lengths_of(rows: pa.Table) -> Indices:
+    """Tokens of each row."""
+    lengths: Indices = pc.list_value_length(rows["input_ids"]).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _score_a_little(run: Run) -> None:
+    failures = run.folder.sub("failures")
+    catalogue = servable(run, valid_adapters(run.folder.read_table("catalogue.parquet")), failures)
+    drawn = run.folder.read_table("samples.parquet")
+    few = split_of(drawn, "search").slice(0, SAMPLES)
+    adapters = in_order(run, catalogue, drawn)
+    store = make_work(run, adapters.select(CANDIDATE), few, failures).store
+    unknown = np.isnan(store.load(adapters["adapter_hash"].to_pylist(), few).nll_NS).all(axis=1)
+    batch = adapters.filter(pa.array(unknown)).slice(0, run.config.search.adapters_per_batch)
+    work = make_work(run, batch.select(CANDIDATE), few, failures)
+    engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
+    race(run, work, engine, make_plan(len(work.candidates), len(few), 0, share=1), {})
+
+
+def _train_a_little(run: Run) -> None:
+    train = run.config.train
+    run.folder.delete(FOLDER)
+    place = run.folder.sub(FOLDER)
+    validation = run.folder.read_table("data/validation.parquet").slice(0, ROWS)
+    place.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
+    place.write_table("validation.parquet", validation)
+    short = train.model_copy(update={"steps": STEPS, "evaluations": EVALUATIONS, "patience": 0})
+    job = make_job(run, Arm("base", train.learning_rates[0], train.seeds[0]))
+    outcome = fit(replace(job, train=short, data=place, key=FOLDER), place)
+    if measured := training_rates(outcome, int(lengths_of(validation).sum())):
+        rates_of(run).keep(training_kind(train), measured)
+    run.folder.delete(FOLDER)

@@ -1,0 +1,142 @@
+"""The arithmetic of a plan: how much there is to score and to train, how long that takes, and how far an estimate was off.
+
+Plain functions over numbers and arrays; no Ray and no files here.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.cluster import Resources
+from pipeline.config import TrainConfig
+from pipeline.search.race import Indices, Race
+
+Seconds = float | None
+"""None: nobody measured what it takes to say."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Input tokens that are to be scored by engines side by side; the race ends after `limit` seconds."""
+
+    tokens: int
+    engines: int
+    limit: float = math.inf
+
+
+@dataclass(frozen=True)
+class Training:
+    """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end."""
+
+    arms: int
+    at_once: int
+    tokens: float
+    evaluation_tokens: int
+    test_tokens: int
+
+
+def left_to_score(race: Race) -> int:
+    """Adapter-samples that a race asks for at most: what its open rung lacks, and what the budget leaves to those after it."""
+    if race.over:
+        return 0
+    end, n_samples = race.plan.rungs[race.rung], race.plan.rungs[-1]
+    unknown = np.isnan(race.nll_NS[(race.rungs_N == race.rung + 1) & ~race.aside_N])
+    now, later = int(unknown[:, :end].sum()), int(unknown[:, end:].sum())
+    if race.plan.budget is None:
+        return now + later
+    finalists = (race.plan.keep + 1) * (n_samples - end)  # the base is one more; they go on whatever the budget
+    return now + min(later, max(int(race.plan.budget - race.seen_N().sum()), finalists))
+
+
+def arm_tokens(lengths: Indices, train: TrainConfig, seed: int) -> int:
+    """Input tokens, padding included, that an arm of this seed trains on; `lengths`: tokens of each training row."""
+    from pipeline.finetuning import batch_places  # not above: see pipeline/train.py
+
+    total = 0
+    for step in range(train.steps):
+        batch = lengths[batch_places(step, train.batch_size, len(lengths), seed)]
+        shares = (batch[rank :: train.workers] for rank in range(min(train.workers, len(batch))))
+        total += sum(int(share.max()) * len(share) for share in shares)
+    return total
+
+
+def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:
+    """Engine start and scoring; nothing is started where nothing is to be scored."""
+    if not work.tokens:
+        return 0.0
+    if not rates:
+        return None
+    return rates["start_seconds"] + min(work.limit, work.tokens / (rates["tokens_per_second"] * work.engines))
+
+
+def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:
+    """Arms side by side, each with its start, steps and evaluations, and then the test."""
+    if not work.arms:
+        return 0.0
+    if not rates:
+        return None
+    evaluated = rates["evaluation_tokens_per_second"]
+    arm = rates["start_seconds"] + work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
+    return math.ceil(work.arms / work.at_once) * arm + work.test_tokens / evaluated
+
+
+def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[str, float]:
+    """What an arm measured; empty where it diverged, or was gone on with, so that its parts are not those of one attempt.
+
+    Args:
+        outcome: what `train.fit` returns.
+        evaluation_tokens: of one evaluation.
+    """
+    curve, evaluating = outcome["curve"], outcome["evaluation_seconds"]
+    start = outcome["fit_seconds"] - curve[-1]["seconds"] - evaluating
+    if outcome["diverged_at"] is not None or start < 0:
+        return {}
+    first = curve[1] if len(curve) > 2 else curve[0]  # the first steps warm up
+    steps = {name: curve[-1][name] - first[name] for name in ("tokens", "seconds")}
+    return {
+        "tokens_per_second": steps["tokens"] / steps["seconds"],
+        "evaluation_tokens_per_second": len(curve) * evaluation_tokens / evaluating,
+        "start_seconds": start,
+    }
+
+
+def hours(seconds: Seconds, resources: Resources, workers: int) -> dict[str, float | None]:
+    """GPU-hours, and hours of CPU threads, of workers that run so long side by side."""
+    share = None if seconds is None else seconds * workers / 3600
+    units = {"gpu_hours": resources.gpus, "thread_hours": resources.threads}
+    return {name: None if share is None else share * count for name, count in units.items()}
+
+
+def total(parts: Sequence[float | None]) -> float | None:
+    """The sum, where every part is known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def against(plan: Mapping[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate and the truth, with true / estimated: seconds by stage and in all, and adapter-samples of the search.
+
+    Args:
+        records: those of the ledger, now; `plan` has those of when it was made, so that what was spent before does not count.
+    """
+    before = plan["ledger"]
+    true = {stage: _since(before, records, stage, lambda record: record["seconds"]) for stage in plan["stages"]}
+    seconds = {stage: _pair(plan["stages"][stage]["seconds"], spent) for stage, spent in true.items()}
+    scored = _since(before, records, "search", lambda record: record["details"].get("adapter_samples", 0))
+    return {
+        "seconds": seconds | {"total": _pair(plan["total"]["seconds"], sum(true.values()))},
+        "adapter_samples": _pair(plan["adapter_samples"]["at_most"], scored),
+    }
+
+
+def _since(before: Mapping[str, Any], now: Mapping[str, Any], stage: str, read: Callable[[Mapping[str, Any]], float]) -> float:
+    """What a stage has spent since; one that began anew, for another input, counts from nothing."""
+    earlier = before.get(stage)
+    return read(now[stage]) - (read(earlier) if earlier and earlier["key"] == now[stage]["key"] else 0)
+
+
+def _pair(estimated: Seconds, true: float) -> dict[str, float | None]:
+    return {"estimated": estimated, "true": true, "ratio": true / estimated if estimated else None}

@@ -1,0 +1,212 @@
+"""What a run will do and cost, before it does (`mashup run CONFIG.yaml --plan`, `plan.json`), and how far that was off.
+
+Index and samples are done by then, as they say which candidates there are and how long the samples. All else is arithmetic on
+tables, on the score store, on what the cluster holds and on rates that earlier runs, or a calibration, left beside the scores
+(`pipeline/rates.py`). Counts are the most that there can be: a race may drop its candidates early. Time is None where nobody
+measured it on workers of this kind.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes
+from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
+from pipeline.cluster import Resources, live_nodes, worker_env
+from pipeline.compare import RESULT_FILE
+from pipeline.costs import Scoring, Training, against, arm_tokens, hours, left_to_score, scoring_seconds, total, training_seconds
+from pipeline.engines.scorer import EngineConfig
+from pipeline.ledger import digest
+from pipeline.pool import valid_adapters
+from pipeline.racing import count_entrants, line_up, make_engine, rates_of, servable
+from pipeline.reduce import most_recipes
+from pipeline.report.words import duration
+from pipeline.run_folder import Run
+from pipeline.samples import split_of
+from pipeline.search.board import Scoreboard, Work
+from pipeline.search.race import Race
+from pipeline.search.stream import engines_at_once, scoring_kind, scoring_resources
+from pipeline.starts import list_arms, make_job
+from pipeline.train import arms_at_once, training_kind, training_resources
+
+PLAN_FILE = "plan.json"
+
+
+def write_plan(run: Run, merged: bool = False) -> dict[str, Any]:
+    """Estimate what is left to be done, and keep it as `plan.json`.
+
+    Args:
+        merged: whether the merge is done for this input.
+    """
+    plan = estimate(run, merged)
+    run.folder.write_json(PLAN_FILE, plan)
+    return plan
+
+
+def estimate_before_search(run: Run) -> None:
+    """Keep an estimate of a run that begins, unless it has one, where earlier runs measured what it takes to make one."""
+    rates, config = rates_of(run), run.config
+    measured = rates.recent(scoring_kind(config.search)) and rates.recent(training_kind(config.train))
+    if not measured or _plan_of(run):
+        return
+    stages = write_plan(run)["stages"].items()
+    run.progress.say("at the speed of earlier runs: " + ", ".join(f"{name} {duration(cost['seconds'])}" for name, cost in stages))
+
+
+def settle(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """At the end of a run: keep what it measured for the next ones, and set its estimate, if there is one, against the truth.
+
+    Returns:
+        What the summary says of it: `estimate`, or nothing.
+    """
+    run.ledger.beat(force=True)
+    keep_training_rates(run, outcomes)
+    merging = run.ledger.records["merge"]
+    if "race_seconds" in merging["details"]:
+        seconds = max(0.0, merging["seconds"] - merging["details"]["race_seconds"])
+        rates_of(run).keep(merging_kind(run.config), {"seconds": seconds})
+    plan = _plan_of(run)
+    if plan is None:
+        return {}
+    found = against(plan, run.ledger.records)
+    run.folder.write_json(PLAN_FILE, plan | {"truth": found})
+    return {"estimate": found}
+
+
+def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
+    """The plan as JSON: see the module's docstring."""
+    config, drawn = run.config, run.folder.read_table("samples.parquet")
+    catalogue = run.folder.read_table("catalogue.parquet")
+    failures = run.folder.sub("failures")
+    usable = servable(run, valid_adapters(catalogue), failures)
+    entrants = count_entrants(run, usable)  # which ones is known after the screen; any so many stand for them
+    work, plan = line_up(run, usable.slice(0, entrants), drawn, failures)
+    race = Scoreboard(work, plan).race
+    scoring, merging = _scoring(run, race, drawn, merged)
+    training = _training(run, merged)
+    samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
+    candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": entrants}
+    tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
+    engine = make_engine(run, usable, max(usable["rank"].to_pylist()))
+    return {
+        "key": _key(run),
+        "candidates": candidates,
+        "adapter_samples": samples,
+        "tokens": tokens,
+        "fetch": to_fetch(work, race, usable),
+        "engines": {"count": scoring.engines, "memory_bytes": memory_of_engine(config.search.engine, engine, _resources(run)[0])},
+        "arms": {"count": training.arms, "at_once": training.at_once},
+        **_time(run, scoring, merging, training),
+        "ledger": run.ledger.records,
+    }
+
+
+def _scoring(run: Run, race: Race, drawn: pa.Table, merged: bool) -> tuple[Scoring, Scoring]:
+    """What the search and what the merge have to score."""
+    config = run.config
+    mean = float(np.mean(lengths_of(drawn)))
+    search = Scoring(
+        round(left_to_score(race) * mean),
+        engines_at_once(config.search, len(race.nll_NS)),
+        config.search.budget.seconds or math.inf,
+    )
+    recipes = 0 if merged else most_recipes(config.merge, len(race.nll_NS) - 1)
+    holdout = int(lengths_of(split_of(drawn, "holdout")).sum())
+    return search, Scoring(recipes * holdout, engines_at_once(config.search, recipes))
+
+
+def _training(run: Run, merged: bool) -> Training:
+    """The arms that have no result yet, and what each of them reads."""
+    config, train = run.config, run.config.train
+    starts: list[str] = [init for init in config.compare.inits if init != "mashup" or not merged or run.folder.exists("mashup")]
+    arms = list_arms(config, starts)
+    if merged:
+        arms = [arm for arm in arms if not run.folder.exists(f"train/{make_job(run, arm).name}/{RESULT_FILE}")]
+    rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
+    tested = len({(arm.init, arm.seed) for arm in arms})
+    return Training(
+        arms=len(arms),
+        at_once=min(len(arms), arms_at_once(train)),
+        tokens=float(np.mean([arm_tokens(rows, train, seed) for seed in train.seeds])),
+        evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
+        test_tokens=int(tested * test.sum()),
+    )
+
+
+def _time(run: Run, search: Scoring, merge: Scoring, training: Training) -> dict[str, Any]:
+    """Seconds, GPU-hours and hours of CPU threads of each stage and of all."""
+    config, rates = run.config, rates_of(run)
+    scoring, trained = rates.recent(scoring_kind(config.search)), rates.recent(training_kind(config.train))
+    merging = rates.recent(merging_kind(config)).get("seconds", 0.0) if merge.tokens else 0.0
+    scored = scoring_seconds(merge, scoring)
+    seconds = {
+        "search": scoring_seconds(search, scoring),
+        "merge": None if scored is None else scored + merging,
+        "compare": training_seconds(training, trained),
+    }
+    one_engine, one_worker = _resources(run)
+    workers = {
+        "search": (one_engine, search.engines),
+        "merge": (one_engine, merge.engines),
+        "compare": (one_worker, training.at_once * config.train.workers),
+    }
+    stages = {stage: {"seconds": spent, **hours(spent, *workers[stage])} for stage, spent in seconds.items()}
+    return {
+        "stages": stages,
+        "total": {name: total([stage[name] for stage in stages.values()]) for name in ("seconds", "gpu_hours", "thread_hours")},
+        "rates": {scoring_kind(config.search): scoring, training_kind(config.train): trained},
+        "notes": _notes(run, merging, merge),
+    }
+
+
+def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
+    """What the estimate leaves out, or takes too high."""
+    config = run.config
+    notes = {
+        "the time of the screen is not in it": config.search.screen < 1,
+        "merging is in it only as far as merges are scored: no earlier run measured the rest": merge.tokens and not merging,
+        "arms may end early: train.patience": config.train.patience,
+    }
+    return [note for note, holds in notes.items() if holds]
+
+
+def to_fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
+    """Adapters that are elsewhere and lack scores, their bytes, and as many for each node: each fetches what it scores. What the
+    index left in the nodes' caches is not taken off."""
+    lacking = np.isnan(race.nll_NS).any(axis=1) & ~race.aside_N & (not race.over)
+    uris = work.candidates["uri"].filter(pa.array(lacking))
+    elsewhere = uris.filter(pc.match_substring(uris, "://"))
+    size = pc.sum(usable["bytes"].filter(pc.is_in(usable["uri"], elsewhere.combine_chunks()))).as_py() or 0
+    return {"adapters": len(elsewhere), "bytes": size, "bytes_at_most": size * len(live_nodes())}
+
+
+def memory_of_engine(name: str, engine: EngineConfig, resources: Resources) -> dict[str, int]:
+    """Bytes that an engine holds at least: the base's weights, places for adapters of the largest rank on every module that one
+    of the pool has, and on CPUs vLLM's cache. On a GPU vLLM takes most of what is left for that."""
+    width = fast_dtype(engine.dtype).itemsize
+    shapes = linear_shapes(engine.base)[0].items()
+    features = sum(sum(shape) for module, shape in shapes if module.rpartition(".")[2] in engine.target_modules)
+    places = engine.adapters_per_batch if name == "vllm" else 1
+    cache = int(worker_env(resources)["env_vars"]["VLLM_CPU_KVCACHE_SPACE"]) << 30 if name == "vllm" and not resources.gpus else 0
+    weights, adapters = count_parameters(engine.base) * width, places * engine.max_rank * features * width
+    return {"weights": weights, "adapters": adapters, "cache": cache, "total": weights + adapters + cache}
+
+
+def _resources(run: Run) -> tuple[Resources, Resources]:
+    """Of an engine and of a training worker."""
+    return scoring_resources(run.config.search), training_resources(run.config.train)
+
+
+def _key(run: Run) -> str:
+    """What a plan depends on, but for what is in the store."""
+    asked = run.config.model_dump(include={"search", "merge", "train", "compare"})
+    return digest(run.ledger.key("index"), run.ledger.key("samples"), asked)
+
+
+def _plan_of(run: Run) -> dict[str, Any] | None:
+    """The plan that was made for what is asked now."""
+    plan: dict[str, Any] | None = run.folder.read_json(PLAN_FILE) if run.folder.exists(PLAN_FILE) else None
+    return plan if plan and plan["key"] == _key(run) else None
