@@ -13,8 +13,8 @@ import yaml
 
 from pipeline import renewal
 from pipeline.errors import InputError
-from pipeline.history import History
 from pipeline.lock import Lock, LockLostError, LockTakenError
+from pipeline.record import History
 from pipeline.refresh import NOTHING, RefreshConfig, load_refresh, look, refresh
 from pipeline.storage import Folder
 from pipeline.tables import SEEN
@@ -271,15 +271,6 @@ def test_a_home_over_several_refreshes(
     history = History.of(scheduled.home)
     assert [row["target"] for row in history.rows] == ["words", "fewer", "words", "broken", "words"]
     assert history.rows[-1]["nll_minus_base"] > history.rows[0]["nll_minus_base"]
-
-    # The best donor is gone: others are published, and the old version stays.
-    scheduled.pool.delete("related-2")
-    scheduled.content["targets"] = {"words": words}
-    found = scheduled.refresh()
-    assert outcomes(found) == {"words": "published"}
-    assert "related-2" not in found["targets"]["words"]["donors"]
-    gone = set(published) - set(scheduled.published("words"))
-    assert [file.rpartition("/")[2] for file, *_ in gone] == ["current.json"]
 
 
 def _check_published(home: Folder, found: dict[str, Any]) -> None:
