@@ -1,6 +1,8 @@
-"""Bring mashups up to date, as a cluster's scheduler runs it: `python -m jobs.refresh REFRESH.yaml [--exit-code]`.
+"""A refresh as a job: what a scheduler starts every night to keep the mashups of many targets up to date.
 
-The config file is that of `mashup refresh`. The last line says what came of each target:
+    python -m jobs.refresh REFRESH.yaml [--exit-code]
+
+The last line says what came of each target; see `jobs/entry.py`:
 
     {"status": "done", "exit_code": 0, "targets": {"law": {"outcome": "published", ...}, "sport": {"outcome": "nothing to do"}}}
 
@@ -8,17 +10,24 @@ With --exit-code a refresh that had nothing to do ends with 3, not 0.
 """
 
 import argparse
+from typing import Any
 
 from jobs.entry import run_job
-from pipeline.refresh import load_refresh, refresh
+
+
+def refresh(config: str, tell_nothing: bool) -> dict[str, Any]:
+    """Bring every target up to date, going on where an earlier attempt stopped."""
+    from pipeline.refresh import load_refresh, refresh
+
+    return refresh(load_refresh(config), tell_nothing)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.refresh", description="Bring the mashups of many targets up to date.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="REFRESH.yaml")
     parser.add_argument("--exit-code", action="store_true", help="end with 3 where there was nothing to do")
     asked = parser.parse_args()
-    run_job(lambda: refresh(load_refresh(asked.config), asked.exit_code))
+    run_job(lambda: refresh(asked.config, asked.exit_code))
 
 
 if __name__ == "__main__":

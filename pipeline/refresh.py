@@ -20,10 +20,10 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config import Config, MergeConfig, SearchConfig, Section, TargetConfig, checked, read_yaml
 from pipeline.errors import InputError, one_line
-from pipeline.history import FAILURES, History, Seen
 from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
 from pipeline.progress import Progress
+from pipeline.record import FAILURES, History, Seen
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
+from pipeline.finetuning import Finetuning
 from pipeline.samples import tokenise
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
@@ -162,6 +163,39 @@ def without_time() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
         return [{key: round(v, 4) for key, v in row.items() if key not in ("seconds", "init") and v == v} for row in curve]
 
     return strip
+
+
+@pytest.fixture(scope="session")
+def word_rows() -> list[dict[str, Any]]:
+    """A hundred rows of a task that a few steps can learn: repeat the last word."""
+    words = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number", "brown", "lazy"]
+    return [{"prompt": f"{a} and {b}", "completion": b} for a in words for b in words]
+
+
+@pytest.fixture(scope="session")
+def train_donor(
+    tiny_base: str, word_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, int], None]:
+    """train_donor(folder, seed): an adapter of the tiny base that was trained on `word_rows`, ten steps times the seed."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokens = [{"sample_id": str(n), "split": "train", **tokenise(row, tokenizer)} for n, row in enumerate(word_rows)]
+
+    def train(target: Path, seed: int) -> None:
+        data = Folder.at(tmp_path_factory.mktemp("donor"))
+        for split in ("train", "validation"):
+            data.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
+        settings = TrainConfig(steps=10 * seed, batch_size=16, evaluations=1, dtype="float32")
+        lora = Lora(4 * seed, 8.0, ("q_proj", "v_proj", "up_proj"))
+
+        def keep(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+            assert checkpoint is not None
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (target / name).write_bytes((checkpoint / name).read_bytes())
+
+        Finetuning(Job(Arm("base", 1e-2, seed), tiny_base, lora, settings, data, data, "donor"), 0, 1, keep).run()
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.record import History
+from pipeline.refresh import load_refresh, look
+from pipeline.storage import Folder
 
 
 @pytest.fixture
@@ -147,6 +151,20 @@ def test_a_stage_before_the_one_it_needs(mashup: Any, config: dict[str, Any], co
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
     assert_one_clear_line(mashup(command, "--run", str(tmp_path / "run")), "is not there yet", missing)
+
+
+def test_a_refresh_with_wrong_input_or_nothing_to_do(mashup: Any, tiny_base: str, tmp_path: Path) -> None:
+    file = tmp_path / "refresh.yaml"
+    assert_one_clear_line(mashup("refresh", str(file)), "refresh.yaml", "cannot read")
+    content = {"home": str(tmp_path / "home"), "base": tiny_base, "pool": str(tmp_path), "targets": {"law": {"train": "x"}}}
+    file.write_text(yaml.safe_dump(content))
+    assert_one_clear_line(mashup("refresh", str(file)), "pool: home", "lies in the pool")
+    file.write_text(yaml.safe_dump(content | {"pool": str(tmp_path / "pool")}))
+    seen = look(load_refresh(str(file)))["law"]
+    row = {"time": datetime.now(UTC), "target": "law", "changed": [], "seen": seen, "outcome": "kept"}
+    History.of(Folder.at(content["home"])).add(row)
+    assert mashup("refresh", str(file))[0] == 0
+    assert mashup("refresh", str(file), "--exit-code")[0] == 3
 
 
 def test_unknown_option_and_missing_option_exit_with_2(mashup: Any) -> None:

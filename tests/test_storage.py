@@ -136,3 +136,23 @@ def test_credentials_in_a_location_are_refused_and_not_shown() -> None:
         Folder.at("s3://KEY:SECRET@bucket/runs")
     assert "SECRET" not in str(caught.value)
     assert without_secret("see s3://bucket/a@b and me@example.org") == "see s3://bucket/a@b and me@example.org"
+
+
+def test_the_state_tells_when_anything_below_changed(folder: Folder) -> None:
+    assert folder.state() == []
+    folder.write_text("a.txt", "x")
+    folder.write_text("deep/down/b.txt", "xy")
+    first = folder.state()
+    assert [(path.removeprefix(folder.path), size) for path, size, _ in first] == [("/a.txt", 1), ("/deep/down/b.txt", 2)]
+    assert folder.state() == first
+    assert folder.sub("a.txt").state() == first[:1]
+    folder.write_text("deep/down/b.txt", "xyz")
+    assert folder.state() != first
+
+
+def test_when_a_file_was_written(folder: Folder) -> None:
+    assert folder.modified("a.txt") is None
+    folder.write_text("a.txt", "x")
+    when = folder.modified("a.txt")
+    assert when is not None
+    assert [time / 1e9 for _, _, time in folder.state()] == [when]

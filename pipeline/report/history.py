@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from pipeline.history import FAILURES, History
+from pipeline.record import FAILURES, History
 from pipeline.report.page import VISIBLE_ROWS, template
 from pipeline.report.plots import BASE_COLOUR, MASHUP_COLOUR, NEUTRAL, legend_above, svg
 from pipeline.storage import Folder

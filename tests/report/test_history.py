@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import HOSTILE
 
-from pipeline.history import History
+from pipeline.record import History
 from pipeline.report.history import render, write_history
 from pipeline.storage import Folder
 

@@ -1,4 +1,4 @@
-"""What refreshes did: `<home>/history.parquet`, a row for each target that one worked on.
+"""The record of what refreshes did: `<home>/history.parquet`, a row for each target that one worked on.
 
 It is their memory too: a row holds digests of what was seen, by which the next refresh knows what changed.
 """

@@ -1,0 +1,137 @@
+"""When a mashup is published, and what readers find. No cluster: losses on today's samples are given."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import publish as publish_module
+from pipeline.config import Config
+from pipeline.publish import CURRENT, publish
+from pipeline.run_folder import Run
+from pipeline.storage import Folder
+
+THRESHOLD = 0.01
+
+
+class Target:
+    """A run folder whose selection is set by hand, and where it is published."""
+
+    def __init__(self, base: str, tmp_path: Path, make_adapter: Callable[..., Path]):
+        self.base, self.path, self.make_adapter = base, tmp_path, make_adapter
+        self.place = Folder.at(tmp_path / "published")
+
+    def select(self, donors: dict[str, str], nll: float = 1.0, seed: int = 0) -> None:
+        """`donors`: their ids and hashes; none: the verdict is for the base. `seed` makes the mashup's weights."""
+        shutil.rmtree(self.path / "run/mashup", ignore_errors=True)
+        best = {"name": f"exact-{len(donors)}", "rank": 4, "donors": list(donors)}
+        losses = {"holdout_nll": nll, "holdout_nll_minus_base": nll - 2}
+        if donors:
+            self.make_adapter(self.path / "run/mashup", self.base, seed=seed)
+        selection = {
+            "verdict": "mashup" if donors else "base",
+            "base_holdout_nll": 2.0,
+            "recipe": best if donors else None,
+            "donors": [{"adapter_id": name, "adapter_hash": digest, "weight": 1.0} for name, digest in donors.items()],
+            "candidates": [best | losses] if donors else [],
+        }
+        Folder.at(self.path / "run").write_json("selection.json", selection)
+
+    def publish(self) -> str:
+        config = {"run": str(self.path / "run"), "base": self.base, "pool": "pool", "target": {"train": "train.jsonl"}}
+        outcome, current = publish(Run(Config.model_validate(config)), self.place, THRESHOLD)
+        assert current == self.current
+        return outcome
+
+    @property
+    def current(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.place.read_json(CURRENT)
+        return found
+
+    @property
+    def versions(self) -> int:
+        return sum(path.is_dir() for path in (self.path / "published").iterdir())
+
+
+@pytest.fixture
+def target(tiny_base: str, tmp_path: Path, make_adapter: Callable[..., Path]) -> Target:
+    return Target(tiny_base, tmp_path, make_adapter)
+
+
+@pytest.fixture
+def published_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the published mashup's loss on the samples of today."""
+
+    def set_loss(value: float) -> None:
+        monkeypatch.setattr(publish_module, "_loss_now", lambda run, current: value)
+
+    return set_loss
+
+
+def test_a_published_mashup_is_whole_and_named_by_the_pointer(target: Target) -> None:
+    target.select({"a": "1", "b": "2"})
+    assert target.publish() == "published"
+    version = Path(target.current["uri"])
+    assert {"adapter_config.json", "adapter_model.safetensors", "selection.json"} <= {file.name for file in version.iterdir()}
+    assert json.loads((version / "selection.json").read_text())["verdict"] == "mashup"
+    assert (version / "adapter_model.safetensors").read_bytes() == (
+        target.path / "run/mashup/adapter_model.safetensors"
+    ).read_bytes()
+    assert (target.current["recipe"], target.current["holdout_nll"]) == ("exact-2", 1.0)
+
+
+def test_the_same_mashup_is_not_published_twice(target: Target) -> None:
+    target.select({"a": "1"})
+    target.publish()
+    before = target.current
+    target.select({"renamed": "1"})
+    assert target.publish() == "kept"
+    assert (target.current, target.versions) == (before, 1)
+
+
+@pytest.mark.parametrize("donors", [{"a": "1"}, {"a": "1", "c": "3"}, {"a": "1", "b": "trained again"}])
+def test_other_donors_are_published_and_the_old_version_stays(target: Target, donors: dict[str, str]) -> None:
+    target.select({"a": "1", "b": "2"})
+    target.publish()
+    old = target.current
+    target.select(donors, nll=1.2, seed=1)
+    assert target.publish() == "published"
+    assert target.current["uri"] != old["uri"]
+    assert Path(old["uri"], "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("loss_now", "outcome"), [(1.0, "kept"), (1.009, "kept"), (0.9, "kept"), (1.02, "published"), (float("nan"), "published")]
+)
+def test_other_weights_of_the_same_donors_must_gain(
+    target: Target, published_now: Callable[[float], None], loss_now: float, outcome: str
+) -> None:
+    target.select({"a": "1", "b": "2"})
+    target.publish()
+    target.select({"b": "2", "a": "1"}, nll=1.0, seed=1)
+    published_now(loss_now)
+    assert target.publish() == outcome
+    assert target.versions == (2 if outcome == "published" else 1)
+
+
+def test_where_the_base_is_better_the_mashup_is_withdrawn(target: Target) -> None:
+    target.select({})
+    assert target.publish() == "kept"
+    assert (target.current["verdict"], target.current["uri"]) == ("base", None)
+    target.select({"a": "1"})
+    assert target.publish() == "published"
+    target.select({})
+    assert target.publish() == "withdrawn"
+    assert (target.current["verdict"], target.current["uri"]) == ("base", None)
+    assert target.publish() == "kept"
+    assert target.versions == 1
+
+
+def test_another_base_is_another_mashup(target: Target, untied_base: str) -> None:
+    target.select({"a": "1"})
+    target.publish()
+    target.base = untied_base
+    assert target.publish() == "published"
