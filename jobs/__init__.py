@@ -1,1 +1,1 @@
-"""What `ray job submit` runs: `python -m jobs.mashup`, `jobs.search` and `jobs.refresh`, each with the config file of a laptop."""
+"""What `ray job submit` runs: `python -m jobs.mashup`, `jobs.search` and `jobs.refresh`, with the config file of a laptop."""

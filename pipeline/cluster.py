@@ -2,17 +2,32 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
+
+from pipeline.errors import InputError
 
 START_ATTEMPTS = 3
 """To start Ray on this machine."""
+
+ANSWER_SECONDS = 5.0
+"""In which a cluster's head accepts a connection; Ray itself tries for several minutes, without a word."""
+
+TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+
+NODE_GROUP = "ray.io/node-group"
+"""Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
+
+WORKER = {"search": "actor", "train": "worker"}
+"""What the config's keys call a worker, by section."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,18 @@ def connect() -> float:
 
     Returns:
         Seconds that it took.
+
+    Raises:
+        ConnectionError: nothing answers at RAY_ADDRESS.
+        InputError: the cluster there cannot be joined, such as for want of its token.
     """
     started = time.perf_counter()
     if not ray.is_initialized():
         _quiet()
-        _join_or_start()
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -67,6 +89,27 @@ def engine_slots(resources: Resources) -> int:
     return max(1, slots)
 
 
+def require(resources: Resources, section: Literal["search", "train"], count: int = 1, beside: float = 0.0) -> None:
+    """See to it that the cluster can hold `count` such workers at once, and `beside` CPUs for what steers them. Where an
+    autoscaler may bring the nodes for it, it is said that they are waited for.
+
+    Args:
+        section: the part of the config that asks for them.
+
+    Raises:
+        InputError: it cannot; Ray would wait for ever.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive]
+    room = sum(_room(node, resources) for node in nodes)
+    if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + beside:
+        return
+    missing = _missing(resources, section, count, room, nodes)
+    if not any(NODE_GROUP in node.get("Labels", {}) for node in alive):
+        raise InputError(f"{missing}; ask for less, or add nodes to the cluster")
+    logging.getLogger(__name__).warning("%s; waiting for the autoscaler to bring more", missing)
+
+
 def compute_task(function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto") -> Any:
     """`function` as a Ray task with the resources and the environment of one compute worker."""
     resources = worker_resources(cpus, gpus)
@@ -90,17 +133,60 @@ def worker_env(resources: Resources) -> dict[str, Any]:
     }
 
 
-def _join_or_start() -> None:
+def _join(address: str) -> None:
+    require_answer(address)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, AuthenticationError) as error:
+        ray.shutdown()
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
+
+
+def require_answer(address: str) -> None:
+    """See to it that something answers at `address` (host:port, ray://host:port).
+
+    Raises:
+        ConnectionError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():  # `auto` and the like, which Ray looks up on this machine
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address} ({error.strerror or error})") from error
+
+
+def _start() -> None:
     """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
-    address, attempts = (None, 1) if os.environ.get("RAY_ADDRESS") else ("local", START_ATTEMPTS)
-    for attempt in range(attempts):
+    for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
             return
         except Exception:  # Ray raises no narrower one
             ray.shutdown()
-            if attempt + 1 == attempts:
+            if attempt + 1 == START_ATTEMPTS:
                 raise
+
+
+def _room(node: dict[str, float], resources: Resources) -> int:
+    """How many such workers a node with these resources holds."""
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
+    return min(int(node.get(name, 0) / amount + 1e-6) for name, amount in asked.items() if amount)
+
+
+def _missing(resources: Resources, section: str, count: int, room: int, nodes: list[dict[str, float]]) -> str:
+    """What of a wish the cluster lacks, by the config's key."""
+    for name, key, asked in (("CPU", "cpus", resources.cpus), ("GPU", "gpus", resources.gpus)):
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if asked > most:
+            wish = f"{section}.{key}_per_{WORKER[section]}: a worker asks for {asked:g} {name}"
+            return f"{wish}, and the largest node of the cluster has {most:g}"
+    wish = f"{section}.{WORKER[section]}s: {count} with {resources.cpus:g} CPU and {resources.gpus} GPU each are to run at once"
+    if room < count:
+        return f"{wish}, and the cluster has room for {room}"
+    return f"{wish}, which leaves nothing of the cluster's CPUs to steer them"
 
 
 def _cpu_env() -> dict[str, str]:

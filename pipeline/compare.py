@@ -19,7 +19,7 @@ from pipeline.arms import Job
 from pipeline.config import Config
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.storage import Folder
-from pipeline.train import curve_table, fit
+from pipeline.train import TRIAL_CPUS, curve_table, fit, require_workers, training_resources
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -93,12 +93,12 @@ def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, 
 
 def _tune(jobs: Sequence[Job], storage: Folder, say: Callable[[str], None]) -> None:
     train = jobs[0].train
-    resources = cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
-    at_once = max(1, cluster.engine_slots(resources) // train.workers)
+    require_workers(train)
+    at_once = max(1, cluster.engine_slots(training_resources(train)) // train.workers)
     drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
     tuner = tune.Tuner(
         # The trial only waits for its Ray Train run, which takes the resources.
-        tune.with_resources(drive, {"CPU": 0.01}),
+        tune.with_resources(drive, {"CPU": TRIAL_CPUS}),
         param_space={"arm": tune.grid_search([job.name for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name

@@ -33,9 +33,11 @@ from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.race import CONFIDENCE, make_plan
 from pipeline.search.scoreboard import build_leaderboard, score_table
 from pipeline.search.store import read_failures
+from pipeline.search.stream import require_engine
 from pipeline.starts import list_arms, make_controls, make_job, probe_starts, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, require
+from pipeline.train import require_workers
 
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages that a start from the base does without."""
@@ -48,7 +50,7 @@ def run_all(config: Config) -> dict[str, Any]:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
     target_paths(config)  # a wrong path is said now, not after an hour of indexing
-    run = Run(config)
+    run = Run(config, require_room)
     run.save_config()
     index(run)
     samples(run)
@@ -58,6 +60,33 @@ def run_all(config: Config) -> dict[str, Any]:
     report(run)
     summary: dict[str, Any] = run.folder.read_json("summary.json")
     return summary
+
+
+def run_search(config: Config) -> Folder:
+    """The first half: adapters to leaderboard. Returns the run's folder.
+
+    Raises:
+        InputError: as for `run_all`.
+    """
+    target_paths(config)
+    run = Run(config)
+    run.save_config()
+    index(run)
+    samples(run)
+    search(run)
+    return run.folder
+
+
+def require_room(run: Run) -> None:
+    """See to it that the cluster can hold what the stages to come ask for: said before the first of them works.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not run.ledger.done("merge"):
+        require_engine(run.config.search)
+    if not run.ledger.done("compare"):
+        require_workers(run.config.train)
 
 
 def index(run: Run) -> None:

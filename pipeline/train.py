@@ -17,10 +17,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
+from pipeline.config import TrainConfig
 from pipeline.storage import Folder
 from pipeline.tables import COMPARISON
 
 MAX_FAILURES = 2
+TRIAL_CPUS = 0.01
+"""Of the Ray Tune trial that waits for an arm."""
 
 
 def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -30,14 +33,13 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
         The arm's curve (rows of schema COMPARISON), its best step by validation NLL, the best checkpoint's name in
         `storage`, the seconds it took to start, and the step at which it diverged, if it did.
     """
-    workers, gpus = job.train.workers, job.train.gpus_per_worker
-    resources = cluster.worker_resources(job.train.cpus_per_worker, gpus, workers)
+    resources = training_resources(job.train)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=job.train.workers,
             use_gpu=bool(resources.gpus),
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
@@ -77,6 +79,20 @@ def train_loop(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
     finetuning.run()
+
+
+def training_resources(train: TrainConfig) -> cluster.Resources:
+    """What one worker of an arm gets."""
+    return cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
+
+
+def require_workers(train: TrainConfig) -> None:
+    """See to it that the cluster can hold all workers of an arm at once.
+
+    Raises:
+        InputError: it cannot.
+    """
+    cluster.require(training_resources(train), "train", train.workers, beside=TRIAL_CPUS)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
