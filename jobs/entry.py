@@ -33,9 +33,9 @@ def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
     """Do the work, print its result as the last line and exit. `work` may give an exit code of its own as `exit_code`."""
     signal.signal(signal.SIGTERM, _stop)
     quiet_libraries()
-    ending: dict[str, Any]
+    ending: dict[str, Any] = {"status": "done", "exit_code": 0}
     try:
-        ending = {"status": "done", "exit_code": 0} | work()
+        ending |= work()
     except InputError as error:
         ending = {"status": "wrong input", "exit_code": 2, "error": str(error)}
     except (SystemExit, KeyboardInterrupt):

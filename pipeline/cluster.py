@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from ctypes.util import find_library
@@ -11,17 +10,12 @@ from typing import Any, Literal
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import AuthenticationError
 
 from pipeline.errors import InputError
+from pipeline.join import join
 
 START_ATTEMPTS = 3
 """To start Ray on this machine."""
-
-ANSWER_SECONDS = 5.0
-"""In which a cluster's head accepts a connection; Ray itself tries for several minutes, without a word."""
-
-TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 NODE_GROUP = "ray.io/node-group"
 """Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
@@ -53,7 +47,7 @@ def connect() -> float:
     if not ray.is_initialized():
         _quiet()
         if address := os.environ.get("RAY_ADDRESS"):
-            _join(address)
+            join(address)
         else:
             _start()
     context = DataContext.get_current()
@@ -131,31 +125,6 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
         }
     }
-
-
-def _join(address: str) -> None:
-    require_answer(address)
-    try:
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, AuthenticationError) as error:
-        ray.shutdown()
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
-
-
-def require_answer(address: str) -> None:
-    """See to it that something answers at `address` (host:port, ray://host:port).
-
-    Raises:
-        ConnectionError: nothing does.
-    """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():  # `auto` and the like, which Ray looks up on this machine
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(f"no Ray cluster answers at {address} ({error.strerror or error})") from error
 
 
 def _start() -> None:

@@ -22,9 +22,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console, RenderableType
 
-from pipeline.cluster import TOKEN_HINT, require_answer
 from pipeline.config import load_config
 from pipeline.errors import InputError
+from pipeline.join import TOKEN_HINT, require_answer
 from pipeline.report.terminal import leaderboard_table, summary_table
 from pipeline.storage import Folder
 
