@@ -8,6 +8,7 @@
 Ray itself reports exit code 1 for every job that did not end with 0: who needs to tell them apart reads the last line.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -17,20 +18,27 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.errors import InputError, one_line
+from pipeline.progress import quiet_libraries
 
 
-class Stopped(BaseException):
-    """The job was told to end."""
+def arguments(about: str | None) -> argparse.Namespace:
+    """What a job is called with: `config`, the path of a config file, and `run`, a folder in place of the config's, or None."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--run", help="folder of the run, in place of the config's")
+    return parser.parse_args()
 
 
 def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
     """Do the work, print its result as the last line and exit. `work` may give an exit code of its own as `exit_code`."""
     signal.signal(signal.SIGTERM, _stop)
+    quiet_libraries()
+    ending: dict[str, Any] = {"status": "done", "exit_code": 0}
     try:
-        ending = {"status": "done", "exit_code": 0} | work()
+        ending |= work()
     except InputError as error:
         ending = {"status": "wrong input", "exit_code": 2, "error": str(error)}
-    except (Stopped, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt):
         ending = {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
     except Exception as error:  # the last line of defence: one line for a scheduler, the traceback on demand
         if os.environ.get("MASHUP_TRACEBACK"):
@@ -41,4 +49,5 @@ def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped
+    """As Ray's own handler does, which takes the place of this one once the cluster is joined."""
+    sys.exit(number)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import InputError, one_line
+from pipeline.progress import quiet_libraries
 
 app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
@@ -52,17 +53,10 @@ def search(
     """Score every adapter of a pool on a sample of the target and print the leaderboard."""
     from pipeline import run as page
     from pipeline.report.terminal import leaderboard_table
-    from pipeline.samples import target_paths
 
     asked = {"samples": samples, "seed": seed, "engine": engine, "budget": budget}
     config = _config(run, base, pool, {"train": target}, search=asked)
-    target_paths(config)
-    this = page.Run(config)
-    this.save_config()
-    page.index(this)
-    page.samples(this)
-    page.search(this)
-    Console().print(leaderboard_table(this.folder.read_table("leaderboard.parquet")))
+    Console().print(leaderboard_table(page.run_search(config).read_table("leaderboard.parquet")))
 
 
 @app.command()
@@ -142,15 +136,22 @@ def refresh_command(
     raise typer.Exit(found["exit_code"])
 
 
+@app.command()
+def submit(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="As for `mashup run`, its paths absolute or URIs.")],
+    job: Annotated[str, typer.Option(help="mashup, search or refresh.")] = "mashup",
+    address: Annotated[str | None, typer.Option(help="Ray's job server; by default what Ray's own variables name.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
+) -> None:
+    """Run a job on a Ray cluster, follow its log and print its result. Ends with the job's own exit code."""
+    from pipeline.submit import submit_job
+
+    raise typer.Exit(submit_job(config, job, address, run))
+
+
 def main() -> None:
     """Run the command line with the exit codes of this module's docstring."""
-    # Set before transformers or Ray are imported: their notes would bury the progress.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet_libraries()
     try:
         app(standalone_mode=True)
     except InputError as error:

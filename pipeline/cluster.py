@@ -9,13 +9,22 @@ from contextlib import suppress
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.data import DataContext
 
+from pipeline.errors import InputError
+from pipeline.join import join
+
 START_ATTEMPTS = 3
 """To start Ray on this machine."""
+
+NODE_GROUP = "ray.io/node-group"
+"""Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
+
+WORKER = {"search": "actor", "train": "worker"}
+"""What the config's keys call a worker, by section."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,18 @@ def connect() -> float:
 
     Returns:
         Seconds that it took.
+
+    Raises:
+        ConnectionError: nothing answers at RAY_ADDRESS.
+        InputError: the cluster there cannot be joined, such as for want of its token.
     """
     started = time.perf_counter()
     if not ray.is_initialized():
         _quiet()
-        _join_or_start()
+        if address := os.environ.get("RAY_ADDRESS"):
+            join(address)
+        else:
+            _start()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -91,6 +107,27 @@ def describe(resources: Resources) -> str:
     return f"{resources.gpus} x {' or '.join(models) or 'GPU'}"
 
 
+def require(resources: Resources, section: Literal["search", "train"], count: int = 1, beside: float = 0.0) -> None:
+    """See to it that the cluster can hold `count` such workers at once, and `beside` CPUs for what steers them. Where an
+    autoscaler may bring the nodes for it, it is said that they are waited for.
+
+    Args:
+        section: the part of the config that asks for them.
+
+    Raises:
+        InputError: it cannot; Ray would wait for ever.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive]
+    room = sum(_room(node, resources) for node in nodes)
+    if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + beside:
+        return
+    missing = _missing(resources, section, count, room, nodes)
+    if not any(NODE_GROUP in node.get("Labels", {}) for node in alive):
+        raise InputError(f"{missing}; ask for less, or add nodes to the cluster")
+    logging.getLogger(__name__).warning("%s; waiting for the autoscaler to bring more", missing)
+
+
 def compute_task(function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto") -> Any:
     """`function` as a Ray task with the resources and the environment of one compute worker."""
     resources = worker_resources(cpus, gpus)
@@ -114,17 +151,35 @@ def worker_env(resources: Resources) -> dict[str, Any]:
     }
 
 
-def _join_or_start() -> None:
+def _start() -> None:
     """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
-    address, attempts = (None, 1) if os.environ.get("RAY_ADDRESS") else ("local", START_ATTEMPTS)
-    for attempt in range(attempts):
+    for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
             return
         except Exception:  # Ray raises no narrower one
             ray.shutdown()
-            if attempt + 1 == attempts:
+            if attempt + 1 == START_ATTEMPTS:
                 raise
+
+
+def _room(node: dict[str, float], resources: Resources) -> int:
+    """How many such workers a node with these resources holds."""
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
+    return min(int(node.get(name, 0) / amount + 1e-6) for name, amount in asked.items() if amount)
+
+
+def _missing(resources: Resources, section: str, count: int, room: int, nodes: list[dict[str, float]]) -> str:
+    """What of a wish the cluster lacks, by the config's key."""
+    for name, key, asked in (("CPU", "cpus", resources.cpus), ("GPU", "gpus", resources.gpus)):
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if asked > most:
+            wish = f"{section}.{key}_per_{WORKER[section]}: a worker asks for {asked:g} {name}"
+            return f"{wish}, and the largest node of the cluster has {most:g}"
+    wish = f"{section}.{WORKER[section]}s: {count} with {resources.cpus:g} CPU and {resources.gpus} GPU each are to run at once"
+    if room < count:
+        return f"{wish}, and the cluster has room for {room}"
+    return f"{wish}, which leaves nothing of the cluster's CPUs to steer them"
 
 
 def _cpu_model() -> str:

@@ -20,7 +20,7 @@ from pipeline.config import Config, TrackConfig
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
-from pipeline.train import arms_at_once, curve_table, fit
+from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -102,10 +102,11 @@ def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, 
 
 def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) -> None:
     train = jobs[0].train
+    require_workers(train)
     drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
     tuner = tune.Tuner(
         # The trial only waits for its Ray Train run, which takes the resources.
-        tune.with_resources(drive, {"CPU": 0.01}),
+        tune.with_resources(drive, {"CPU": TRIAL_CPUS}),
         param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=arms_at_once(train), trial_name_creator=_trial_name, trial_dirname_creator=_trial_name

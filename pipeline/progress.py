@@ -1,11 +1,27 @@
 """What a person sees while a run works: one calm line now and then, on standard error."""
 
+import os
 import time
 
 from rich.console import Console
 
 INTERVAL, AGAIN = 3.0, 30.0
 """Seconds between two lines of the same counter, and before a line is repeated."""
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def quiet_libraries() -> None:
+    """To be called before transformers or Ray are imported: their notes would bury the progress. What the user set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 class Progress:

@@ -35,9 +35,11 @@ from pipeline.run_folder import Run
 from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table
 from pipeline.search.store import read_failures
+from pipeline.search.stream import require_engine
 from pipeline.starts import list_arms, make_controls, make_job, probe_starts, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, require
+from pipeline.train import require_workers
 
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages that a start from the base does without."""
@@ -49,10 +51,7 @@ def run_all(config: Config) -> dict[str, Any]:
     Raises:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
-    target_paths(config)  # a wrong path is said now, not after an hour of indexing
-    track.check(config.track)
-    run = Run(config)
-    run.save_config()
+    run = open_run(config, require_room)
     index(run)
     samples(run)
     search(run)
@@ -63,6 +62,19 @@ def run_all(config: Config) -> dict[str, Any]:
     return summary
 
 
+def run_search(config: Config) -> Folder:
+    """The first half: adapters to leaderboard. Returns the run's folder.
+
+    Raises:
+        InputError: as for `run_all`.
+    """
+    run = open_run(config, lambda run: require_engine(run.config.search))
+    index(run)
+    samples(run)
+    search(run)
+    return run.folder
+
+
 def plan_run(config: Config) -> dict[str, Any]:
     """What `run_all` would do and cost, estimated before anything is scored, merged or trained: `plan.json`.
 
@@ -70,11 +82,9 @@ def plan_run(config: Config) -> dict[str, Any]:
     this cluster is, a short calibration does; its scores are kept, too.
 
     Raises:
-        InputError: the input is not right.
+        InputError: as for `run_all`.
     """
-    target_paths(config)
-    run = Run(config)
-    run.save_config()
+    run = open_run(config, require_room)
     index(run)
     samples(run)
     run.progress.stage("plan")
@@ -83,6 +93,31 @@ def plan_run(config: Config) -> dict[str, Any]:
     catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
     searched = run.ledger.done("search", _search_key(run, catalogue, drawn))
     return write_plan(run, merged=searched and run.ledger.done("merge", _merge_key(run)))
+
+
+def open_run(config: Config, once_joined: Callable[[Run], None]) -> Run:
+    """The run folder with what is asked in it, where that can be had; `once_joined` is called when the cluster is at hand.
+
+    Raises:
+        InputError: there is nothing at a path, or a package for `track` is missing: said now, not after an hour of indexing.
+    """
+    target_paths(config)
+    track.check(config.track)
+    run = Run(config, once_joined)
+    run.save_config()
+    return run
+
+
+def require_room(run: Run) -> None:
+    """See to it that the cluster can hold what the stages to come ask for: said before the first of them works.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not run.ledger.done("merge"):
+        require_engine(run.config.search)
+    if not run.ledger.done("compare"):
+        require_workers(run.config.train)
 
 
 def index(run: Run) -> None:

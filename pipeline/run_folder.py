@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 
 import yaml
@@ -27,8 +28,9 @@ STAGES = {
 class Run:
     """A run folder and what is asked of it."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, once_joined: Callable[["Run"], None] = lambda run: None):
+        """`once_joined` is called when the cluster is at hand, before a stage works."""
+        self.config, self._once_joined = config, once_joined
         self.folder = Folder.at(config.run)
         self.folder.create()
         self.ledger = Ledger(self.folder, STAGES, tell_stage)
@@ -69,6 +71,7 @@ class Run:
         seconds = cluster.connect()
         if seconds > 1:
             self.ledger.note("ray", seconds)
+        self._once_joined(self)
 
     def needs(self, stage: str, table: str, command: str) -> None:
         """Check that an earlier stage is done.

@@ -27,6 +27,8 @@ from pipeline.tables import COMPARISON
 MAX_FAILURES = 2
 TUNE_STEP = "timesteps_total"
 """What Tune's loggers draw over, where it is reported."""
+TRIAL_CPUS = 0.01
+"""Of the Ray Tune trial that waits for an arm."""
 
 
 def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -104,6 +106,15 @@ def training_kind(train: TrainConfig) -> str:
 def arms_at_once(train: TrainConfig) -> int:
     """How many arms the cluster has room for."""
     return max(1, cluster.engine_slots(training_resources(train)) // train.workers)
+
+
+def require_workers(train: TrainConfig) -> None:
+    """See to it that the cluster can hold all workers of an arm at once.
+
+    Raises:
+        InputError: it cannot.
+    """
+    cluster.require(training_resources(train), "train", train.workers, beside=TRIAL_CPUS)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:

@@ -81,6 +81,15 @@ def engines_at_once(search: SearchConfig, candidates: int) -> int:
     return max(1, min(slots, batches if search.actors == "auto" else search.actors))
 
 
+def require_engine(search: SearchConfig) -> None:
+    """See to it that the cluster can hold an engine.
+
+    Raises:
+        InputError: it cannot.
+    """
+    cluster.require(scoring_resources(search), "search")
+
+
 def score_stream(
     work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
 ) -> Iterator[Progress]:
@@ -88,6 +97,9 @@ def score_stream(
 
     Args:
         seconds: the time that it may take, engine start apart, in place of the plan's budget.
+
+    Raises:
+        InputError: no node of the cluster can hold an engine.
     """
     board = _on_this_node(Scoreboard).remote(work, plan, seconds)
     try:
@@ -105,6 +117,7 @@ def _on_this_node(actor: type) -> Any:
 
 
 def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any) -> ray.data.Dataset:
+    require_engine(search)
     resources = scoring_resources(search)
     batches = math.ceil(len(work.candidates) / engine.adapters_per_batch)
     most = batches if search.actors == "auto" else search.actors

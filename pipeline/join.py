@@ -1,0 +1,68 @@
+"""Joining a Ray cluster that is there already: soon, or with the reason why not; and noticing when its head is gone."""
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from pipeline.errors import InputError
+
+ANSWER_SECONDS = 5.0
+"""In which a head accepts a connection; Ray itself tries for minutes without a word."""
+
+POLL = 2.0
+"""Seconds between two looks at the head."""
+
+TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+
+
+def join(address: str) -> None:
+    """Join the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ConnectionError: nothing answers there.
+        InputError: what answers cannot be joined, such as for want of its token.
+    """
+    require_answer(address)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, AuthenticationError) as error:
+        ray.shutdown()
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
+    threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
+
+
+def require_answer(address: str) -> None:
+    """See to it that something answers at `address`: host:port, or ray://host:port.
+
+    Raises:
+        ConnectionError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():  # `auto` and the like, which Ray looks up on this machine
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address} ({error.strerror or error})") from error
+
+
+def _watch_head(address: str) -> None:
+    """End this process with a line once the head has been away for too long. Ray would soon end it, too, but without one."""
+    patience = 0.75 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 (Ray's own name)
+    seen = time.monotonic()
+    while ray.is_initialized():
+        try:
+            require_answer(address)
+            seen = time.monotonic()
+        except ConnectionError as error:
+            away = time.monotonic() - seen
+            if away > patience:
+                print(f"mashup: {error} for {away:.0f} s; the same command goes on from here", file=sys.stderr, flush=True)
+                os._exit(1)
+        time.sleep(POLL)

@@ -1,0 +1,178 @@
+"""`mashup submit`: a job of `jobs/` on a Ray cluster, by way of the cluster's job server.
+
+Our code and the config go with the job, so that the cluster needs only the packages that we depend on. The job's log is followed;
+its last line says how it ended, see `jobs/entry.py`.
+
+Nothing else goes with it: what is sent can be read on the cluster's dashboard. Credentials for object stores and the Hub are the
+cluster's: its nodes have them in their environment.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.console import Console, RenderableType
+
+from pipeline.config import load_config
+from pipeline.errors import InputError
+from pipeline.join import TOKEN_HINT, require_answer
+from pipeline.report.terminal import leaderboard_table, summary_table
+from pipeline.storage import Folder
+
+JOBS = ("mashup", "search", "refresh")
+LOCAL = "http://127.0.0.1:8265"
+PLACES = ("run", "base", "pool", "target.train", "target.validation", "target.test", "search.store")
+"""Keys of the config that name a file or a folder."""
+
+STOP_SECONDS = 30
+"""What a job that is stopped has to write its last line before it is killed; Ray's default is three."""
+
+
+def submit_job(path: str, job: str, address: str | None = None, run: str | None = None) -> int:
+    """Send a job to a cluster, follow it to its end and print what it found.
+
+    Args:
+        path: the config file.
+        job: one of JOBS.
+        address: of the job server; by default RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or else this machine's.
+        run: folder of the run, in place of the config's.
+
+    Returns:
+        The job's exit code; 1 if it was left running.
+
+    Raises:
+        InputError: the job or the config is not right, or the server wants another token.
+        ConnectionError: the server cannot be reached, or not any more.
+    """
+    if job not in JOBS:
+        raise InputError(f"--job {job}: must be {', '.join(JOBS[:-1])} or {JOBS[-1]}")
+    config = portable_config(path, run)
+    client = connect(address)
+    number = _send(client, job, config)
+    follow, stop = (f"ray job {what} {number} --address {client.get_address()}" for what in ("logs --follow", "stop"))
+    say = Console(stderr=True, soft_wrap=True, highlight=False)
+    say.print(f"job {number} is submitted\n  to follow it: {follow}\n  to stop it:   {stop}", markup=False)
+    try:
+        ending = _follow(client, number)
+    except KeyboardInterrupt:
+        say.print(f"\nthe job goes on; to follow it: {follow}; to stop it: {stop}", markup=False)
+        return 1
+    except (OSError, RuntimeError, ClientError) as error:
+        raise ConnectionError(f"lost job {number}, which may go on ({_line(error)}); to follow it: {follow}") from error
+    if "error" in ending:
+        say.print(f"mashup: job {number}: {ending['error']}", style="red", markup=False)
+    else:
+        Console().print(_result(job, ending))
+    return int(ending["exit_code"])
+
+
+def portable_config(path: str, run: str | None) -> dict[str, Any]:
+    """What a config file asks, with `run` in place of its own; fit for a machine with another working folder.
+
+    Raises:
+        InputError: a key or value is not right, or a path is relative.
+    """
+    load_config(path, run=run)
+    content: dict[str, Any] = yaml.safe_load(Path(path).read_text()) | ({"run": run} if run else {})
+    for key in PLACES:
+        section, _, name = key.rpartition(".")
+        value = (content.get(section) or {} if section else content).get(name)
+        if value and not _travels(value, key == "base"):
+            raise InputError(
+                f"{path}: {key}: {value} is a relative path, and the cluster's nodes work in other folders; give an absolute one "
+                "that all of them see, or s3://..."
+            )
+    return content
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """The job server at `address`, or else at the place that Ray's own command would take.
+
+    Raises:
+        InputError: it wants another token.
+        ConnectionError: nothing answers there, or not a job server.
+    """
+    if address:  # Ray's client would let the variables win
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
+    place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
+    try:
+        if "://" not in place:
+            require_answer(place)
+        return JobSubmissionClient(place)
+    except AuthenticationError as error:
+        raise InputError(f"{place}: the cluster lets nobody in without its token ({error.message}); {TOKEN_HINT}") from error
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(f"{place}: no Ray job server answers there ({_line(error)}); see --address") from error
+
+
+def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any]:
+    """How a job ended: its last line, or what Ray knows of a job that did not come to write one."""
+    for line in reversed(log.splitlines()):  # what ends after the job may still have written to its log
+        if line.startswith('{"status"'):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    if status == JobStatus.STOPPED:
+        return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
+    reason = (message or "Ray gives no reason").strip().splitlines()
+    return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason[0]} {reason[-1]}"}
+
+
+def _travels(value: str, is_base: bool) -> bool:
+    if is_base and not value.startswith((".", "~")) and value.count("/") <= 1:
+        return not Path(value).is_dir()  # or else a Hub id
+    return "://" in value or value.startswith("/")
+
+
+def _send(client: JobSubmissionClient, job: str, config: Mapping[str, Any]) -> str:
+    import jobs
+    import pipeline
+
+    with tempfile.TemporaryDirectory(prefix="mashup-submit-") as folder:
+        Path(folder, "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        environment = {
+            "working_dir": folder,
+            "py_modules": [str(package.__path__[0]) for package in (pipeline, jobs)],
+            "excludes": ["__pycache__"],
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+        }
+        return str(client.submit_job(entrypoint=f"python -m jobs.{job} config.yaml", runtime_env=environment))
+
+
+def _follow(client: JobSubmissionClient, number: str) -> dict[str, Any]:
+    asyncio.run(_show_log(client, number))
+    info = client.get_job_info(number)
+    return ending_of(client.get_job_logs(number), info.status, info.message)
+
+
+async def _show_log(client: JobSubmissionClient, number: str) -> None:
+    async for text in client.tail_job_logs(number):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def _result(job: str, ending: Mapping[str, Any]) -> RenderableType:
+    """The tables of the run's folder, if it can be read from here; or else what the last line says."""
+    found = {name: value for name, value in ending.items() if name not in ("status", "exit_code")}
+    try:
+        folder = Folder.at(ending["run"])
+        if job == "search":
+            return leaderboard_table(folder.read_table("leaderboard.parquet"))
+        if job == "mashup":
+            summary = folder.read_json("summary.json")
+            if all(value == summary[name] for name, value in found.items() if name in summary):
+                return summary_table(summary, folder.read_json("selection.json"))
+    except (KeyError, OSError, ValueError):  # a folder of the cluster's, or a bucket that we may not read
+        pass
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
