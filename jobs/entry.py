@@ -20,12 +20,21 @@ from typing import Any, NoReturn
 from pipeline.errors import InputError, one_line
 from pipeline.progress import quiet_libraries
 
+RUN = "folder of the run, in place of the config's"
 
-def arguments(about: str | None) -> argparse.Namespace:
-    """What a job is called with: `config`, the path of a config file, and `run`, a folder in place of the config's, or None."""
+
+def arguments(about: str | None, **options: str) -> argparse.Namespace:
+    """What a job is called with: `config`, the path of a config file, and the options that it takes, by their names.
+
+    Args:
+        about: the job's docstring.
+        options: name of a flag -> its help. `run` is no flag, but a folder in place of the config's.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("--run", help="folder of the run, in place of the config's")
+    for name, text in options.items():
+        kind: dict[str, Any] = {} if name == "run" else {"action": "store_true"}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
     return parser.parse_args()
 
 

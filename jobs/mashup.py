@@ -1,13 +1,13 @@
 """The whole method as a job: everything that `mashup run` does.
 
-    python -m jobs.mashup CONFIG.yaml [--run RUN]
+    python -m jobs.mashup CONFIG.yaml [--run RUN] [--plan]
 
-The last line has the headline of the run's summary.json; see `jobs/entry.py`.
+The last line has the headline of the run's summary.json, or with --plan what the run would do and cost; see `jobs/entry.py`.
 """
 
 from typing import Any
 
-from jobs.entry import arguments, run_job
+from jobs.entry import RUN, arguments, run_job
 
 HEADLINE = ("verdict", "why", "donors", "recipe", "parity", "adapter")
 
@@ -24,9 +24,19 @@ def mashup(config: str, run: str | None) -> dict[str, Any]:
     return {"run": folder.uri, **{name: summary[name] for name in HEADLINE}, "report": folder.sub("report.html").uri}
 
 
+def plan(config: str, run: str | None) -> dict[str, Any]:
+    """Only say what the run would do and cost."""
+    from pipeline.config import load_config
+    from pipeline.run import plan_run
+
+    asked = load_config(config, run=run)
+    return {"run": asked.run, "plan": plan_run(asked)}
+
+
 def main() -> None:
-    asked = arguments(__doc__)
-    run_job(lambda: mashup(asked.config, asked.run))
+    asked = arguments(__doc__, run=RUN, plan="only say what the run would do and cost")
+    work = plan if asked.plan else mashup
+    run_job(lambda: work(asked.config, asked.run))
 
 
 if __name__ == "__main__":

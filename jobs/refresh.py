@@ -1,6 +1,6 @@
 """A refresh as a job: what a scheduler starts every night to keep the mashups of many targets up to date.
 
-    python -m jobs.refresh REFRESH.yaml [--exit-code]
+    python -m jobs.refresh CONFIG.yaml [--exit-code]
 
 The last line says what came of each target; see `jobs/entry.py`:
 
@@ -9,10 +9,9 @@ The last line says what came of each target; see `jobs/entry.py`:
 With --exit-code a refresh that had nothing to do ends with 3, not 0.
 """
 
-import argparse
 from typing import Any
 
-from jobs.entry import run_job
+from jobs.entry import arguments, run_job
 
 
 def refresh(config: str, tell_nothing: bool) -> dict[str, Any]:
@@ -23,10 +22,7 @@ def refresh(config: str, tell_nothing: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="REFRESH.yaml")
-    parser.add_argument("--exit-code", action="store_true", help="end with 3 where there was nothing to do")
-    asked = parser.parse_args()
+    asked = arguments(__doc__, exit_code="end with 3 where there was nothing to do")
     run_job(lambda: refresh(asked.config, asked.exit_code))
 
 

@@ -7,7 +7,7 @@ The last line has the first places of the leaderboard; see `jobs/entry.py`. `job
 
 from typing import Any
 
-from jobs.entry import arguments, run_job
+from jobs.entry import RUN, arguments, run_job
 
 PLACES = 10
 COLUMNS = ["place", "adapter_id", "n_samples", "nll", "nll_minus_base"]
@@ -24,7 +24,7 @@ def search(config: str, run: str | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    asked = arguments(__doc__)
+    asked = arguments(__doc__, run=RUN)
     run_job(lambda: search(asked.config, asked.run))
 
 

@@ -138,7 +138,8 @@ def refresh_command(
 
 @app.command()
 def submit(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="As for `mashup run`, its paths absolute or URIs.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The job's config, its paths absolute or URIs.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Of the job: --plan, --exit-code.")] = None,
     job: Annotated[str, typer.Option(help="mashup, search or refresh.")] = "mashup",
     address: Annotated[str | None, typer.Option(help="Ray's job server; by default what Ray's own variables name.")] = None,
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
@@ -146,7 +147,7 @@ def submit(
     """Run a job on a Ray cluster, follow its log and print its result. Ends with the job's own exit code."""
     from pipeline.submit import submit_job
 
-    raise typer.Exit(submit_job(config, job, address, run))
+    raise typer.Exit(submit_job(config, job, address, run, options or ()))
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ cluster's: its nodes have them in their environment.
 import asyncio
 import json
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,24 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console, RenderableType
 
-from pipeline.config import load_config
+from pipeline.config import Config, checked, read_yaml
 from pipeline.errors import InputError
 from pipeline.join import TOKEN_HINT, require_answer
+from pipeline.refresh import RefreshConfig
 from pipeline.report.terminal import leaderboard_table, summary_table
 from pipeline.storage import Folder
 
 JOBS = ("mashup", "search", "refresh")
+CONFIG_FILE = "config.yaml"
 LOCAL = "http://127.0.0.1:8265"
-PLACES = ("run", "base", "pool", "target.train", "target.validation", "target.test", "search.store")
-"""Keys of the config that name a file or a folder."""
+PLACES = ("run", "home", "base", "pool", "train", "validation", "test", "store")
+"""Keys of a config that name a file or a folder, in whatever section."""
 
 STOP_SECONDS = 30
 """What a job that is stopped has to write its last line before it is killed; Ray's default is three."""
 
 
-def submit_job(path: str, job: str, address: str | None = None, run: str | None = None) -> int:
+def submit_job(path: str, job: str, address: str | None = None, run: str | None = None, options: Sequence[str] = ()) -> int:
     """Send a job to a cluster, follow it to its end and print what it found.
 
     Args:
@@ -45,6 +48,7 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
         job: one of JOBS.
         address: of the job server; by default RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or else this machine's.
         run: folder of the run, in place of the config's.
+        options: of the job, such as --plan.
 
     Returns:
         The job's exit code; 1 if it was left running.
@@ -55,9 +59,9 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     """
     if job not in JOBS:
         raise InputError(f"--job {job}: must be {', '.join(JOBS[:-1])} or {JOBS[-1]}")
-    config = portable_config(path, run)
+    config = portable_config(path, job, run)
     client = connect(address)
-    number = _send(client, job, config)
+    number = _send(client, shlex.join(["python", "-m", f"jobs.{job}", CONFIG_FILE, *options]), config)
     follow, stop = (f"ray job {what} {number} --address {client.get_address()}" for what in ("logs --follow", "stop"))
     say = Console(stderr=True, soft_wrap=True, highlight=False)
     say.print(f"job {number} is submitted\n  to follow it: {follow}\n  to stop it:   {stop}", markup=False)
@@ -75,18 +79,17 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     return int(ending["exit_code"])
 
 
-def portable_config(path: str, run: str | None) -> dict[str, Any]:
-    """What a config file asks, with `run` in place of its own; fit for a machine with another working folder.
+def portable_config(path: str, job: str, run: str | None = None) -> dict[str, Any]:
+    """What a job's config file asks, with `run` in place of its own; fit for a machine with another working folder.
 
     Raises:
         InputError: a key or value is not right, or a path is relative.
     """
-    load_config(path, run=run)
-    content: dict[str, Any] = yaml.safe_load(Path(path).read_text()) | ({"run": run} if run else {})
-    for key in PLACES:
-        section, _, name = key.rpartition(".")
-        value = (content.get(section) or {} if section else content).get(name)
-        if value and not _travels(value, key == "base"):
+    content: dict[str, Any] = read_yaml(path, "run, base, pool and target") | ({"run": run} if run else {})
+    checked(RefreshConfig if job == "refresh" else Config, content, path)
+    for key, value in _texts(content):
+        name = key.rpartition(".")[2]
+        if name in PLACES and not _travels(value, name == "base"):
             raise InputError(
                 f"{path}: {key}: {value} is a relative path, and the cluster's nodes work in other folders; give an absolute one "
                 "that all of them see, or s3://..."
@@ -126,25 +129,34 @@ def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any
     return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason[0]} {reason[-1]}"}
 
 
+def _texts(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a config, with its key and those above it."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{place}{key}.")
+        elif isinstance(value, str):
+            yield f"{place}{key}", value
+
+
 def _travels(value: str, is_base: bool) -> bool:
     if is_base and not value.startswith((".", "~")) and value.count("/") <= 1:
         return not Path(value).is_dir()  # or else a Hub id
     return "://" in value or value.startswith("/")
 
 
-def _send(client: JobSubmissionClient, job: str, config: Mapping[str, Any]) -> str:
+def _send(client: JobSubmissionClient, command: str, config: Mapping[str, Any]) -> str:
     import jobs
     import pipeline
 
     with tempfile.TemporaryDirectory(prefix="mashup-submit-") as folder:
-        Path(folder, "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        Path(folder, CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
         environment = {
             "working_dir": folder,
             "py_modules": [str(package.__path__[0]) for package in (pipeline, jobs)],
             "excludes": ["__pycache__"],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
         }
-        return str(client.submit_job(entrypoint=f"python -m jobs.{job} config.yaml", runtime_env=environment))
+        return str(client.submit_job(entrypoint=command, runtime_env=environment))
 
 
 def _follow(client: JobSubmissionClient, number: str) -> dict[str, Any]:
