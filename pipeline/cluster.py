@@ -66,7 +66,7 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare
     Data's reading and writing, and compute with as many threads together as the node has cores.
     """
     total = ray.cluster_resources()
-    n_gpus = (1 if total.get("GPU", 0) or gpus_to_come() else 0) if gpus == "auto" else int(gpus)
+    n_gpus = (1 if total.get("GPU", 0) else 0) if gpus == "auto" else int(gpus)
     node_cpus = int(max((node.get("CPU", 1) for node in live_nodes()), default=1))
     if cpus != "auto":
         return Resources(float(cpus), n_gpus, max(1, int(cpus)))
@@ -77,19 +77,13 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare
     return Resources(max(1, node_cpus - spare) / here, 0, max(1, node_cpus // here))
 
 
-def gpus_to_come() -> int:
-    """GPUs that the cluster may grow to, where it grows with the work: before there is any, it may have none."""
-    grown = ray._private.state.state.get_max_resources_from_cluster_config()  # Ray has no public way to ask
-    return int((grown or {}).get("GPU", 0))
-
-
 def engine_slots(resources: Resources, spare: int = 1) -> int:
-    """How many workers of this kind the cluster holds at once, or may grow to; `spare` CPUs a node stay free for Ray Data."""
+    """How many workers of this kind the cluster holds at once; `spare` CPUs of each node stay free for Ray Data."""
     slots = 0
     for node in live_nodes():
         by_cpu = int((node.get("CPU", 0) - spare) / resources.cpus)
         slots += min(by_cpu, int(node.get("GPU", 0) // resources.gpus)) if resources.gpus else by_cpu
-    return max(1, slots, gpus_to_come() // resources.gpus if resources.gpus else 0)
+    return max(1, slots)
 
 
 def live_nodes() -> list[dict[str, float]]:

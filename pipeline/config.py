@@ -184,7 +184,10 @@ class TrackConfig(Section):
     """Where the training curves go besides the run folder's own tables."""
 
     tensorboard: bool = Field(False, description="event files in train/tune/ of the run folder")
-    mlflow: str | None = Field(None, description="tracking URI of an MLflow server, such as http://host:5000")
+    mlflow: str | None = Field(
+        None,
+        description="tracking URI of an MLflow server, such as http://host:5000; MLflow takes credentials from its environment",
+    )
 
 
 class Config(Section):

@@ -10,10 +10,9 @@ from pipeline.cluster import Resources, describe, engine_slots, worker_env, work
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """nodes({"CPU": 8, "GPU": 4}, ..., grows_to=8): a cluster of such nodes, which may grow to so many GPUs."""
+    """nodes({"CPU": 8, "GPU": 4}, ...): a cluster of such nodes."""
 
-    def pretend(*resources: dict[str, float], grows_to: int = 0) -> None:
-        monkeypatch.setattr(cluster, "gpus_to_come", lambda: grows_to)
+    def pretend(*resources: dict[str, float]) -> None:
         total = {name: sum(node.get(name, 0) for node in resources) for name in ("CPU", "GPU")}
         monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
         monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
@@ -65,15 +64,6 @@ def test_tensor_parallel_engines_take_several_gpus_and_their_own_processes(nodes
     assert wide.gpus == 4
     assert engine_slots(wide) == 2
     assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
-
-
-def test_a_cluster_that_grows_with_the_work_has_gpus_before_there_is_any(nodes: Any) -> None:
-    nodes({"CPU": 2}, grows_to=8)
-    one = worker_resources("auto", "auto")
-    assert (one.cpus, one.gpus) == (1.0, 1)
-    assert engine_slots(one) == 8
-    assert engine_slots(worker_resources("auto", 4)) == 2
-    assert worker_resources("auto", 0).gpus == 0
 
 
 def test_gpus_can_be_left_alone(nodes: Any) -> None:

@@ -11,6 +11,8 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from pipeline.config import build_config
+
 ROOT = Path(__file__).parent.parent
 MANIFESTS = sorted((ROOT / "kuberay").glob("*.yaml"))
 SECRET = re.compile(
@@ -80,7 +82,7 @@ def test_workers_have_one_accelerator_come_and_go_and_the_head_does_not(cluster:
 def test_nodes_get_this_source_and_the_ray_that_it_names(cluster: dict[str, Any]) -> None:
     """Ray's defaults for AWS would install a nightly Ray beside it."""
     commands = " ".join(cluster["head_setup_commands"] + cluster["worker_setup_commands"])
-    assert "mashup-learning[gpu]" in commands
+    assert "mashup-learning[gpu,track]" in commands
     assert "wheels" not in commands
     assert all((ROOT / source).exists() for source in cluster["file_mounts"].values() if not source.startswith("~"))
 
@@ -164,6 +166,12 @@ def test_both_clusters_have_the_same_nodes_and_ask_for_the_token() -> None:
         (worker,) = group["template"]["spec"]["containers"]
         assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
         assert (group["minReplicas"], spec["enableInTreeAutoscaling"]) == (0, True)
+
+
+def test_the_configs_ask_for_accelerators_that_are_not_there_yet() -> None:
+    for document in documents("ConfigMap").values():
+        config = build_config(yaml.safe_load(document["data"]["config.yaml"]), "manifest")
+        assert (config.search.gpus_per_actor, config.train.gpus_per_worker) == (1, 1)
 
 
 def test_pods_run_as_nobody_special() -> None:

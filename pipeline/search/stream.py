@@ -185,9 +185,7 @@ class ScoringActor:
             scores, failed = self._watched(candidates, samples, tokens)
         record_failures(self.work.failures, failures | failed)
         names = rows["adapter_id"].to_pylist()
-        for name, reason in (failures | failed).items():
-            self._log(name).warning("set aside: %s", reason)
-        self._log(*names).info("scored on %d samples, %.3g s a token", len(samples), self.token_seconds)
+        self._note(names, failures | failed, len(samples))
         if len(scores):
             self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
         nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
@@ -232,6 +230,12 @@ class ScoringActor:
         except Exception:
             self._log(BASE_ID).exception("the engine is dead")
             os._exit(1)
+
+    def _note(self, names: Sequence[str], failures: dict[str, str], n_samples: int) -> None:
+        for name, reason in failures.items():
+            self._log(name).warning("set aside: %s", reason)
+        if scored := [name for name in names if name not in failures]:
+            self._log(*scored).info("scored on %d samples, %.3g s a token", n_samples, self.token_seconds)
 
     def _log(self, *adapters: str) -> WorkerLog:
         return worker_log(self.work.stage, ",".join(adapters) or "-")
