@@ -6,5 +6,4 @@ COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users pipeline pipeline
 COPY --chown=ray:users jobs jobs
 RUN pip install --no-cache-dir '.[gpu,track]'
-# jobs/ is run from here, and is no part of the package.
-ENV PYTHONPATH=/home/ray/mashup-learning
+
