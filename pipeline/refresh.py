@@ -44,6 +44,11 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _normal(place: str) -> str:
+    """A location without what may be written in several ways; it is not looked at."""
+    return place.partition("?")[0].rstrip("/") if "://" in place else str(Path(place).expanduser().resolve())
+
+
 class RefreshConfig(Section):
     """What a refresh keeps up to date."""
 
@@ -62,9 +67,9 @@ class RefreshConfig(Section):
     @field_validator("pool")
     @classmethod
     def home_lies_elsewhere(cls, value: str, info: ValidationInfo) -> str:
-        home, pool = Folder.at(info.data.get("home", "")), Folder.at(value)
-        if f"{home.path}/".startswith(f"{pool.path}/"):
-            raise ValueError(f"home {home.uri} lies in the pool, so that its mashups would become donors; choose another home")
+        home = _normal(info.data.get("home", ""))
+        if f"{home}/".startswith(f"{_normal(value)}/"):
+            raise ValueError(f"home {home} lies in the pool, so that its mashups would become donors; choose another home")
         return value
 
     def run_of(self, target: str) -> Config:
