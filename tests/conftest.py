@@ -144,6 +144,32 @@ def data(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return folder
 
 
+@pytest.fixture(scope="session")
+def train_donor(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """train_donor(folder, rows, seed): an adapter that was trained on these rows, the more the higher the seed."""
+
+    def train(target: Path, rows: list[dict[str, Any]], seed: int) -> None:
+        from pipeline.finetuning import Finetuning
+
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+        tokens = [{"sample_id": str(n), "split": "train", **tokenise(row, tokenizer)} for n, row in enumerate(rows)]
+        data = Folder.at(tmp_path_factory.mktemp("donor"))
+        for split in ("train", "validation"):
+            data.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
+        settings = TrainConfig(steps=10 * seed, batch_size=16, evaluations=1, dtype="float32")
+        lora = Lora(4 * seed, 8.0, ("q_proj", "v_proj", "up_proj"))
+
+        def keep(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+            assert checkpoint is not None
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (target / name).write_bytes((checkpoint / name).read_bytes())
+
+        Finetuning(Job(Arm("base", 1e-2, seed), tiny_base, lora, settings, data, data, "donor"), 0, 1, keep).run()
+
+    return train
+
+
 @pytest.fixture
 def job(tiny_base: str, data: Folder) -> Callable[..., Job]:
     def make(key: str = "k", **train: Any) -> Job:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
@@ -21,24 +20,23 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.arms import Arm, Job, Lora
 from pipeline.cli import main
-from pipeline.config import TrainConfig
-from pipeline.finetuning import Finetuning
-from pipeline.samples import tokenise
-from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 
 WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number", "brown", "lazy"]
 ROWS = [{"prompt": f"{a} and {b}", "completion": b} for a in WORDS for b in WORDS]
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_base: str, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pool(
+    tiny_base: str,
+    make_adapter: Callable[..., Path],
+    train_donor: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Two donors that were trained on the target's kind of task, two that were not, and one that is set aside."""
     folder = tmp_path_factory.mktemp("pool")
     for seed in (1, 2):
-        _train_donor(folder / f"related/{seed}", tiny_base, seed, tmp_path_factory.mktemp("donor"))
+        train_donor(folder / f"related/{seed}", ROWS, seed)
         make_adapter(folder / f"random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
     (folder / "pickled").mkdir()
     (folder / "pickled/adapter_config.json").write_text((folder / "random/1/adapter_config.json").read_text())
@@ -56,24 +54,6 @@ def config(tiny_base: str, pool: Path, write_jsonl: Any, tmp_path: Path) -> dict
         "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
         "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
     }
-
-
-def _train_donor(target: Path, base: str, seed: int, work: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokens = [{"sample_id": str(n), "split": "train", **tokenise(row, tokenizer)} for n, row in enumerate(ROWS)]
-    data = Folder.at(work)
-    for split in ("train", "validation"):
-        data.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
-    settings = TrainConfig(steps=10 * seed, batch_size=16, evaluations=1, dtype="float32")
-    lora = Lora(4 * seed, 8.0, ("q_proj", "v_proj", "up_proj"))
-
-    def keep(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        assert checkpoint is not None
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (target / name).write_bytes((checkpoint / name).read_bytes())
-
-    Finetuning(Job(Arm("base", 1e-2, seed), base, lora, settings, data, data, "donor"), 0, 1, keep).run()
 
 
 def mashup(*arguments: str) -> int:
