@@ -1,5 +1,6 @@
-"""Jobs on a cluster of three nodes that asks for a token: sent by `mashup submit` and by Ray's own command, refused, stopped, taken
-up again, and what is left when the head is lost. All data are in an object store; nodes share nothing but the base model's folder. Two training workers need a node each.
+"""Jobs on a cluster of three nodes that asks for a token: sent by `mashup submit` and by Ray's own command, refused, stopped,
+taken up again, and what is left when the head is lost. All data are in an object store; nodes share nothing but the base model's
+folder, and each has room for one of two training workers.
 """
 
 import json
@@ -22,7 +23,7 @@ import yaml
 
 from pipeline.storage import Folder
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 NODE = [
@@ -166,7 +167,7 @@ class Ended:
 def whole(world: World) -> Ended:
     """An undisturbed run of everything."""
     command = world.mashup("submit", world.write())
-    output, error = command.communicate(timeout=600)
+    output, error = command.communicate(timeout=1100)
     return Ended(command.returncode, output, error, Folder.at(world.config["run"]))
 
 
