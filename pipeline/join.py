@@ -17,6 +17,9 @@ ANSWER_SECONDS = 5.0
 POLL = 2.0
 """Seconds between two looks at the head."""
 
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Ray's setting: seconds without the head after which Ray ends a process."""
+
 TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 
@@ -34,7 +37,8 @@ def join(address: str) -> None:
         ray.shutdown()
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
-    threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
+    if not address.startswith("ray://"):  # Ray's own client looks after its head
+        threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
 
 
 def require_answer(address: str) -> None:
@@ -54,7 +58,7 @@ def require_answer(address: str) -> None:
 
 def _watch_head(address: str) -> None:
     """End this process with a line once the head has been away for too long. Ray would soon end it, too, but without one."""
-    patience = 0.75 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 (Ray's own name)
+    patience = 0.75 * float(os.environ.get(RECONNECT, "60"))
     seen = time.monotonic()
     while ray.is_initialized():
         try:

@@ -9,6 +9,7 @@ cluster's: its nodes have them in their environment.
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import sys
@@ -35,6 +36,9 @@ CONFIG_FILE = "config.yaml"
 LOCAL = "http://127.0.0.1:8265"
 PLACES = ("run", "home", "base", "pool", "train", "validation", "test", "store")
 """Keys of a config that name a file or a folder, in whatever section."""
+
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+"""Loggers of Ray that tell of each upload and each connection."""
 
 STOP_SECONDS = 30
 """What a job that is stopped has to write its last line before it is killed; Ray's default is three."""
@@ -106,6 +110,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     """
     if address:  # Ray's client would let the variables win
         os.environ["RAY_API_SERVER_ADDRESS"] = address
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
     try:
         if "://" not in place:

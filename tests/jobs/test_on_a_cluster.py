@@ -1,0 +1,255 @@
+"""Jobs on a cluster of three nodes that asks for a token: sent by `mashup submit` and by Ray's own command, refused, stopped,
+taken up again, and what is left when the head is lost. All data are in an object store; nodes share nothing but the base model's
+folder, and each has room for one of two training workers.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.storage import Folder
+
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+NODE = [
+    "--num-cpus=2",
+    f"--object-store-memory={100 << 20}",
+    "--dashboard-agent-listen-port=0",
+    "--disable-usage-stats",
+    "--block",
+]
+STARTED = "Ray runtime started"
+TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+HEAD_SECONDS = 12
+"""Without the head after which Ray ends a driver."""
+
+
+@dataclass
+class World:
+    """A cluster and what a user of it has: the environment and the config."""
+
+    head: subprocess.Popen[bytes]
+    gcs: str
+    env: dict[str, str]
+    config: dict[str, Any]
+    folder: Path
+
+    def write(self, **changes: Any) -> str:
+        file = self.folder / "config.yaml"
+        file.write_text(yaml.safe_dump(self.config | changes))
+        return str(file)
+
+    def mashup(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pipeline.cli", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env or self.env)
+
+    def ray(self, *arguments: str) -> str:
+        found = subprocess.run(
+            [RAY, "job", *arguments], capture_output=True, text=True, env=self.env, cwd=self.folder, timeout=300, check=False
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        return found.stdout
+
+
+@pytest.fixture(scope="module")
+def world(
+    object_store: str,
+    tiny_base: str,
+    make_adapter: Callable[..., Path],
+    train_donor: Callable[..., None],
+    word_rows: list[dict[str, Any]],
+    write_jsonl: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    train_donor(folder / "pool/related", 2)
+    make_adapter(folder / "pool/random", tiny_base, rank=2, alpha=4, std=0.1)
+    write_jsonl(folder / "train.jsonl", word_rows)
+    Folder.at("s3://cluster?allow_bucket_creation=true").create()
+    bucket = Folder.at("s3://cluster")
+    bucket.upload(folder / "pool", "pool")
+    bucket.write_bytes("train.jsonl", (folder / "train.jsonl").read_bytes())
+    config = {
+        "run": "s3://cluster/whole",
+        "base": tiny_base,
+        "pool": "s3://cluster/pool",
+        "target": {"train": "s3://cluster/train.jsonl"},
+        "search": {"samples": 24, "engine": "transformers", "cpus_per_actor": 1},
+        "train": {"steps": 4, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 2, "workers": 2, "cpus_per_worker": 1.5},
+    }
+    (folder / "token").write_text("0123456789abcdef" * 2)
+    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_SECONDS)}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    gcs, dashboard, client = _free_ports(3)
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    nodes: list[subprocess.Popen[bytes]] = []
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a path that is short enough for sockets
+    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    try:
+        head = _start(nodes, env, temporary / "0", "--head", *ports)
+        for number in ("1", "2"):
+            _start(nodes, env, temporary / number, f"--address=127.0.0.1:{gcs}")
+        env["PYTHONPATH"] = str(Path(__file__).parents[2])  # of the user's own commands; the cluster gets the code from them
+        yield World(head, f"127.0.0.1:{gcs}", env, config, folder)
+    finally:
+        for node in nodes:
+            _end(node)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _start(nodes: list[subprocess.Popen[bytes]], env: dict[str, str], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A node in a process group of its own. On a busy machine Ray gives up a start now and then; it is tried again."""
+    for _ in range(3):
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "start.log"
+        command = [RAY, "start", *arguments, *NODE, f"--temp-dir={folder}"]
+        with log.open("wb") as output:
+            node = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=folder, start_new_session=True)
+        nodes.append(node)
+        while node.poll() is None:
+            if STARTED in log.read_text():
+                return node
+            time.sleep(0.2)
+        text = log.read_text()
+        _end(node)
+        shutil.rmtree(folder, ignore_errors=True)
+    raise RuntimeError(text)
+
+
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the node's processes, by their ids; its workers are children of its raylet."""
+    processes = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
+    for process in [*processes, *([node] if node.poll() is None else [])]:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    node.wait()
+    psutil.wait_procs(processes, timeout=30)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What `mashup submit` said, and the run's folder."""
+
+    code: int
+    output: str
+    error: str
+    run: Folder
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Ended:
+    """An undisturbed run of everything."""
+    command = world.mashup("submit", world.write())
+    output, error = command.communicate(timeout=1100)
+    return Ended(command.returncode, output, error, Folder.at(world.config["run"]))
+
+
+def last_line(log: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(json.loads(line) for line in reversed(log.splitlines()) if line.startswith('{"status"'))
+    return found
+
+
+def test_nobody_gets_in_without_the_token(world: World) -> None:
+    stranger = {name: value for name, value in world.env.items() if name not in TOKEN} | {"RAY_AUTH_MODE": "disabled"}
+    command = world.mashup("submit", world.write(), env=stranger)
+    _, error = command.communicate(timeout=120)
+    assert command.returncode == 2, error
+    assert "RAY_AUTH_TOKEN_PATH" in error.strip().splitlines()[-1]
+
+
+def test_what_the_cluster_lacks_is_said_at_once(world: World) -> None:
+    command = world.mashup("submit", world.write(run="s3://cluster/none", train=world.config["train"] | {"gpus_per_worker": 1}))
+    _, error = command.communicate(timeout=300)
+    assert command.returncode == 2, error
+    line = error.strip().splitlines()[-1]
+    assert "train.gpus_per_worker: a worker asks for 1 GPU, and the largest node of the cluster has 0" in line
+    assert not Folder.at("s3://cluster/none").exists("catalogue.parquet")
+
+
+def test_the_whole_run_through_the_job_server(whole: Ended) -> None:
+    assert whole.code == 0, whole.error
+    assert "Donors: related" in whole.output
+    assert "Validation NLL" in whole.output  # the table of `mashup run`
+    run = whole.run
+    summary = run.read_json("summary.json")
+    assert last_line(whole.error) == {
+        "status": "done",
+        "exit_code": 0,
+        "run": run.uri,
+        **{name: summary[name] for name in ("verdict", "why", "donors", "recipe", "parity", "adapter")},
+        "report": f"{run.uri}/report.html",
+    }
+    assert run.exists("report.html")
+    assert run.exists("finetuned/adapter_model.safetensors")
+
+
+def test_a_job_is_stopped_and_the_next_one_goes_on(world: World, whole: Ended) -> None:
+    """Stopped while the engine starts; then taken up again by Ray's own command, to the leaderboard of the undisturbed run."""
+    file = world.write(run="s3://cluster/halves")
+    halves = Folder.at("s3://cluster/halves")
+    command = world.mashup("submit", "--job", "search", file)
+    assert command.stderr is not None
+    number = next(word for word in command.stderr.readline().split() if word.startswith("raysubmit_"))
+    while not halves.exists("samples.parquet") and command.poll() is None:
+        time.sleep(0.2)
+    world.ray("stop", number)
+    _, error = command.communicate(timeout=120)
+    assert command.returncode == 1, error
+    assert "the same job goes on from here" in error.strip().splitlines()[-1]
+    assert not halves.exists("leaderboard.parquet")
+
+    modules = {"py_modules": [str(Path(__file__).parents[2] / name) for name in ("pipeline", "jobs")]}
+    work = world.folder / "work"
+    work.mkdir()
+    shutil.copy(file, work / "config.yaml")
+    submit = ["submit", "--working-dir", "work", "--runtime-env-json", json.dumps(modules)]
+    log = world.ray(*submit, "--", "python", "-m", "jobs.search", "config.yaml")
+    assert log.count("already done") == 2  # index and samples
+    ending = last_line(log)
+    assert [ending["exit_code"], ending["run"]] == [0, halves.uri]
+    assert [place["adapter_id"] for place in ending["leaderboard"]] == ["related", "base", "random"]
+    columns = ["place", "adapter_id", "nll", "n_samples"]
+    found, expected = (run.read_table("leaderboard.parquet").select(columns).to_pylist() for run in (halves, whole.run))
+    for one, other in zip(found, expected, strict=True):
+        assert one == other | {"nll": pytest.approx(other["nll"], rel=1e-5)}
+
+
+def test_a_run_whose_cluster_loses_its_head_ends_with_a_line(world: World) -> None:
+    """The last one: it takes the head away. The driver is not on the cluster, as with `mashup run` and RAY_ADDRESS."""
+    script = "import time; from pipeline.cluster import connect; connect(); print('joined', flush=True); time.sleep(600)"
+    env = world.env | {"RAY_ADDRESS": world.gcs, "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "joined\n"
+    _end(world.head)
+    _, error = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    line = error.strip().splitlines()[-1]
+    assert "no Ray cluster answers at" in line
+    assert "the same command goes on from here" in line
