@@ -115,7 +115,8 @@ def connect(address: str | None) -> JobSubmissionClient:
             require_answer(place)
         return JobSubmissionClient(place)
     except AuthenticationError as error:
-        raise InputError(f"{place}: the cluster lets nobody in without its token ({error.message}); {TOKEN_HINT}") from error
+        reason = error.message.partition("\n")[0]
+        raise InputError(f"{place}: the cluster lets nobody in without its token ({reason}); {TOKEN_HINT}") from error
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f"{place}: no Ray job server answers there ({_line(error)}); see --address") from error
 
