@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from pipeline.storage import Folder
 
 JOBS = ("mashup", "search", "refresh")
 LOCAL = "http://127.0.0.1:8265"
-PLACES = ("run", "base", "pool", "target.train", "target.validation", "target.test", "search.store")
-"""Keys of the config that name a file or a folder."""
+PLACES = ("run", "home", "base", "pool", "train", "validation", "test", "store")
+"""Keys, in whatever section of a config, that name a file or a folder where they have a text."""
 
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 """Loggers of Ray that tell of each upload and each connection."""
@@ -59,7 +59,7 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     """
     if job not in JOBS:
         raise InputError(f"--job {job}: must be {', '.join(JOBS[:-1])} or {JOBS[-1]}")
-    config = portable_config(path, run)
+    config = portable_config(path, job, run)
     client = connect(address)
     number = _send(client, job, config)
     follow, stop = (f"ray job {what} {number} --address {client.get_address()}" for what in ("logs --follow", "stop"))
@@ -79,23 +79,30 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     return int(ending["exit_code"])
 
 
-def portable_config(path: str, run: str | None) -> dict[str, Any]:
-    """What a config file asks, with `run` in place of its own; fit for a machine with another working folder.
+def portable_config(path: str, job: str, run: str | None) -> dict[str, Any]:
+    """What a job's config file asks, with `run` in place of its own; fit for a machine with another working folder.
 
     Raises:
         InputError: a key or value is not right, or a path is relative.
     """
-    load_config(path, run=run)
+    _check(path, job, run)
     content: dict[str, Any] = yaml.safe_load(Path(path).read_text()) | ({"run": run} if run else {})
-    for key in PLACES:
-        section, _, name = key.rpartition(".")
-        value = (content.get(section) or {} if section else content).get(name)
-        if value and not _travels(value, key == "base"):
+    for key, value in places(content):
+        if not _travels(value, key == "base"):
             raise InputError(
                 f"{path}: {key}: {value} is a relative path, and the cluster's nodes work in other folders; give an absolute one "
                 "that all of them see, or s3://..."
             )
     return content
+
+
+def places(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a config that name a file or a folder, with their sections, and what they name."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from places(value, f"{section}{key}.")
+        elif key in PLACES and isinstance(value, str):
+            yield f"{section}{key}", value
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -131,6 +138,18 @@ def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
     reason = (message or "Ray gives no reason").strip().splitlines()
     return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason[0]} {reason[-1]}"}
+
+
+def _check(path: str, job: str, run: str | None) -> None:
+    """What is wrong with a config is said here, not after its job has started."""
+    if job != "refresh":
+        load_config(path, run=run)
+        return
+    from pipeline.refresh import load_refresh
+
+    if run:
+        raise InputError(f"--run {run}: a refresh has the folders of its runs in its home; leave it out")
+    load_refresh(path)
 
 
 def _travels(value: str, is_base: bool) -> bool:

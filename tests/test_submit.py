@@ -82,21 +82,28 @@ def send(monkeypatch: pytest.MonkeyPatch, client: Client, path: str, job: str = 
 )
 def test_a_relative_path_stays_at_home(write: Any, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError, match=rf"mine.yaml: {key}: .* is a relative path"):
-        submit.portable_config(write(**changes), None)
+        submit.portable_config(write(**changes), "mashup", None)
 
 
 def test_a_folder_of_the_base_that_looks_like_a_hub_id(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert submit.portable_config(write(), None)["base"] == "org/model"
+    assert submit.portable_config(write(), "mashup", None)["base"] == "org/model"
     (tmp_path / "org/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="base: org/model is a relative path"):
-        submit.portable_config(write(), None)
+        submit.portable_config(write(), "mashup", None)
+
+
+def test_the_places_of_a_refresh_are_found_under_names_of_the_users() -> None:
+    targets = {"law": {"train": "a", "test": None, "max_tokens": 64}, "base": {"train": "b"}}
+    content = {"home": "h", "base": "m", "pool": "p", "targets": targets, "search": {"samples": 8, "store": "s"}}
+    found = {"home": "h", "base": "m", "pool": "p", "targets.law.train": "a", "targets.base.train": "b", "search.store": "s"}
+    assert dict(submit.places(content)) == found
 
 
 def test_the_run_folder_of_the_command_takes_the_place_of_the_configs(write: Any) -> None:
-    assert submit.portable_config(write(run="runs/here"), "/shared/run")["run"] == "/shared/run"
+    assert submit.portable_config(write(run="runs/here"), "search", "/shared/run")["run"] == "/shared/run"
     with pytest.raises(InputError, match="run: here is a relative path"):
-        submit.portable_config(write(), "here")
+        submit.portable_config(write(), "mashup", "here")
 
 
 def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
