@@ -35,7 +35,7 @@ JOBS = ("mashup", "search", "refresh")
 CONFIG_FILE = "config.yaml"
 LOCAL = "http://127.0.0.1:8265"
 PLACES = ("run", "home", "base", "pool", "train", "validation", "test", "store")
-"""Keys of a config that name a file or a folder, in whatever section."""
+"""Keys, in whatever section of a config, that name a file or a folder where they have a text."""
 
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 """Loggers of Ray that tell of each upload and each connection."""
@@ -83,22 +83,32 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     return int(ending["exit_code"])
 
 
-def portable_config(path: str, job: str, run: str | None = None) -> dict[str, Any]:
+def portable_config(path: str, job: str, run: str | None) -> dict[str, Any]:
     """What a job's config file asks, with `run` in place of its own; fit for a machine with another working folder.
 
     Raises:
         InputError: a key or value is not right, or a path is relative.
     """
+    if job == "refresh" and run:
+        raise InputError(f"--run {run}: a refresh has the folders of its runs in its home; leave it out")
     content: dict[str, Any] = read_yaml(path, "run, base, pool and target") | ({"run": run} if run else {})
     checked(RefreshConfig if job == "refresh" else Config, content, path)
-    for key, value in _texts(content):
-        name = key.rpartition(".")[2]
-        if name in PLACES and not _travels(value, name == "base"):
+    for key, value in places(content):
+        if not _travels(value, key == "base"):
             raise InputError(
                 f"{path}: {key}: {value} is a relative path, and the cluster's nodes work in other folders; give an absolute one "
                 "that all of them see, or s3://..."
             )
     return content
+
+
+def places(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a config that name a file or a folder, with their sections, and what they name."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from places(value, f"{section}{key}.")
+        elif key in PLACES and isinstance(value, str):
+            yield f"{section}{key}", value
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -118,7 +128,8 @@ def connect(address: str | None) -> JobSubmissionClient:
             require_answer(place)
         return JobSubmissionClient(place)
     except AuthenticationError as error:
-        raise InputError(f"{place}: the cluster lets nobody in without its token ({error.message}); {TOKEN_HINT}") from error
+        reason = error.message.partition("\n")[0]
+        raise InputError(f"{place}: the cluster lets nobody in without its token ({reason}); {TOKEN_HINT}") from error
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f"{place}: no Ray job server answers there ({_line(error)}); see --address") from error
 
@@ -133,15 +144,6 @@ def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
     reason = (message or "Ray gives no reason").strip().splitlines()
     return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason[0]} {reason[-1]}"}
-
-
-def _texts(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a config, with its key and those above it."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _texts(value, f"{place}{key}.")
-        elif isinstance(value, str):
-            yield f"{place}{key}", value
 
 
 def _travels(value: str, is_base: bool) -> bool:

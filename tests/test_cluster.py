@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline import cluster
-from pipeline.cluster import Resources, describe, engine_slots, worker_env, worker_resources
+from pipeline.cluster import Resources, describe, engine_slots, require, worker_env, worker_resources
+from pipeline.errors import InputError
 
 
 @pytest.fixture
@@ -75,6 +76,46 @@ def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
     nodes({"CPU": 16})
     assert worker_resources(4, "auto") == Resources(cpus=4.0, gpus=0, threads=4)
     assert worker_resources(0.5, "auto").threads == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "count", "message"),
+    [
+        (Resources(1, 1, 1), 1, "gpus_per_worker: a worker asks for 1 GPU, and the largest node of the cluster has 0"),
+        (Resources(9, 0, 9), 1, "cpus_per_worker: a worker asks for 9 CPU, and the largest node of the cluster has 8"),
+        (Resources(3, 0, 3), 4, "workers: 4 with 3 CPU and 0 GPU each are to run at once, and the cluster has room for 3"),
+        (Resources(4, 0, 4), 3, "workers: 3 with 4 CPU and 0 GPU each are to run at once, which leaves nothing"),
+    ],
+)
+def test_what_the_cluster_cannot_hold_is_refused_by_its_key(nodes: Any, wish: Resources, count: int, message: str) -> None:
+    nodes({"CPU": 4}, {"CPU": 8})
+    with pytest.raises(InputError, match=f"^train.{message}"):
+        require(wish, "train", count, beside=0.01)
+
+
+def test_what_the_cluster_can_hold_is_not_refused(nodes: Any) -> None:
+    nodes({"CPU": 4}, {"CPU": 8, "GPU": 2})
+    require(Resources(8, 1, 1), "search")
+    require(Resources(1, 1, 1), "train", 2, beside=0.01)
+    nodes({"CPU": 8})
+    require(worker_resources("auto", "auto", workers=3), "train", 3, beside=0.01)  # 7 / 3 CPUs each
+    require(worker_resources("auto", "auto", spare=0), "search")
+
+
+def test_an_engine_is_called_by_the_keys_of_its_section(nodes: Any) -> None:
+    nodes({"CPU": 4})
+    with pytest.raises(InputError, match=r"^search.gpus_per_actor: a worker asks for 2 GPU"):
+        require(Resources(1, 2, 1), "search")
+
+
+def test_nodes_that_an_autoscaler_may_bring_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = {"Alive": True, "Resources": {"CPU": 2.0}, "Labels": {"ray.io/node-group": "head"}}
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head])
+    require(Resources(1, 1, 1), "search")
+    assert "search.gpus_per_actor: a worker asks for 1 GPU" in caplog.text
+    assert "waiting for the autoscaler" in caplog.text
 
 
 def test_workers_know_that_the_network_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
