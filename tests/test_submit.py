@@ -131,8 +131,8 @@ def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsy
         ("Killed\n", JobStatus.FAILED, 1, "first last"),
     ],
 )
-def test_options_of_the_job_are_passed_on(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Client('{"status": "done", "exit_code": 3}')
+def test_options_of_the_job_are_passed_on(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client('{"status": "done", "exit_code": 3}\n')
     assert send(monkeypatch, client, write(), options=["--plan", "a b"]) == 3
     assert client.sent["entrypoint"] == "python -m jobs.mashup config.yaml --plan 'a b'"
 
