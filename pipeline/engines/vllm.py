@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 from transformers import AutoConfig
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.lora.request import LoRARequest
 
 from pipeline.basemodel import fast_dtype
+from pipeline.engines import vllm_cpu
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.vllm_head import START
 from pipeline.merge.adapter import plain, read_adapter, write_adapter
@@ -60,6 +61,8 @@ class VllmScorer:
         self._places = config.adapters_per_batch
         self._held: dict[str, LoRARequest] = {}  # the one used longest ago first
         self._numbers = itertools.count(1)
+        if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
+            vllm_cpu.register()
         self.llm = LLM(**_arguments(config))
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:

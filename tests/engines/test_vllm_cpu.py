@@ -14,7 +14,9 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from pipeline.engines import vllm as engine
 from pipeline.engines import vllm_cpu, vllm_head
+from pipeline.engines.scorer import EngineConfig
 from pipeline.engines.vllm_cpu import SegmentedLora, register, segments, used_rank
 
 INPUTS, QKV, MAX_RANK = 48, (32, 16, 16), 64
@@ -152,6 +154,19 @@ def test_registering_twice_puts_ours_in_place(platform: Any) -> None:
     register()
     assert platform.get_punica_wrapper() == "pipeline.engines.vllm_cpu.SegmentedLora"
     assert CPUModelRunner._get_prompt_logprobs_dict is vllm_head.prompt_logprobs
+
+
+@pytest.mark.parametrize(("plugins", "name"), [(None, "pipeline.engines.vllm_cpu.SegmentedLora"), ("", "its own")])
+def test_an_engine_uses_ours_where_our_package_is_not_installed(
+    platform: Any, monkeypatch: pytest.MonkeyPatch, tiny_base: str, plugins: str | None, name: str
+) -> None:
+    """A Ray job brings our code along; who wants vLLM as it is says so by VLLM_PLUGINS."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    monkeypatch.setattr(engine, "LLM", lambda **_: None)
+    engine.VllmScorer(EngineConfig(tiny_base, "float32", 8, ("q_proj",), 64, adapters_per_batch=2))
+    assert platform.get_punica_wrapper() == name
 
 
 def test_an_unknown_vllm_keeps_its_own_with_a_warning(
