@@ -106,6 +106,12 @@ def test_the_run_folder_of_the_command_takes_the_place_of_the_configs(write: Any
         submit.portable_config(write(), "mashup", "here")
 
 
+def test_options_of_the_job_are_passed_on(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client('{"status": "done", "exit_code": 3}\n')
+    assert send(monkeypatch, client, write(), options=["--plan", "a b"]) == 3
+    assert client.sent["entrypoint"] == "python -m jobs.mashup config.yaml --plan 'a b'"
+
+
 def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     client = Client(f"working\n{DONE}\n")
@@ -131,12 +137,6 @@ def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsy
         ("Killed\n", JobStatus.FAILED, 1, "first last"),
     ],
 )
-def test_options_of_the_job_are_passed_on(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Client('{"status": "done", "exit_code": 3}\n')
-    assert send(monkeypatch, client, write(), options=["--plan", "a b"]) == 3
-    assert client.sent["entrypoint"] == "python -m jobs.mashup config.yaml --plan 'a b'"
-
-
 def test_the_exit_code_is_the_jobs_own(
     write: Any,
     monkeypatch: pytest.MonkeyPatch,
