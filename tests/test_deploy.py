@@ -11,7 +11,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.config import build_config
+from pipeline.config import SearchConfig, build_config
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = sorted((ROOT / "kuberay").glob("*.yaml"))
@@ -169,9 +169,10 @@ def test_both_clusters_have_the_same_nodes_and_ask_for_the_token() -> None:
 
 
 def test_the_configs_ask_for_accelerators_that_are_not_there_yet() -> None:
-    for document in documents("ConfigMap").values():
-        config = build_config(yaml.safe_load(document["data"]["config.yaml"]), "manifest")
-        assert (config.search.gpus_per_actor, config.train.gpus_per_worker) == (1, 1)
+    contents = {name: yaml.safe_load(one["data"]["config.yaml"]) for name, one in documents("ConfigMap").items()}
+    run = build_config(contents["ConfigMap/mashup-run"], "manifest")
+    assert (run.search.gpus_per_actor, run.train.gpus_per_worker) == (1, 1)
+    assert SearchConfig(**contents["ConfigMap/mashup-refresh"]["search"]).gpus_per_actor == 1
 
 
 def test_pods_run_as_nobody_special() -> None:
