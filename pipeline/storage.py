@@ -128,7 +128,7 @@ class Folder:
             if self.is_local and not os.access(self.path, os.W_OK):
                 raise PermissionError("no write permission")
         except OSError as error:
-            raise InputError(f"{self.uri}: cannot write here ({error}); choose another --run folder") from error
+            raise InputError(f"{self.uri}: cannot write here ({error}); choose another folder") from error
 
     def delete(self, name: str) -> None:
         """Remove a file or a folder, if it is there; another process may be removing it too."""
