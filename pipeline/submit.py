@@ -137,13 +137,14 @@ def connect(address: str | None) -> JobSubmissionClient:
 def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any]:
     """How a job ended: its last line, or what Ray knows of a job that did not come to write one."""
     for line in reversed(log.splitlines()):  # what ends after the job may still have written to its log
-        if line.startswith('{"status"'):
+        if line.startswith('{"status"') and line.endswith("}"):
             found: dict[str, Any] = json.loads(line)
             return found
     if status == JobStatus.STOPPED:
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
-    reason = (message or "Ray gives no reason").strip().splitlines()
-    return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason[0]} {reason[-1]}"}
+    lines = (message or "Ray gives no reason").strip().splitlines()
+    reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
+    return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason}"}
 
 
 def _travels(value: str, is_base: bool) -> bool:

@@ -188,7 +188,7 @@ def test_help_names_every_command_and_option_as_installed() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
-    for command in ("index", "search", "merge", "train", "compare", "report", "run"):
+    for command in ("index", "search", "merge", "train", "compare", "report", "run", "submit"):
         assert command in found.stdout
         page = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=True

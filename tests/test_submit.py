@@ -134,7 +134,7 @@ def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsy
         ('x\n{"status": "wrong input", "exit_code": 2, "error": "no such pool"}\nbye\n', JobStatus.FAILED, 2, "no such pool"),
         ('{"status": "failed", "exit_code": 1, "error": "disk full"}', JobStatus.FAILED, 1, "disk full"),
         ("Terminated\n", JobStatus.STOPPED, 1, "goes on from here"),
-        ("Killed\n", JobStatus.FAILED, 1, "first last"),
+        ('{"status": "failed", "exit_\nKilled\n', JobStatus.FAILED, 1, "ended without a word of its own: first last"),
     ],
 )
 def test_the_exit_code_is_the_jobs_own(
