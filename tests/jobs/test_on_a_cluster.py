@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 
 from pipeline.storage import Folder
 
@@ -58,12 +59,9 @@ class World:
         command = [sys.executable, "-m", "pipeline.cli", *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env or self.env)
 
-    def ray(self, *arguments: str) -> str:
-        found = subprocess.run(
-            [RAY, "job", *arguments], capture_output=True, text=True, env=self.env, cwd=self.folder, timeout=300, check=False
-        )
-        assert found.returncode == 0, found.stdout + found.stderr
-        return found.stdout
+    def client(self) -> JobSubmissionClient:
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        return JobSubmissionClient(self.env["RAY_API_SERVER_ADDRESS"], headers={"Authorization": f"Bearer {token}"})
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +168,10 @@ def whole(world: World) -> Ended:
     return Ended(command.returncode, output, error, Folder.at(world.config["run"]))
 
 
+def _indexed(run: Folder) -> bool:
+    return run.exists("stages.json") and run.read_json("stages.json").get("index", {}).get("done", False)
+
+
 def last_line(log: str) -> dict[str, Any]:
     found: dict[str, Any] = next(json.loads(line) for line in reversed(log.splitlines()) if line.startswith('{"status"'))
     return found
@@ -210,15 +212,15 @@ def test_the_whole_run_through_the_job_server(whole: Ended) -> None:
 
 
 def test_a_job_is_stopped_and_the_next_one_goes_on(world: World, whole: Ended) -> None:
-    """Stopped while the engine starts; then taken up again by Ray's own command, to the leaderboard of the undisturbed run."""
+    """Stopped once the pool is indexed; then taken up again by Ray's own command, to the leaderboard of the undisturbed run."""
     file = world.write(run="s3://cluster/halves")
     halves = Folder.at("s3://cluster/halves")
     command = world.mashup("submit", "--job", "search", file)
     assert command.stderr is not None
     number = next(word for word in command.stderr.readline().split() if word.startswith("raysubmit_"))
-    while not halves.exists("samples.parquet") and command.poll() is None:
+    while not _indexed(halves) and command.poll() is None:
         time.sleep(0.2)
-    world.ray("stop", number)
+    assert world.client().stop_job(number)
     _, error = command.communicate(timeout=120)
     assert command.returncode == 1, error
     assert "the same job goes on from here" in error.strip().splitlines()[-1]
@@ -228,9 +230,12 @@ def test_a_job_is_stopped_and_the_next_one_goes_on(world: World, whole: Ended) -
     work = world.folder / "work"
     work.mkdir()
     shutil.copy(file, work / "config.yaml")
-    submit = ["submit", "--working-dir", "work", "--runtime-env-json", json.dumps(modules)]
-    log = world.ray(*submit, "--", "python", "-m", "jobs.search", "config.yaml")
-    assert log.count("already done") == 2  # index and samples
+    submit = [RAY, "job", "submit", "--working-dir", str(work), "--runtime-env-json", json.dumps(modules), "--"]
+    job = [*submit, "python", "-m", "jobs.search", "config.yaml"]
+    done = subprocess.run(job, capture_output=True, text=True, env=world.env, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = done.stdout
+    assert "index    already done" in log
     ending = last_line(log)
     assert [ending["exit_code"], ending["run"]] == [0, halves.uri]
     assert [place["adapter_id"] for place in ending["leaderboard"]] == ["related", "base", "random"]
