@@ -40,6 +40,8 @@ from pipeline.storage import NO_SECRET, Folder, has_secret, without_secret
 from pipeline.tables import BASE_ID, CATALOGUE
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
+Listing = dict[str, list[str | None]]
+"""Columns LISTING."""
 
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
@@ -58,20 +60,20 @@ def build_catalogue(
     pool: str,
     factored: str | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
-    exclude: Sequence[str] = (),
+    listing: Listing | None = None,
 ) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
         factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
         count: told how many adapters of how many are checked, as it goes.
-        exclude: as in `list_adapters`.
+        listing: what `list_adapters` gave, where it was asked before.
 
     Raises:
         InputError: the pool or the base cannot be read, or no adapter is valid.
     """
     shapes, head = linear_shapes(base)
-    found = pa.table(list_adapters(pool, exclude), schema=LISTING)
+    found = pa.table(listing or list_adapters(pool), schema=LISTING)
     rows = (
         ray.data.from_arrow(found)
         .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
@@ -93,7 +95,7 @@ def valid_adapters(catalogue: pa.Table) -> pa.Table:
     return catalogue.filter(pc.equal(catalogue["status"], "ok"))
 
 
-def list_adapters(pool: str, exclude: Sequence[str] = ()) -> dict[str, list[str | None]]:
+def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
     """Columns LISTING of everything in a pool that may be an adapter; `problem` says of some why they are not looked at.
 
     Args:

@@ -132,7 +132,7 @@ def index(run: Run) -> None:
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731
-        catalogue = build_catalogue(config.base, config.pool, factored, checked, config.exclude)
+        catalogue = build_catalogue(config.base, config.pool, factored, checked, listing)
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))
     run.progress.say(f"{len(valid_adapters(catalogue))} valid, {details['set_aside']} set aside")
