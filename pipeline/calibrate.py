@@ -24,7 +24,7 @@ from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.stream import scoring_kind
-from pipeline.starts import make_job
+from pipeline.starts import make_jobs
 from pipeline.train import fit, training_kind
 
 SAMPLES = 8
@@ -93,7 +93,7 @@ def _train_a_little(run: Run) -> None:
     place.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
     place.write_table("validation.parquet", validation)
     short = train.model_copy(update={"steps": STEPS, "evaluations": EVALUATIONS, "patience": 0})
-    job = make_job(run, Arm("base", train.learning_rates[0], train.seeds[0]))
+    (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])])
     outcome = fit(replace(job, train=short, data=place, key=FOLDER), place)
     if measured := training_rates(outcome, int(lengths_of(validation).sum())):
         rates_of(run).keep(training_kind(train), measured)

@@ -29,7 +29,7 @@ from pipeline.samples import split_of
 from pipeline.search.board import Scoreboard, Work
 from pipeline.search.race import Race
 from pipeline.search.stream import engines_at_once, scoring_kind, scoring_resources
-from pipeline.starts import list_arms, make_job
+from pipeline.starts import list_arms, make_jobs
 from pipeline.train import arms_at_once, training_kind, training_resources
 
 PLAN_FILE = "plan.json"
@@ -124,7 +124,7 @@ def _training(run: Run, merged: bool) -> Training:
     starts: list[str] = [init for init in config.compare.inits if init != "mashup" or not merged or run.folder.exists("mashup")]
     arms = list_arms(config, starts)
     if merged:
-        arms = [arm for arm in arms if not run.folder.exists(f"train/{make_job(run, arm).name}/{RESULT_FILE}")]
+        arms = [job.arm for job in make_jobs(run, arms) if not run.folder.exists(f"train/{job.name}/{RESULT_FILE}")]
     rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(

@@ -36,7 +36,7 @@ from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine
-from pipeline.starts import list_arms, make_controls, make_job, probe_starts, score_recipes
+from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, require
 from pipeline.train import require_workers
@@ -216,7 +216,7 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str
     arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
     run.progress.stage("train")
     run.start_ray()
-    outcome = train_arms([make_job(run, arm)], run.folder.sub("train"), run.progress.say, run.config.track)[0]
+    outcome = train_arms(make_jobs(run, [arm]), run.folder.sub("train"), run.progress.say, run.config.track)[0]
     return run.folder.sub("train", outcome["checkpoint"]).uri
 
 
@@ -226,7 +226,7 @@ def compare(run: Run) -> None:
     config, choice = run.config, run.folder.read_json("selection.json")
     n_donors = len(choice["donors"])
     arms = list_arms(config, ["base", *(["mashup"] if n_donors else []), *make_controls(run, n_donors)])
-    jobs = [make_job(run, arm) for arm in arms]
+    jobs = make_jobs(run, arms)
     key = digest([job.name for job in jobs])
     if run.ready("compare", key):
         return

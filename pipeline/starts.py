@@ -1,7 +1,9 @@
 """What training may start from: merges of donors and their losses, controls, and the arms that train from each."""
 
+import hashlib
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from pipeline.engines.scorer import too_large
 from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import digest
-from pipeline.merge.adapter import CONFIG_FILE, read_adapter
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.merge.build import Built, build, store
 from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, random_like
@@ -155,14 +157,38 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
     return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
 
 
-def make_job(run: Run, arm: Arm) -> Job:
-    config = run.config
-    lora = _trained_shape(run)
+def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
+    """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them."""
+    config, lora = run.config, _trained_shape(run)
     budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
-    merged = run.ledger.key("merge") if arm.init != "base" else None
-    key = digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, merged)
-    start = run.folder.sub("mashup") if arm.init == "mashup" else run.folder.sub("starts", arm.init)
-    return Job(arm, config.base, lora, config.train, run.folder.sub("data"), start, key[:8], not _trained_on(config, arm.init))
+    starts = {
+        init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
+        for init in {arm.init for arm in arms}
+    }
+    keys = {
+        init: digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, _weights(start))
+        for init, start in starts.items()
+    }
+    return [
+        Job(
+            arm,
+            config.base,
+            lora,
+            config.train,
+            run.folder.sub("data"),
+            starts[arm.init],
+            keys[arm.init][:8],
+            not _trained_on(config, arm.init),
+        )
+        for arm in arms
+    ]
+
+
+def _weights(start: Folder) -> list[str] | None:
+    """Digests of the files of an adapter; None where there is none."""
+    if not start.exists(CONFIG_FILE):
+        return None
+    return [hashlib.sha256(start.read_bytes(file)).hexdigest() for file in (CONFIG_FILE, WEIGHTS_FILE)]
 
 
 def _trained_on(config: Config, init: str) -> bool:
