@@ -52,7 +52,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 def load_model(base: str, dtype: torch.dtype) -> Any:
     """The base model with weights in `dtype`, on this process' device, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return model.to(device()).eval()
 
 
@@ -130,8 +130,10 @@ def _from_pretrained(kind: Any, base: str) -> Any:
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
     if looks_local and not Path(base).is_dir():
         raise InputError(f"{base}: no such folder; 'base' is a local model folder or a Hub id such as org/name")
+    if any(Path(base).glob("pytorch_model*.bin*")) and not any(Path(base).glob("*.safetensors")):
+        raise InputError(f"{base}: its weights are pickle, which is never opened; save the model as safetensors")
     try:
-        return kind.from_pretrained(base)
+        return kind.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({reason})") from error

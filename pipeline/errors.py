@@ -5,8 +5,19 @@ class InputError(ValueError):
     """What the user gave cannot be worked with. The command line prints it and exits with code 2."""
 
 
+MAX_REASON = 400
+"""Characters."""
+
+
 class AdapterError(ValueError):
-    """One adapter cannot be a donor. The message is the reason that the catalogue shows; it stops nothing."""
+    """One adapter cannot be a donor. The message is the reason that the catalogue shows; it stops nothing.
+
+    What a stranger wrote may be a part of it: control characters are escaped, and it is cut at MAX_REASON.
+    """
+
+    def __init__(self, reason: str):
+        shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in reason[: MAX_REASON + 1])
+        super().__init__(shown if len(shown) <= MAX_REASON else f"{shown[:MAX_REASON]}...")
 
 
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")

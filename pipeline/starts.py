@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -30,7 +31,7 @@ from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
-from pipeline.search.scoreboard import paired_difference
+from pipeline.search.scoreboard import paired_difference, unsound
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
@@ -47,11 +48,13 @@ def score_recipes(
     adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
     max_rank = max(recipe.rank for recipe in recipes if recipe.name in built)
     known, seen = race_holdout(run, adapters, catalogue, max_rank, details)
+    for name, reason in unsound([BASE_ID, *built], known, seen).items():
+        run.progress.say(f"refused: {name}: {reason}")
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
     scored = [
         Scored(recipe, mean_per_token(nll, tokens).mean, *paired_difference(nll, base, tokens), built[recipe.name].kept)
         for recipe, nll, end in zip([r for r in recipes if r.name in built], known.nll_NS[1:], seen[1:], strict=True)
-        if end
+        if end and np.isfinite(nll).all()
     ]
     return scored, mean_per_token(base, tokens).mean
 
@@ -60,7 +63,7 @@ def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
     """The recipe with donors or weights that are found on the search sample, once."""
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
     greedy = recipe.weighting == "greedy"
-    if not candidates.exists(file):
+    if not candidates.is_whole(file):
         search = split_of(run.folder.read_table("samples.parquet"), "search")
         places = _uris(catalogue)
         uris = [places[donor] for donor in recipe.donors]

@@ -44,6 +44,15 @@ def without_secret(text: str) -> str:
     return SECRET.sub("...@", text)
 
 
+def is_text(path: str) -> bool:
+    """Whether a path that the operating system gave is valid UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder at `path` inside a pyarrow file system; `uri` is how a user names it."""
@@ -90,9 +99,26 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a Parquet table or a JSON document is there and not cut short, as it may be after the machine lost power."""
+        if not self.exists(name):
+            return False
+        try:
+            if name.endswith(".parquet"):
+                pq.read_metadata(self.join(name), filesystem=self.files)
+            else:
+                self.read_json(name)
+        except (pa.ArrowInvalid, ValueError):
+            return False
+        return True
+
     def walk(self) -> list[fs.FileInfo]:
         """Every file at any depth. An object store gives a thousand names a request, one request after the other: folders
-        directly below are listed side by side where they are few."""
+        directly below are listed side by side where they are few. On a disk, links to folders are not followed, and names that
+        are no text are passed over, as pyarrow has no way to write them."""
+        if self.is_local:
+            paths = [f"{parent}/{name}" for parent, _, names in os.walk(self.path) for name in names]
+            return [info for info in self.files.get_file_info([path for path in paths if is_text(path)]) if info.is_file]
         top = self.files.get_file_info(fs.FileSelector(self.path))
         below = [info.path for info in top if info.type == fs.FileType.Directory]
         if len(below) > LISTED_APART:
@@ -144,10 +170,15 @@ class Folder:
         self.files.create_dir(parent, recursive=True)
         # Only a local file system shows a file before it is closed.
         target = f"{parent}/.{uuid.uuid4().hex}.partial" if self.is_local else self.join(name)
-        with self.files.open_output_stream(target) as stream:
-            stream.write(content)
-        if self.is_local:
-            self.files.move(target, self.join(name))
+        try:
+            with self.files.open_output_stream(target) as stream:
+                stream.write(content)
+            if self.is_local:
+                self.files.move(target, self.join(name))
+        except BaseException:  # a full disk, for one: what is half written only takes more of it
+            if self.is_local:
+                self.delete(target.removeprefix(f"{self.path}/"))
+            raise
 
     def read_bytes(self, name: str) -> bytes:
         with self.files.open_input_stream(self.join(name)) as stream:
@@ -173,9 +204,14 @@ class Folder:
     def read_table(self, name: str) -> pa.Table:
         return pq.read_table(self.join(name), filesystem=self.files)
 
-    def dataset(self, schema: pa.Schema) -> pads.Dataset:
-        """The Parquet files in this folder as one lazily read data set; a missing folder gives an empty one."""
-        files = [self.join(file) for file in self.list_files(".parquet")]
+    def dataset(self, schema: pa.Schema, whole: bool = False) -> pads.Dataset:
+        """The Parquet files in this folder as one lazily read data set; a missing folder gives an empty one.
+
+        Args:
+            whole: look at each first, and pass over those that are cut short.
+        """
+        names = [name for name in self.list_files(".parquet") if not whole or self.is_whole(name)]
+        files = [self.join(name) for name in names]
         return pads.dataset(files, schema=schema, format="parquet", filesystem=self.files)
 
     def upload(self, source: Path, name: str) -> None:

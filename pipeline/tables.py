@@ -2,6 +2,9 @@
 
 import pyarrow as pa
 
+VERSION = 2
+"""Of the tables and documents of a run folder; 2: families in the catalogue."""
+
 BASE_ID = "base"
 """The `adapter_id` of candidate 0: the base model without any adapter."""
 
@@ -20,8 +23,12 @@ CATALOGUE = pa.schema(
         ("status", pa.string()),  # 'ok' or 'set_aside'
         ("reason", pa.string()),  # why it was set aside
         ("warning", pa.string()),  # what a user should know of a valid one
+        ("family", pa.string()),  # the first adapter whose delta weights are these times a number, often itself
     ]
 )
+
+INSPECTED = pa.schema([*CATALOGUE, ("sketch", pa.list_(pa.float64())), ("figures", pa.list_(pa.float64()))])
+"""Catalogue rows before adapters are compared with each other, by what `merge/spectrum.py` finds in their weights."""
 
 SAMPLES = pa.schema(
     [

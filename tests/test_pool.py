@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.basemodel import linear_shapes
 from pipeline.errors import InputError
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from pipeline.pool import LISTING, build_catalogue, inspect_batch, list_adapters
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from pipeline.pool import LISTING, build_catalogue, compare, inspect_batch, list_adapters
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE
 
@@ -29,9 +29,13 @@ def entries(catalogue: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
-    """Catalogue rows without Ray, duplicates not yet set aside."""
+    """Catalogue rows without Ray, not yet compared with each other."""
+    return entries(inspected_table(base, pool))
+
+
+def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
-    return entries(inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head))
+    return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -98,6 +102,61 @@ def test_a_folder_of_nested_adapters_becomes_a_catalogue(
     assert "org/another-name" in rows["renamed"]["warning"]
     assert rows["a"]["warning"] is None
     assert re.search(r"WARNING stage=index adapter=pickled node=[\d.]+/\w{8} set aside: pickle", worker_logs())
+
+
+def test_what_leaves_the_pool_or_cannot_be_named_is_set_aside(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    pool, outside = tmp_path / "pool", make_adapter(tmp_path / "outside", tiny_base)
+    inside = make_adapter(pool / "inside", tiny_base)
+    (pool / "linked").symlink_to(outside)
+    (pool / "alias").symlink_to(inside)
+    (pool / "loop").symlink_to(pool)
+    shutil.copytree(inside, pool / "file")
+    (pool / "file" / WEIGHTS_FILE).unlink()
+    (pool / "file" / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
+    shutil.copytree(inside, pool / "esc\x1b[31m")
+    shutil.copytree(inside, os.fsdecode(os.fsencode(pool) + b"/bad\xff"))
+    rows = inspected(tiny_base, pool)
+    reasons = {name: row["reason"] for name, row in rows.items()}
+    assert reasons.keys() == {"inside", "linked", "file", "esc\x1b[31m", "bad\\xff"}
+    assert reasons["inside"] is None
+    assert "a symbolic link that leaves the pool" in reasons["linked"]
+    assert f"{WEIGHTS_FILE} is a symbolic link that leaves the pool" in reasons["file"]
+    assert "control characters" in reasons["esc\x1b[31m"]
+    assert "not valid UTF-8" in reasons["bad\\xff"]
+    assert len(Folder.at(pool).state()) > 2
+
+
+def test_one_donor_under_many_names_counts_once(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    """Its delta weights in other factors are a duplicate; in another size they are told as a family. Zero weights are told."""
+    one = read_adapter(make_adapter(tmp_path / "one", tiny_base, std=0.3))
+    halves = {m: (a_RI * 2, b_OR / 2) for m, (a_RI, b_OR) in one.tensors.items()}
+    smaller = {m: (a_RI, b_OR * 0.3) for m, (a_RI, b_OR) in one.tensors.items()}
+    for name, tensors in (("other factors", halves), ("other size", smaller)):
+        write_adapter(tmp_path / name, Adapter(one.config, tensors))
+    make_adapter(tmp_path / "zero", tiny_base, std=0.0)
+    make_adapter(tmp_path / "another", tiny_base, std=0.3, seed=1)
+    rows = entries(compare(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
+    assert rows["other factors"]["reason"] == "duplicate of one: the same delta weights in other factors"
+    assert "those of one times 0.3;" in rows["other size"]["warning"]
+    assert {name: row["family"] for name, row in rows.items()} == {
+        "another": "another",
+        "one": "one",
+        "other factors": "one",
+        "other size": "one",
+        "zero": "zero",
+    }
+    assert "it is the base" in rows["zero"]["warning"]
+
+
+def test_an_adapter_that_no_check_foresaw_stops_no_other(
+    tmp_path: Path, tiny_base: str, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "a", tiny_base)
+    make_adapter(tmp_path / "b", tiny_base, std=1e30, alpha=9e8)
+    monkeypatch.setattr("pipeline.pool.spectrum", lambda adapter: [1 / 0])
+    rows = inspected(tiny_base, tmp_path)
+    assert "cannot be checked (ZeroDivisionError" in rows["a"]["reason"]
+    assert "weights too large" in rows["b"]["reason"]
 
 
 def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:

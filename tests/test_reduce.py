@@ -51,6 +51,12 @@ def test_auto_proposes_the_top_k_of_every_size_that_the_donors_allow() -> None:
     assert all(sum(recipe.weights) == pytest.approx(1) for recipe in recipes)
 
 
+def test_of_one_delta_weight_in_several_sizes_the_best_is_merged_and_no_other() -> None:
+    rows = [row | {"family": "c" if row["adapter_id"] == "a" else row["adapter_id"]} for row in POOL.to_pylist()]
+    recipes = propose(BOARD, pa.Table.from_pylist(rows, schema=CATALOGUE), MergeConfig(weights="equal"))
+    assert [recipe.donors for recipe in recipes] == [("a",), ("a", "d")]
+
+
 @pytest.mark.parametrize(("k", "donors"), [(1, ("a",)), (2, ("a", "c")), (9, ("a", "c", "d"))])
 def test_a_given_k_is_one_recipe_of_as_many_donors_as_there_are(k: int, donors: tuple[str, ...]) -> None:
     assert [recipe.donors for recipe in propose(BOARD, POOL, MergeConfig(k=k, weights="equal"))] == [donors]

@@ -1,6 +1,8 @@
 """The portable scoring engine: transformers and PEFT, one adapter after the other. The oracle of the tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 from peft import PeftModel
@@ -8,6 +10,7 @@ from peft import PeftModel
 from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.engines.completion import collate, length_batches, score_rows
 from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.merge.adapter import for_engine
 from pipeline.tables import SCORES
 
 BATCH_TOKENS = 2048
@@ -31,7 +34,8 @@ class TransformersScorer:
         if candidate.folder is None:
             return self._score_rows(candidate.adapter_id, samples)
         try:
-            adapted = PeftModel.from_pretrained(self.model, str(candidate.folder)).eval()
+            with TemporaryDirectory(prefix="mashup-plain-") as scratch:
+                adapted = PeftModel.from_pretrained(self.model, str(for_engine(candidate.folder, Path(scratch)))).eval()
         except Exception:
             self._load()  # what PEFT had put into the layers before it failed would be scored with the next one
             raise

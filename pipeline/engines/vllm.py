@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams, envs
@@ -20,7 +21,7 @@ from pipeline.basemodel import fast_dtype
 from pipeline.engines import vllm_cpu
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.vllm_head import START
-from pipeline.merge.adapter import plain, read_adapter, write_adapter
+from pipeline.merge.adapter import for_engine
 from pipeline.tables import SCORES
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -68,7 +69,18 @@ class VllmScorer:
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         # The base apart: in a batch with adapters, vLLM's own CPU code gives tokens without an adapter (index -1) the last one.
         groups = ([c for c in candidates if c.folder is None], [c for c in candidates if c.folder is not None])
-        return pa.concat_tables([self._score(group, samples) for group in groups if group])
+        return pa.concat_tables([self._score_soundly(group, samples) for group in groups if group])
+
+    def _score_soundly(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+        """Scores that no other candidate has bent: attention multiplies what is left in a reused block of the KV cache by zero,
+        and where an adapter left NaN or Inf there, that is NaN for whoever comes next."""
+        scores = self._score(candidates, samples)
+        if np.isfinite(scores["nll_sum"].to_numpy()).all():
+            return scores
+        self.llm.collective_rpc(_empty_cache)
+        if len(candidates) == 1:
+            return scores
+        return pa.concat_tables([self._score_soundly([candidate], samples) for candidate in candidates])
 
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         rows = [_row(*row) for row in zip(samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist(), strict=True)]
@@ -96,14 +108,21 @@ class VllmScorer:
         while len(self._held) >= self._places:
             self.llm.llm_engine.remove_lora(self._held.pop(next(iter(self._held))).lora_int_id)
         with tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
-            request = LoRARequest(name, next(self._numbers), str(_readable(folder, Path(scratch))))
+            request = LoRARequest(name, next(self._numbers), str(for_engine(folder, Path(scratch))))
             self.llm.llm_engine.add_lora(request)
         return request
+
+
+def _empty_cache(worker: Any) -> None:
+    """Runs in each of vLLM's workers."""
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def _arguments(config: EngineConfig) -> dict[str, Any]:
     return {
         "model": config.base,
+        "load_format": "safetensors",  # never pickle
         "skip_tokenizer_init": True,  # rows are token ids already
         "dtype": str(fast_dtype(config.dtype)).removeprefix("torch."),
         "max_model_len": _fitting_length(config),
@@ -119,15 +138,6 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),
     }
-
-
-def _readable(folder: Path, scratch: Path) -> Path:
-    """vLLM reads no rank_pattern and no alpha_pattern: such an adapter is rewritten with one rank, the same deltas."""
-    adapter = read_adapter(folder)
-    if adapter.uniform:
-        return folder
-    write_adapter(scratch, plain(adapter))
-    return scratch
 
 
 def _fitting_length(config: EngineConfig) -> int:

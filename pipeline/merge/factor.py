@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.basemodel import Shapes, weights_folder
 from pipeline.errors import AdapterError
-from pipeline.merge.adapter import CONFIG_FILE, Adapter, from_factors
+from pipeline.merge.adapter import Adapter, from_factors
+from pipeline.merge.declared import CONFIG_FILE, DTYPES, open_weights
 from pipeline.merge.delta import Factors, factorise
 
 ENERGY = 0.9
 """The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""
 
 MAX_RANK = 64
+
+TIED = "lm_head.weight"
+"""Tied to the embeddings in one of base and finetune, and written out in the other."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,33 @@ def factor_checkpoint(folder: Path, base: str, shapes: Shapes, head: str | None)
 def _differences(folder: Path, base: str) -> Iterator[tuple[str, Tensor]]:
     """Name and change in float32 of each tensor; the base is rounded as the finetune is stored, or that would be a change."""
     tuned, original = _open(folder), _open(weights_folder(base))
-    for name in sorted(tuned):
-        if name not in original:
-            if name == "lm_head.weight":  # tied in the base, written out in the finetune
-                continue
-            raise AdapterError(f"wrong base: the checkpoint has a tensor {name} that the base has not")
+    _check_sizes(tuned, original)
+    for name in sorted(tuned.keys() & original.keys()):
         new, old = tuned[name].get_tensor(name), original[name].get_tensor(name)
-        if new.shape != old.shape:
-            raise AdapterError(f"wrong base: {name} is {tuple(new.shape)}, the base has {tuple(old.shape)}")
         if not torch.isfinite(new).all():
             raise AdapterError(f"NaN or Inf in {name}")
         yield name, new.float() - old.to(new.dtype).float()
 
 
+def _check_sizes(tuned: dict[str, safe_open], original: dict[str, safe_open]) -> None:
+    """Compare what the files declare, before memory is taken for a tensor."""
+    for name in sorted(tuned):
+        if name not in original:
+            if name == TIED:
+                continue
+            raise AdapterError(f"wrong base: the checkpoint has a tensor {name} that the base has not")
+        found, wanted = (tuple(files[name].get_slice(name).get_shape()) for files in (tuned, original))
+        if found != wanted:
+            raise AdapterError(f"wrong base: {name} is {found}, the base has {wanted}")
+        if (dtype := tuned[name].get_slice(name).get_dtype()) not in DTYPES:
+            raise AdapterError(f"corrupt weights: {name} has dtype {dtype}, one of {', '.join(DTYPES)} is needed")
+    if absent := sorted(original.keys() - tuned.keys() - {TIED}):
+        raise AdapterError(f"missing weights: the checkpoint has no tensor {absent[0]}, which the base has")
+
+
 def _open(folder: Path) -> dict[str, safe_open]:
     """Tensor name -> the open file that has it."""
-    try:
-        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"corrupt weights: {folder.name} cannot be read ({error})") from error
+    files = [open_weights(path) for path in sorted(folder.glob("*.safetensors"))]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 

@@ -15,8 +15,25 @@ from pipeline.tables import LEADERBOARD, SCORES
 Values = NDArray[np.float64]
 
 
+def unsound(names: Sequence[str], known: Known, seen: Sequence[int]) -> dict[str, str]:
+    """adapter_id -> reason, of the candidates that gave NaN or Inf for one of the samples that count for them.
+
+    Raises:
+        ValueError: the base did.
+    """
+    counts = {
+        name: (int(np.isinf(known.nll_NS[place, :end]).sum()), end)
+        for place, (name, end) in enumerate(zip(names, seen, strict=True))
+    }
+    if counts[names[BASE]][0]:
+        raise ValueError(
+            "the base model's own loss is NaN or Inf; set search.dtype to float32 or bfloat16, and look at its weights"
+        )
+    return {name: f"NaN or Inf: its loss on {bad} of {end} samples is no number" for name, (bad, end) in counts.items() if bad}
+
+
 def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n_search: int) -> pa.Table:
-    """Rank the base and every adapter that was scored: who went further in the race first, then the lowest NLL.
+    """Rank the base and every adapter that was scored soundly: who went further in the race first, then the lowest NLL.
 
     An adapter's figures are of the samples that it was judged on, and its difference to the base is of the same ones.
 
@@ -30,7 +47,9 @@ def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n
     """
     if seen[BASE] < len(known.tokens_S):
         raise ValueError("the base model was not scored on every sample; run the search again")
-    rows = [_row(name, known, place, end, n_search) for place, (name, end) in enumerate(zip(names, seen, strict=True)) if end]
+    aside = unsound(names, known, seen)
+    sound = [(place, name, end) for place, (name, end) in enumerate(zip(names, seen, strict=True)) if end and name not in aside]
+    rows = [_row(name, known, place, end, n_search) for place, name, end in sound]
     ranked = sorted(rows, key=lambda row: (-row["n_samples"], row["nll"], row["adapter_id"]))
     return pa.Table.from_pylist([{"place": place, **row} for place, row in enumerate(ranked, start=1)], schema=LEADERBOARD)
 

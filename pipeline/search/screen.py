@@ -25,7 +25,7 @@ from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.cache import AdapterCache
 from pipeline.engines.completion import collate, completion_logits, completion_targets, length_batches
 from pipeline.errors import AdapterError
-from pipeline.merge.adapter import Adapter, check_adapter, read_adapter
+from pipeline.merge.adapter import Adapter, read_adapter
 
 Gradients = dict[str, Tensor]
 """Module path -> G_OI in float32, nats a completion token for a unit of weight."""
@@ -133,8 +133,7 @@ def _screen_batch(batch: pa.Table, gradients: ray.ObjectRef) -> pa.Table:
 def _estimate(uri: str, gradients: Gradients, cache: AdapterCache) -> float | None:
     try:
         with cache.lease(uri) as folder:
-            adapter = read_adapter(folder)
-        check_adapter(adapter, {name: (g.shape[0], g.shape[1]) for name, g in gradients.items()}, head=None)
+            adapter = read_adapter(folder, {name: (g.shape[0], g.shape[1]) for name, g in gradients.items()})
     except AdapterError:
         return None
     return first_order(gradients, adapter)

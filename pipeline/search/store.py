@@ -22,8 +22,8 @@ from pipeline.tables import SCORING_FAILURES, STORED
 
 T = TypeVar("T")
 
-SCORING_VERSION = 1
-"""To be raised by a change of the engines that changes scores."""
+SCORING_VERSION = 2
+"""To be raised by a change of the engines that changes scores. 2: no adapter's NaN reaches the scores of another."""
 
 KEY = ["adapter_hash", "sample_id"]
 
@@ -94,8 +94,8 @@ class ScoreStore:
             return
         try:
             table = pa.concat_tables([self.folder.read_table(name) for name in names])
-        except FileNotFoundError:
-            return  # another run is at it
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return  # another run is at it, or a file is cut short
         values = [name for name in STORED.names if name not in KEY]
         rows = table.group_by(KEY, use_threads=False).aggregate([(name, "first") for name in values])
         merged = rows.rename_columns([name.removesuffix("_first") for name in rows.column_names])
@@ -107,8 +107,11 @@ class ScoreStore:
         """Read the files that there are, and again where another run has just merged them."""
         for _ in range(READ_ATTEMPTS - 1):
             with suppress(FileNotFoundError):
-                return read(self.folder.dataset(STORED))
-        return read(self.folder.dataset(STORED))
+                try:
+                    return read(self.folder.dataset(STORED))
+                except pa.ArrowInvalid:  # a file is cut short: its scores are lost, and made again
+                    return read(self.folder.dataset(STORED, whole=True))
+        return read(self.folder.dataset(STORED, whole=True))
 
 
 def record_failures(folder: Folder, failures: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -153,6 +154,26 @@ def test_an_adapter_that_vllm_refuses_leaves_the_engine_working(
     with pytest.raises(Exception, match="rank"):
         vllm_score([candidates[1], large], samples)
     assert_alike(vllm_score(candidates[1:3], samples), TransformersScorer(engine_config).score(candidates[1:3], samples))
+
+
+def test_an_adapter_that_blows_up_bends_no_other_score(
+    vllm_score: Callable[..., pa.Table],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    """Its losses are no numbers; those beside it in a batch, and those after it in the same memory, are what they were."""
+    wild = Candidate("wild", make_adapter(tmp_path, tiny_base, std=1e30, targets=["q_proj", "v_proj", "o_proj", "down_proj"]))
+    expected = TransformersScorer(engine_config).score([candidates[1]], samples)
+    vllm_score([wild], samples)
+    assert_alike(vllm_score([candidates[1]], samples), expected)
+    together = vllm_score([wild, candidates[1]], samples)
+    assert_alike(together.slice(len(samples)), expected)
+    assert not np.isfinite(together["nll_sum"].to_numpy()[: len(samples)]).any()
+    assert_alike(vllm_score([candidates[1]], samples), expected)
 
 
 def test_the_plugin_is_at_work(engine: Callable[..., Any]) -> None:

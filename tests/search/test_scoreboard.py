@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.search.scoreboard import build_leaderboard, score_table
+from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import Known
 from pipeline.tables import BASE_ID, LEADERBOARD, SCORES
 
@@ -78,11 +78,20 @@ def test_equal_losses_are_ordered_by_name() -> None:
     assert board["adapter_id"].to_pylist() == ["a", BASE_ID, "z"]
 
 
-def test_a_loss_that_is_not_a_number_comes_last() -> None:
-    known = drawn(4)
-    known.nll_NS[1, 3] = np.inf
-    rows = build_leaderboard([BASE_ID, "broken", "a", "b"], known, [S] * 4, N_SEARCH).to_pylist()
-    assert rows[-1]["adapter_id"] == "broken"
+def test_who_gave_no_number_on_a_sample_that_counts_is_set_aside_with_the_reason() -> None:
+    known, names = drawn(4), [BASE_ID, "broken", "stopped before", "b"]
+    known.nll_NS[1, 3] = known.nll_NS[2, 5] = np.inf
+    seen = [S, S, 4, S]
+    assert unsound(names, known, seen) == {"broken": f"NaN or Inf: its loss on 1 of {S} samples is no number"}
+    board = build_leaderboard(names, known, seen, N_SEARCH)
+    assert sorted(board["adapter_id"].to_pylist()) == ["b", BASE_ID, "stopped before"]
+
+
+def test_a_base_that_gives_no_number_ends_the_search() -> None:
+    known = drawn(2)
+    known.nll_NS[0, 1] = np.inf
+    with pytest.raises(ValueError, match="base model's own loss"):
+        build_leaderboard([BASE_ID, "a"], known, [S] * 2, N_SEARCH)
 
 
 def test_without_the_base_there_is_no_leaderboard() -> None:

@@ -1,0 +1,337 @@
+"""What a stranger's adapter declares of itself: its config, and the header of its weights file.
+
+Read before memory is taken for weights. Nothing here runs a stranger's code: no pickle is opened, sizes are bounded, and
+patterns are matched within a time limit.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import regex
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
+
+from pipeline.basemodel import Shapes
+from pipeline.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""Of a safetensors file; a tensor takes some 150."""
+MAX_RANK = 1024
+MAX_PATTERN = 2000
+"""Characters of a regular expression."""
+MATCH_SECONDS = 1.0
+"""For all patterns of an adapter together."""
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DTYPES = ("F64", "F32", "F16", "BF16")
+HEADS = ("lm_head", "embed_out")
+PLAIN_NAME = re.compile(r"[\w.-]+")
+
+# Config fields that change what B A means, in ways that neither the engines nor the merge compute.
+UNSUPPORTED = {
+    "use_dora": "DoRA: the magnitude vector is not a low-rank delta",
+    "lora_bias": "lora_bias: biases are not part of a low-rank delta",
+    "fan_in_fan_out": "fan_in_fan_out: transposed weights are not supported",
+    "layer_replication": "layer_replication: it changes the base model's layers",
+    "trainable_token_indices": "trainable_token_indices: it changes the embeddings",
+    "target_parameters": "target_parameters: only linear layers are supported",
+    "megatron_config": "megatron_config: Megatron layers are not supported",
+    "use_qalora": "QALoRA: its pooled input is not a plain low-rank delta",
+    "use_bdlora": "BD-LoRA: block-diagonal factors are not supported",
+    "arrow_config": "Arrow: a router over adapters is not one adapter",
+    "alora_invocation_tokens": "aLoRA: it acts on a part of the tokens alone",
+    "monteclora_config": "MonteCLoRA: not a plain low-rank delta",
+    "velora_config": "VeLoRA: not a plain low-rank delta",
+    "kasa_config": "KaSA: not a plain low-rank delta",
+}
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that subtract from the base's weights, so that B A alone is not the delta; PEFT does it again at each load."""
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What an adapter's files say, its weights not yet read.
+
+    `sizes`: module path -> shapes of lora_A and of lora_B. `own`: rank and alpha of the modules for which a pattern of the
+    config has one or both of them.
+    """
+
+    config: LoraConfig
+    sizes: dict[str, tuple[Size, Size]]
+    own: dict[str, tuple[int, float]]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether one rank and one alpha hold for all modules, and these are named. vLLM reads no rank_pattern and no
+        alpha_pattern, and no engine is to run a stranger's regular expression."""
+        return not (self.own or isinstance(self.config.target_modules, str) or isinstance(self.config.exclude_modules, str))
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module."""
+        return self.own[module][0] if module in self.own else int(self.config.r)
+
+
+def read_declared(folder: Path) -> Declared:
+    """Read config and header of an adapter folder.
+
+    Raises:
+        AdapterError: it is not a LoRA adapter that can be a donor; the message says why.
+    """
+    config = _read_config(folder)
+    sizes = _read_sizes(folder)
+    return Declared(config, sizes, _own(config, sizes))
+
+
+def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None:
+    """Check what an adapter declares against the linear layers of the base model.
+
+    Raises:
+        AdapterError: with the reason that it cannot be a donor.
+    """
+    for module, found in declared.sizes.items():
+        if module == head or module.rpartition(".")[2] in HEADS:
+            raise AdapterError(f"adapts the output head ({module}), which cannot be scored under vLLM's LoRA")
+        if module not in shapes:
+            raise AdapterError(f"wrong base: it adapts {module}, which the base model does not have as a linear layer")
+        rank, (out, inner) = declared.rank(module), shapes[module]
+        if found != ((rank, inner), (out, rank)):
+            raise AdapterError(
+                f"wrong shapes: {module} has lora_A {found[0]}, lora_B {found[1]}; base and rank {rank} need "
+                f"{(rank, inner)} and {(out, rank)}"
+            )
+    missing = sorted(_targets(declared.config, shapes, head) - declared.sizes.keys())
+    if missing:
+        raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
+
+
+def open_weights(path: Path) -> safe_open:
+    """Open a safetensors file, of which no more than its header is then in memory.
+
+    Raises:
+        AdapterError: it is corrupt, or its header is larger than any honest one.
+    """
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"corrupt weights: {path.name} declares a header of {header} bytes; {MAX_HEADER_BYTES} are allowed"
+            )
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"corrupt weights: {path.name} cannot be read ({error})") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The module of a tensor in an adapter's file, and which factor it is, A or B.
+
+    Raises:
+        AdapterError: it is neither.
+    """
+    if "lora_embedding_" in name or "embed_tokens" in name or "lm_head" in name:
+        raise AdapterError(f"changes the embeddings or the output head ({name}), which vLLM's LoRA cannot score")
+    if ".lora_magnitude_vector" in name:
+        raise AdapterError(UNSUPPORTED["use_dora"])
+    for half in ("A", "B"):
+        tail = f".lora_{half}.weight"
+        if name.startswith(PREFIX) and name.endswith(tail):
+            return name.removeprefix(PREFIX).removesuffix(tail), half
+    raise AdapterError(f"not plain LoRA: it carries the tensor {name}")
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterError(_pickle(folder) or f"{CONFIG_FILE} is missing")
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"corrupt config: {CONFIG_FILE} has {size} bytes; {MAX_CONFIG_BYTES} are allowed")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"corrupt config: {CONFIG_FILE} is not valid JSON ({error})") from error
+    except OSError as error:
+        raise AdapterError(f"{CONFIG_FILE} cannot be read ({error.strerror})") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"corrupt config: {CONFIG_FILE} holds no JSON object")
+    _check_config(content)
+    known = {key: value for key, value in content.items() if key in LoraConfig.__dataclass_fields__}
+    try:
+        return LoraConfig(**known)
+    except Exception as error:  # of whatever kind: PEFT trusts its configs
+        raise AdapterError(f"corrupt config: PEFT does not accept it ({error})") from error
+
+
+def _check_config(content: dict[str, Any]) -> None:
+    if content.get("peft_type") != "LORA":
+        raise AdapterError(f"not LoRA: peft_type is {content.get('peft_type')!r}")
+    for field, reason in UNSUPPORTED.items():
+        if content.get(field):
+            raise AdapterError(reason)
+    if content.get("modules_to_save"):
+        raise AdapterError(f"modules_to_save: it replaces whole modules ({content['modules_to_save']})")
+    if content.get("bias", "none") != "none":
+        raise AdapterError(f"bias={content['bias']!r}: biases are not part of a low-rank delta")
+    if not _is_rank(content.get("r")):
+        raise AdapterError(f"corrupt config: r is {content.get('r')!r}, a whole number from 1 to {MAX_RANK} is needed")
+    if not _is_number(alpha := content.get("lora_alpha")):
+        raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number is needed")
+    _check_pattern(content, "rank_pattern", _is_rank, f"whole numbers from 1 to {MAX_RANK}")
+    _check_pattern(content, "alpha_pattern", _is_number, "numbers")
+    _check_modules(content)
+    init = content.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise AdapterError(f"init_lora_weights={init!r}: it changes the base weights; save it with PEFT's conversion to LoRA")
+    if not isinstance(content.get("base_model_name_or_path"), str | None):
+        raise AdapterError(f"corrupt config: base_model_name_or_path is {content['base_model_name_or_path']!r}")
+
+
+def _check_pattern(content: dict[str, Any], field: str, is_right: Any, wanted: str) -> None:
+    pattern = content.get(field) or {}
+    if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+        raise AdapterError(f"corrupt config: {field} is {pattern!r}, module patterns with {wanted} are needed")
+
+
+def _check_modules(content: dict[str, Any]) -> None:
+    """Fields that say which modules are adapted: names, or a regular expression."""
+    if not _is_names(targets := content.get("target_modules")):
+        raise AdapterError(f"corrupt config: target_modules is {targets!r}, names or a regular expression are needed")
+    if not _is_names(excluded := content.get("exclude_modules") or []):
+        raise AdapterError(f"corrupt config: exclude_modules is {excluded!r}, names or a regular expression are needed")
+    layers = content.get("layers_to_transform")
+    if not (layers is None or _is_layer(layers) or (isinstance(layers, list) and all(map(_is_layer, layers)))):
+        raise AdapterError(f"corrupt config: layers_to_transform is {layers!r}, layer numbers are needed")
+    pattern = content.get("layers_pattern") or []
+    names = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(names, list) or not all(isinstance(name, str) and PLAIN_NAME.fullmatch(name) for name in names):
+        raise AdapterError(f"corrupt config: layers_pattern is {pattern!r}, plain names are needed")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:
+    """Module -> shapes of lora_A and lora_B, from the header alone."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(_pickle(folder) or f"missing weights: no {WEIGHTS_FILE}")
+    halves: dict[str, dict[str, Size]] = {}
+    with open_weights(folder / WEIGHTS_FILE) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            module, half = split_name(name)
+            tensor = file.get_slice(name)
+            if (dtype := tensor.get_dtype()) not in DTYPES:
+                raise AdapterError(f"corrupt weights: {name} has dtype {dtype}, one of {', '.join(DTYPES)} is needed")
+            if len(shape := tuple(tensor.get_shape())) != 2:
+                raise AdapterError(f"wrong shapes: {name} has {len(shape)} dimensions, 2 are needed")
+            halves.setdefault(module, {})[half] = shape
+    if not halves:
+        raise AdapterError("missing weights: the file holds no tensor")
+    for module, pair in halves.items():
+        if len(pair) < 2:
+            raise AdapterError(f"missing weights: {module} has only lora_{next(iter(pair))}")
+    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+
+
+def _pickle(folder: Path) -> str | None:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
+    return f"pickle: {pickles[0]} is never opened; save it as safetensors" if pickles else None
+
+
+def _own(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of the modules that a pattern names, by PEFT's rule: the first key that matches the end of the path."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    if not (ranks or alphas):
+        return {}
+    rank_of = _Patterns("rank_pattern", {rf"(.*\.)?({key})": rank for key, rank in ranks.items()})
+    alpha_of = _Patterns("alpha_pattern", {rf"(.*\.)?({key})": alpha for key, alpha in alphas.items()})
+    return {
+        module: (int(rank_of.first(module, config.r)), float(alpha_of.first(module, config.lora_alpha))) for module in modules
+    }
+
+
+class _Patterns:
+    """A stranger's regular expressions, for full matches, within MATCH_SECONDS altogether."""
+
+    def __init__(self, field: str, table: Mapping[str, Any]):
+        self._field, self._ends = field, time.monotonic() + MATCH_SECONDS
+        self._table = [(self._compile(pattern), value) for pattern, value in table.items()]
+
+    def first(self, name: str, default: Any) -> Any:
+        """The value of the first pattern that matches."""
+        for pattern, value in self._table:
+            try:
+                if pattern.fullmatch(name, timeout=max(1e-3, self._ends - time.monotonic())):
+                    return value
+            except TimeoutError as error:
+                raise self._too_slow(pattern.pattern) from error
+        return default
+
+    def _compile(self, pattern: str) -> Any:
+        if time.monotonic() > self._ends:
+            raise self._too_slow(pattern)
+        if len(pattern) > MAX_PATTERN:
+            raise AdapterError(
+                f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
+            )
+        try:
+            re.compile(pattern)  # what Python does not accept, PEFT would not
+            return regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} is no regular expression ({error})") from error
+
+    def _too_slow(self, pattern: str) -> AdapterError:
+        return AdapterError(f"corrupt config: {self._field} {pattern!r} takes more than {MATCH_SECONDS:g} s to match")
+
+
+def _targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
+    """The linear layers that a config's target_modules name, by PEFT's own rules."""
+    names = set(shapes) - {head}
+    found = names if config.target_modules == "all-linear" else _matching("target_modules", config.target_modules, names)
+    if config.exclude_modules:
+        found = found - _matching("exclude_modules", config.exclude_modules, names)
+    if config.layers_to_transform is None:
+        return found
+    used = set(config.target_modules) & {tail for name in found for tail in _tails(name)}
+    layers = replace(config, target_modules=used, exclude_modules=None)
+    return {name for name in found if check_target_module_exists(layers, name)}
+
+
+def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
+    """Those that a regular expression matches, or that end in one of several names."""
+    if isinstance(asked, str):
+        patterns = _Patterns(field, {asked: True})
+        return {name for name in names if patterns.first(name, False)}
+    wanted = set(asked)
+    return {name for name in names if not wanted.isdisjoint(_tails(name))}
+
+
+def _tails(name: str) -> list[str]:
+    """a.b.c -> a.b.c, b.c, c."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts))]

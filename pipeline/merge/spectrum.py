@@ -1,0 +1,115 @@
+"""What an adapter's weights look like without running it: figures of its spectrum, and a sketch that tells who is like whom.
+
+Shapes: M modules, R a rank, J directions of a sketch.
+"""
+
+import zlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.merge.adapter import Adapter
+from pipeline.merge.delta import Factors
+
+FIGURES = ("leading singular value", "norm", "energy concentration", "spectral entropy", "kurtosis")
+DIRECTIONS = 16
+SAME_DIRECTION = 1e-4
+"""Sketches of which 1 - cosine is less are of one delta weight times a number; rounding to bfloat16 leaves some 1e-6."""
+
+SAME_SIZE = 0.01
+FEWEST = 10
+"""Adapters of a pool that are enough to say what is usual in it."""
+
+UNUSUAL = 8.0
+"""Robust z-score from which on a figure is an outlier."""
+
+LEAST_SPREAD = 0.02
+"""A figure's spread is taken for this at least, so that a pool of near copies has no outliers in the last digit."""
+
+Values = NDArray[np.float64]
+
+
+def spectrum(adapter: Adapter) -> list[float]:
+    """The FIGURES, each the mean over the adapted modules: the kinds of figures by which arXiv 2602.15195 (section 3) tells
+    poisoned adapters from clean ones. Logarithms (base e) of the leading singular value and of the Frobenius norm; the leading
+    one's share of the squared norm; the entropy of those shares, 1 where all are equal; the kurtosis of the singular values.
+    """
+    figures_M5 = [_figures(_singular_values(adapter.factors(module))) for module in adapter.modules]
+    return [float(value) for value in torch.stack(figures_M5).mean(0)]
+
+
+def sketch(adapter: Adapter) -> list[float]:
+    """J random projections of all delta weights together: sum_m w_mj u_mj^T (s B A)_m v_mj, with the same u, v and w for every
+    adapter. Cosine and size of sketches are those of the delta weights, within 1 / sqrt(J) for unlike ones."""
+    total_J = torch.zeros(DIRECTIONS, dtype=torch.float64)
+    for module in adapter.modules:
+        delta = adapter.factors(module)
+        left_RJ = delta.b_OR.double().T @ _directions(delta.b_OR.shape[0], 0)
+        right_RJ = delta.a_RI.double() @ _directions(delta.a_RI.shape[1], 1)
+        total_J += _signs(module) * (left_RJ * right_RJ).sum(0)
+    return [float(value) for value in total_J]
+
+
+def families(sketches_NJ: Values) -> tuple[list[int], list[float]]:
+    """Of each adapter the first one of the same direction, often itself, and its size relative to that one."""
+    size_N = np.linalg.norm(sketches_NJ, axis=1)
+    unit_NJ = sketches_NJ / np.maximum(size_N, 1e-300)[:, None]
+    first = list(range(len(unit_NJ)))
+    for place in range(len(unit_NJ)):
+        if first[place] != place or not size_N[place]:
+            continue
+        rest = unit_NJ[place + 1 :] @ unit_NJ[place]
+        for other in np.nonzero(rest > 1 - SAME_DIRECTION)[0] + place + 1:
+            first[other] = min(first[other], place) if first[other] != other else place
+    return first, [float(size_N[n] / size_N[one]) if size_N[one] else 1.0 for n, one in enumerate(first)]
+
+
+def outliers(figures_N5: Values) -> dict[int, str]:
+    """Place -> what is unusual, of the adapters whose spectrum lies far from those of the pool, by median and MAD."""
+    if len(figures_N5) < FEWEST:
+        return {}
+    middle_5 = np.median(figures_N5, axis=0)
+    spread_5 = 1.4826 * np.median(np.abs(figures_N5 - middle_5), axis=0)
+    z_N5 = (figures_N5 - middle_5) / np.maximum(spread_5, LEAST_SPREAD)
+    return {
+        int(place): f"unusual weights: {FIGURES[worst]} {figures_N5[place, worst]:.3g}, the pool's median {middle_5[worst]:.3g} "
+        f"(robust z {z_N5[place, worst]:+.0f})"
+        for place in np.nonzero(np.abs(z_N5).max(axis=1) > UNUSUAL)[0]
+        for worst in [int(np.abs(z_N5[place]).argmax())]
+    }
+
+
+def _singular_values(delta: Factors) -> Tensor:
+    """Those of B A, shape (R,): of the small core R_b R_a^T, where B = Q_b R_b and A^T = Q_a R_a."""
+    a_RI, b_OR = delta.a_RI.double(), delta.b_OR.double()
+    return torch.linalg.svdvals(torch.linalg.qr(b_OR, mode="r")[1] @ torch.linalg.qr(a_RI.T, mode="r")[1].T)
+
+
+def _figures(values_R: Tensor) -> Tensor:
+    energy = float((values_R**2).sum())
+    if not energy:
+        return torch.zeros(len(FIGURES), dtype=torch.float64)
+    share_R = values_R**2 / energy
+    entropy = float(-(share_R * share_R.clamp(min=1e-300).log()).sum())
+    centred_R = values_R - values_R.mean()
+    variance = float((centred_R**2).mean())
+    kurtosis = float((centred_R**4).mean()) / variance**2 if variance > 1e-12 * energy else 0.0
+    levels = np.log(len(values_R)) if len(values_R) > 1 else 1.0
+    return torch.tensor(
+        [float(values_R.max().log()), 0.5 * np.log(energy), float(share_R.max()), entropy / levels, kurtosis], dtype=torch.float64
+    )
+
+
+@lru_cache(maxsize=32)
+def _directions(width: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2 * width + side)
+    return torch.randn(width, DIRECTIONS, generator=generator, dtype=torch.float64)
+
+
+@lru_cache(maxsize=4096)
+def _signs(module: str) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+    return torch.randn(DIRECTIONS, generator=generator, dtype=torch.float64)

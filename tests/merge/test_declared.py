@@ -1,0 +1,112 @@
+"""What a stranger's files may declare: bounds on sizes and time, and what is never done."""
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.errors import MAX_REASON, AdapterError
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from pipeline.merge.declared import MATCH_SECONDS, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_RANK, read_declared
+
+ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"
+"""A regular expression that tries 4^n ways on a name of n letters."""
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_base: str) -> tuple[Shapes, str | None]:
+    return linear_shapes(tiny_base)
+
+
+@pytest.fixture
+def good(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+    """A valid adapter that a test may spoil."""
+    return make_adapter(tmp_path / "good", tiny_base)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 4}},
+        {"alpha_pattern": {ENDLESS: 4}},
+        {"rank_pattern": {f"{ENDLESS}{n}": 4 for n in range(100)}},
+    ],
+)
+def test_a_pattern_that_matches_for_ever_is_stopped_in_time(
+    changes: dict[str, Any], good: Path, layers: tuple[Shapes, str | None]
+) -> None:
+    edit_config(good, **changes)
+    started = time.monotonic()
+    with pytest.raises(AdapterError, match="takes more than 1 s to match"):
+        read_adapter(good, *layers)
+    assert time.monotonic() - started < 10 * MATCH_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_modules": "q" * 3000}, "3000 characters"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "layers_pattern"),
+        ({"layers_to_transform": "0"}, "layers_to_transform"),
+        ({"exclude_modules": [1]}, "exclude_modules"),
+        ({"r": MAX_RANK + 1}, f"from 1 to {MAX_RANK}"),
+        ({"rank_pattern": {"q_proj": 2**40}}, f"from 1 to {MAX_RANK}"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "whole numbers"),
+        ({"auto_mapping": {"parent_library": "os"}, "note": "x" * MAX_CONFIG_BYTES}, "bytes; .* are allowed"),
+    ],
+)
+def test_fields_are_bounded(changes: dict[str, Any], reason: str, good: Path, layers: tuple[Shapes, str | None]) -> None:
+    edit_config(good, **changes)
+    with pytest.raises(AdapterError, match=reason):
+        read_adapter(good, *layers)
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1])
+def test_a_header_larger_than_any_honest_one_is_not_read(length: int, good: Path) -> None:
+    with (good / WEIGHTS_FILE).open("r+b") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(min(length, 1 << 36))  # sparse
+    with pytest.raises(AdapterError, match=f"declares a header of {length} bytes"):
+        read_declared(good)
+
+
+def test_weights_that_do_not_fit_the_base_are_refused_before_memory_is_taken(
+    good: Path, layers: tuple[Shapes, str | None]
+) -> None:
+    """Half a gigabyte of them."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(4, 1 << 25), name.format("B"): torch.zeros(128, 4)}, good / WEIGHTS_FILE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterError, match="wrong shapes"):
+        read_adapter(good, *layers)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_other_types_of_numbers_are_refused(dtype: torch.dtype, good: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format(half): torch.zeros(4, 4).to(dtype) for half in "AB"}, good / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match="has dtype"):
+        read_declared(good)
+
+
+def test_a_reason_is_short_and_has_no_control_characters(good: Path) -> None:
+    edit_config(good, peft_type="\x1b[31m\n" + "x" * 5000)
+    with pytest.raises(AdapterError) as refused:
+        read_declared(good)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) <= MAX_REASON + 3

@@ -1,0 +1,80 @@
+"""Figures of a spectrum against dense SVDs, sketches against dense inner products, and who is told apart by them."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.basemodel import linear_shapes
+from pipeline.merge.adapter import Adapter, from_factors
+from pipeline.merge.delta import Factors
+from pipeline.merge.spectrum import FEWEST, FIGURES, families, outliers, sketch, spectrum
+
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+
+
+def drawn(base: str, seed: int, rank: int = 4, size: float = 1.0) -> Adapter:
+    shapes, _ = linear_shapes(base)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {
+        name: Factors(
+            size * torch.randn(rank, shapes[name][1], generator=generator),
+            torch.randn(shapes[name][0], rank, generator=generator),
+        )
+        for name in MODULES
+    }
+    return from_factors(base, deltas, rank, 2 * rank, shapes, seed)
+
+
+def other_factors(adapter: Adapter) -> Adapter:
+    """The same delta weights: A and B are multiplied by a matrix and its inverse."""
+    mix = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(9)))[0] * 3
+    return Adapter(adapter.config, {m: (mix @ a_RI, b_OR @ mix.inverse()) for m, (a_RI, b_OR) in adapter.tensors.items()})
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    return Adapter(adapter.config, {m: (a_RI, factor * b_OR) for m, (a_RI, b_OR) in adapter.tensors.items()})
+
+
+def rounded(adapter: Adapter) -> Adapter:
+    return Adapter(adapter.config, {m: (a.bfloat16().float(), b.bfloat16().float()) for m, (a, b) in adapter.tensors.items()})
+
+
+def test_figures_are_those_of_the_dense_singular_values(tiny_base: str) -> None:
+    adapter = drawn(tiny_base, 0)
+    expected = []
+    for module in MODULES:
+        values = torch.linalg.svdvals(adapter.factors(module).dense().double())[:4].numpy()
+        share = values**2 / (values**2).sum()
+        centred = values - values.mean()
+        kurtosis = (centred**4).mean() / (centred**2).mean() ** 2
+        entropy = -(share * np.log(share)).sum() / np.log(4)
+        expected.append([np.log(values[0]), np.log((values**2).sum()) / 2, share[0], entropy, kurtosis])
+    assert len(FIGURES) == 5
+    assert spectrum(adapter) == pytest.approx(np.mean(expected, axis=0), rel=1e-4)
+
+
+def test_a_zero_adapter_has_figures_too(tiny_base: str) -> None:
+    zero = scaled(drawn(tiny_base, 0), 0.0)
+    assert spectrum(zero) == [0.0] * 5
+    assert not any(sketch(zero))
+
+
+def test_families_are_told_by_their_delta_weights_alone(tiny_base: str) -> None:
+    """Other factors, another size, rounding: one family. Another seed, the opposite, zero: others."""
+    one = drawn(tiny_base, 1)
+    pool = [drawn(tiny_base, 0), one, other_factors(one), scaled(one, 0.3), rounded(one), scaled(one, -1.0), scaled(one, 0.0)]
+    first, sizes = families(np.array([sketch(adapter) for adapter in pool]))
+    assert first == [0, 1, 1, 1, 1, 5, 6]
+    assert sizes == pytest.approx([1, 1, 1, 0.3, 1, 1, 1], rel=1e-2)
+
+
+def test_an_adapter_that_is_far_from_the_pool_is_an_outlier(tiny_base: str) -> None:
+    pool = [drawn(tiny_base, seed) for seed in range(FEWEST)]
+    peaked = drawn(tiny_base, 99)
+    spiked = {m: (a_RI * torch.tensor([[30.0], [1], [1], [1]]), b_OR) for m, (a_RI, b_OR) in peaked.tensors.items()}
+    figures = np.array([spectrum(adapter) for adapter in [*pool, Adapter(peaked.config, spiked)]])
+    assert outliers(figures[:-1]) == {}
+    found = outliers(figures)
+    assert found.keys() == {FEWEST}
+    assert "unusual weights" in found[FEWEST]
+    assert outliers(figures[-3:]) == {}  # too few to say what is usual
