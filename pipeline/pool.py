@@ -269,7 +269,11 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _from_list(file: Folder) -> list[Listed]:
-    lines = [line.partition("#")[0].strip() for line in file.read_text("").splitlines()]
+    try:
+        text = file.read_text("")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file.uri}: a list file must be UTF-8 text, one adapter a line ({error})") from error
+    lines = [line.partition("#")[0].strip() for line in text.split("\n")]
     if shown := next((without_secret(line) for line in lines if has_secret(line)), None):
         raise InputError(f"{file.uri}: {shown!r}: {NO_SECRET}")
     found = [_list_entry(line, Path(file.path).parent, file.is_local) for line in lines if line]
@@ -280,6 +284,8 @@ def _from_list(file: Folder) -> list[Listed]:
 
 
 def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
+    if not line.isprintable():
+        return _named(Listed(line, line))
     if line.startswith("file:"):
         return Listed(line, line, "a file: URI in a list file; give the path relative to the list")
     if "://" in line:

@@ -133,8 +133,25 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
 def tokenise_batch(batch: pa.Table, role: str, base: str, seed: int, max_tokens: int) -> pa.Table:
     """Rows of schema TOKENISED; a row that cannot be used has only its `problem`."""
     tokenizer = load_tokenizer(base)
-    rows = [_tokenise_text(text, tokenizer, seed, max_tokens) for text in batch["row"].to_pylist()]
+    rows = [tokenise_text(text, tokenizer, seed, max_tokens) for text in batch["row"].to_pylist()]
     return pa.Table.from_pylist([{"role": role, **row} for row in rows], schema=TOKENISED)
+
+
+def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
+    """Columns of TOKENISED, `role` apart, of a row as JSON text; of one that cannot be used only its `problem`."""
+    row = _parse(text)
+    if row is None:
+        return {"problem": "malformed"}
+    try:
+        tokens = tokenise(row, tokenizer)
+    except (ValueError, TemplateError) as error:
+        return {"problem": str(error)}
+    if len(tokens["input_ids"]) > max_tokens:
+        return {"problem": f"longer than {max_tokens} tokens"}
+    content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
+    sample_id = hashlib.sha256(content).hexdigest()[:32]
+    place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
+    return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
 
 
 def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
@@ -149,22 +166,6 @@ def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
     batches = rows.iter_batches(batch_format="pyarrow", batch_size=None)
     tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
     return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
-
-
-def _tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
-    row = _parse(text)
-    if row is None:
-        return {"problem": "malformed"}
-    try:
-        tokens = tokenise(row, tokenizer)
-    except (ValueError, TemplateError) as error:
-        return {"problem": str(error)}
-    if len(tokens["input_ids"]) > max_tokens:
-        return {"problem": f"longer than {max_tokens} tokens"}
-    content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
-    sample_id = hashlib.sha256(content).hexdigest()[:32]
-    place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
-    return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
