@@ -24,6 +24,7 @@ from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.errors import AdapterError, InputError
 from pipeline.fetch import HUB
+from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -150,6 +151,7 @@ class Inspector:
             return row | {"status": "set_aside", "reason": listed.problem}
         try:
             with cache.lease(listed.uri) as folder:
+                row["license"] = declared_licence(folder)
                 if is_checkpoint(folder):
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder)

@@ -125,7 +125,8 @@ def index(run: Run) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool, config.exclude)
-    key = digest(fingerprint(config.base), listing, Folder.at(config.pool).state())
+    # the columns, as a catalogue that an older release left has others
+    key = digest(fingerprint(config.base), listing, Folder.at(config.pool).state(), CATALOGUE.names)
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")

@@ -17,6 +17,7 @@ CATALOGUE = pa.schema(
         ("use_rslora", pa.bool_()),
         ("target_modules", pa.list_(pa.string())),  # leaf names, e.g. q_proj
         ("bytes", pa.int64()),
+        ("license", pa.string()),  # what its model card declares; null: nothing
         ("status", pa.string()),  # 'ok' or 'set_aside'
         ("reason", pa.string()),  # why it was set aside
         ("warning", pa.string()),  # what a user should know of a valid one
