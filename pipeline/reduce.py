@@ -200,6 +200,7 @@ def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[
             "adapter_hash": entries[donor]["adapter_hash"],
             "base_model": entries[donor]["base_model"],
             "rank": entries[donor]["rank"],
+            "license": entries[donor]["license"],
             "place": places[donor]["place"],
             "nll": places[donor]["nll"],
             "nll_minus_base": places[donor]["nll_minus_base"],

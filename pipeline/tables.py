@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 VERSION = 2
-"""Of the tables and documents of a run folder; 2: families in the catalogue."""
+"""Of the tables and documents of a run folder; 2: licences and families in the catalogue."""
 
 BASE_ID = "base"
 """The `adapter_id` of candidate 0: the base model without any adapter."""
@@ -20,6 +20,7 @@ CATALOGUE = pa.schema(
         ("use_rslora", pa.bool_()),
         ("target_modules", pa.list_(pa.string())),  # leaf names, e.g. q_proj
         ("bytes", pa.int64()),
+        ("license", pa.string()),  # what its model card declares; null: nothing
         ("status", pa.string()),  # 'ok' or 'set_aside'
         ("reason", pa.string()),  # why it was set aside
         ("warning", pa.string()),  # what a user should know of a valid one

@@ -159,6 +159,25 @@ def test_an_adapter_that_no_check_foresaw_stops_no_other(
     assert "weights too large" in rows["b"]["reason"]
 
 
+def test_the_licence_of_a_model_card_is_in_the_catalogue(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    """Of an adapter, of one that is set aside, of a full checkpoint; PEFT's own card and a broken one declare none."""
+    cards = {"free": "license: apache-2.0", "unlike": "license: CC-BY-NC-4.0", "tuned": "license: mit", "broken": "license: [mit"}
+    for name in ("free", "silent", "broken"):
+        make_adapter(tmp_path / name, tiny_base, seed=len(name))
+    make_adapter(tmp_path / "unlike", tiny_base, use_dora=True)
+    tensors = load_file(Path(tiny_base) / "model.safetensors")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "config.json").write_text((Path(tiny_base) / "config.json").read_text())
+    layer = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {layer: tensors[layer] + 0.1}, tmp_path / "tuned" / "model.safetensors")
+    for name, lines in cards.items():
+        (tmp_path / name / "README.md").write_text(f"---\n{lines}\n---\n")
+    rows = inspected(tiny_base, tmp_path)
+    found = {name: row["license"] for name, row in rows.items()}
+    assert found == {"free": "apache-2.0", "unlike": "cc-by-nc-4.0", "tuned": "mit", "silent": None, "broken": None}
+    assert [name for name, row in rows.items() if row["status"] != "ok"] == ["unlike"]
+
+
 def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     make_adapter(tmp_path / "only", tiny_base)
     assert list_adapters(str(tmp_path / "only")) == {

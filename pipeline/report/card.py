@@ -9,7 +9,8 @@ import yaml
 
 from pipeline import __version__
 from pipeline.config import Config
-from pipeline.report.words import METHODS, Json, count, nll, one_line, percent, signed
+from pipeline.licences import conflicts, front_matter
+from pipeline.report.words import METHODS, NOTHING, Json, count, nll, one_line, percent, signed
 
 TAGS = ["lora", "mashup-learning", "merge"]
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -28,13 +29,15 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
     if selection["verdict"] != "mashup":
         raise ValueError(f"selection.json: the verdict is {selection['verdict']!r}; only a mashup has a model card")
     base = _base_model(config.base, selection["donors"])
-    front = {"base_model": base, "library_name": "peft", "tags": TAGS}
+    licence = front_matter([donor["license"] for donor in selection["donors"]])
+    front = {"base_model": base, **licence, "library_name": "peft", "tags": TAGS}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         "# Mashup of " + count(len(selection["donors"]), "LoRA adapter"),
         _introduction(base, config.target.train),
         "## Donors\n\n" + _donor_table(selection["donors"]),
         f"NLL and its difference to the base: nats a completion token on {count(samples_count['search'], 'search sample')}.",
+        _licences(selection["donors"]),
         "## Merge\n\n" + _merge_list(selection),
         "## Candidates\n\n" + _candidate_table(selection),
         f"Hold-out NLL: nats a completion token on {count(samples_count['holdout'], 'sample')} that played no part in ranking "
@@ -67,13 +70,19 @@ def _introduction(base: str, train: str) -> str:
 
 
 def _donor_table(donors: Sequence[Json]) -> str:
-    header = ["Adapter", "Weight", "Rank", "NLL", "NLL minus base", "SHA-256 of adapter_model.safetensors"]
+    header = ["Adapter", "Weight", "Rank", "NLL", "NLL minus base", "Licence", "SHA-256 of adapter_model.safetensors"]
     return _table(header, [_donor_row(donor) for donor in donors])
 
 
 def _donor_row(donor: Json) -> list[Any]:
     numbers = [f"{donor['weight']:.4g}", donor["rank"], nll(donor["nll"]), signed(donor["nll_minus_base"])]
-    return [donor["adapter_id"], *numbers, donor["sha256"]]
+    return [donor["adapter_id"], *numbers, donor["license"] or NOTHING, donor["sha256"]]
+
+
+def _licences(donors: Sequence[Json]) -> str:
+    said = conflicts({donor["adapter_id"]: donor["license"] for donor in donors})
+    remark = "A licence is what the donor's own card declares. The base model's holds besides. This is no legal advice."
+    return f"{escape_markdown(said)} {remark}" if said else remark
 
 
 def _merge_list(selection: Json) -> str:

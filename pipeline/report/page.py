@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from pipeline.licences import conflicts
 from pipeline.report import plots, words
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
@@ -82,6 +83,7 @@ def render(files: RunFiles) -> str:
         arms=_arms(files.comparison, _chosen_rates(files)),
         leaderboard=files.leaderboard.to_pylist() if files.leaderboard else [],
         donor_ids=_donor_ids(files),
+        conflicts=_conflicts(files),
         set_aside=_set_aside(files),
         warnings=_warnings(files.catalogue),
         left_out=_left_out(files.samples),
@@ -113,7 +115,7 @@ def template(name: str) -> Template:
     )
     measures: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.ratio, words.rate]
     environment.filters |= {function.__name__: function for function in (*measures, words.unbroken)}
-    environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS}
+    environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS, "NOTHING": words.NOTHING}
     return environment.get_template(name)
 
 
@@ -137,6 +139,12 @@ def _chosen_rates(files: RunFiles) -> dict[str, float]:
 
 def _donor_ids(files: RunFiles) -> set[str]:
     return {donor["adapter_id"] for donor in files.selection["donors"]} if files.selection else set()
+
+
+def _conflicts(files: RunFiles) -> str | None:
+    """What stands against passing on the mashup, by its donors' licences."""
+    donors = files.selection["donors"] if files.selection else []
+    return conflicts({donor["adapter_id"]: donor["license"] for donor in donors})
 
 
 def _arms(comparison: pa.Table | None, chosen: dict[str, float]) -> list[dict[str, Any]]:

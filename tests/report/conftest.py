@@ -107,6 +107,7 @@ def _catalogue(ids: list[str]) -> pa.Table:
                 "use_rslora": False,
                 "target_modules": ["q_proj", "v_proj"],
                 "bytes": 2_400_000,
+                "license": ("apache-2.0", "cc-by-nc-4.0", None)[place % 3],
                 "status": "set_aside" if bad else "ok",
                 "reason": REASONS[place - 34] if bad else None,
                 "warning": "says that it was trained on meta-llama/Llama-3.2-1B; its shapes fit base" if place % 5 == 1 else None,

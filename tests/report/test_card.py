@@ -26,6 +26,8 @@ def front_matter(text: str) -> Any:
 def test_the_front_matter_is_what_the_hub_reads(run_data: RunData, config: Config) -> None:
     assert front_matter(card(run_data, config)) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "other",
+        "license_name": "apache-2.0-and-cc-by-nc-4.0-and-unknown",
         "library_name": "peft",
         "tags": ["lora", "mashup-learning", "merge"],
     }
@@ -60,6 +62,31 @@ def test_every_donor_is_named_with_its_hash_and_loss(run_data: RunData, config: 
         assert row.startswith(f"| {donor['adapter_id']} | 0.3333 | {donor['rank']} | {donor['nll']:.4f} | −")
 
 
+def test_licences_of_donors_are_listed_and_what_stands_against_them_is_named(run_data: RunData, config: Config) -> None:
+    donors = run_data.documents["selection.json"]["donors"]
+    text = card(run_data, config)
+    rows = [next(line for line in text.splitlines() if donor["sha256"] in line) for donor in donors]
+    assert [row.split(" | ")[5] for row in rows] == ["apache-2.0", "cc-by-nc-4.0", "–"]
+    assert f"cc-by-nc-4.0 of {donors[1]['adapter_id']} is for non-commercial use alone" in text
+    assert f"no licence is declared by {donors[2]['adapter_id']}. A licence is what the donor's own card declares." in text
+
+
+def test_a_licence_of_all_donors_is_that_of_the_mashup(run_data: RunData, config: Config) -> None:
+    for donor in run_data.documents["selection.json"]["donors"]:
+        donor["license"] = "apache-2.0"
+    text = card(run_data, config)
+    assert front_matter(text)["license"] == "apache-2.0"
+    assert "To be settled" not in text
+
+
+def test_no_licence_breaks_out_of_the_front_matter_or_a_table(run_data: RunData, config: Config) -> None:
+    donors = run_data.documents["selection.json"]["donors"]
+    donors[0]["license"] = "other: a\n---\nlicense: mit | <b> *x* ([a](b))"
+    text = card(run_data, config)
+    assert front_matter(text)["license"] == "other"
+    assert r"| other: a --- license: mit \| \<b\> \*x\* (\[a\](b)) |" in text
+
+
 def test_the_mashup_and_its_rivals_are_listed_with_their_losses(run_data: RunData, config: Config) -> None:
     text = card(run_data, config)
     for candidate in run_data.documents["selection.json"]["candidates"]:
@@ -75,7 +102,7 @@ def test_ids_cannot_break_a_table(make_run: Callable[..., RunData], config: Conf
     lines = card(make_run(hostile=True), config).splitlines()
     tables = [line for line in lines if line.startswith("|")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
-    assert columns == {7}
+    assert columns == {7, 8}
     assert not any("<script>" in line for line in lines)
     assert any(line.startswith(r"| a\|b\`c d |") for line in tables)
 

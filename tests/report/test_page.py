@@ -92,6 +92,12 @@ def test_failures_of_scoring_are_listed_with_those_of_the_index(run_data: RunDat
     assert "use_dora: true is not supported" in text
 
 
+def test_licences_of_donors_are_listed_and_what_stands_against_them_is_named(run_data: RunData, tmp_path: Path) -> None:
+    text = page_of(run_data, tmp_path).text
+    assert "To be settled before the mashup is passed on: cc-by-nc-4.0 of " in text
+    assert "no licence is declared by" in text
+
+
 def test_hostile_ids_are_shown_and_not_obeyed(make_run: Callable[..., RunData], tmp_path: Path) -> None:
     page = page_of(make_run(hostile=True), tmp_path)
     assert not list(page.all("script"))
@@ -101,11 +107,11 @@ def test_hostile_ids_are_shown_and_not_obeyed(make_run: Callable[..., RunData], 
 
 
 def test_no_string_of_the_run_becomes_markup(run_data: RunData, tmp_path: Path) -> None:
-    places = ("why", "note", "target", "stage", "detail", "warning", "uri")
+    places = ("why", "note", "target", "stage", "detail", "warning", "uri", "license")
     evil = {place: f'"><img src={place} onerror=alert(1)>' for place in places}
     documents, catalogue = run_data.documents, run_data.tables["catalogue.parquet"]
     documents["selection.json"]["why"] = evil["why"]
-    documents["selection.json"]["donors"][0]["uri"] = evil["uri"]
+    documents["selection.json"]["donors"][0] |= {"uri": evil["uri"], "license": evil["license"]}
     documents["summary.json"]["note"] = evil["note"]
     documents["config.yaml"]["target"]["train"] = evil["target"]
     documents["stages.json"][evil["stage"]] = {"seconds": 1.0, "done": False, "key": "", "details": {"x": evil["detail"]}}
