@@ -1,6 +1,7 @@
 # make setup   install everything into $(VENV); does nothing where nothing changed
 # make demo    the whole method on a real model and a real pool; the last line is the path of the report
 # make test    lint, types, tests
+# make test-long   faults at random moments of whole runs
 # make bench   speed and memory, as ratios in one run
 # make lock    requirements-cpu.lock anew, after a change of the dependencies
 # make sbom    sbom.cdx.json, the bill of materials of the lock
@@ -30,7 +31,7 @@ UNFIT  := torchvision torchaudio torchcodec
 
 TARGET := .cache/demo-target/train.jsonl
 
-.PHONY: setup lock sbom browser demo test lint typecheck pytest bench clean
+.PHONY: setup lock sbom browser demo test lint typecheck pytest test-long bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -95,6 +96,11 @@ typecheck: setup
 
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+# Hours: some half a minute a fault.
+test-long: export MASHUP_FAULTS ?= 200
+test-long: setup
+	$(BIN)/python -m pytest tests/test_faults.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead

@@ -20,6 +20,9 @@ SHORT_LIST = 3
 ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 """Merge weights that are found on the search sample by running the model."""
 
+MAX_RANK = 1024
+"""Of a mashup, and of donors that are merged."""
+
 LOSSLESS = ("concat", "fold")
 """Merge methods that keep the sum of the donors' ranks."""
 
@@ -76,6 +79,14 @@ class Budget(Section):
         return self
 
 
+def _resources(value: float | str, info: ValidationInfo) -> float | str:
+    """A number of engines, CPUs or GPUs, of which last alone there may be none; or auto."""
+    least = 0 if str(info.field_name).startswith("gpus") else 1e-9
+    if not isinstance(value, str) and not least <= value < math.inf:
+        raise ValueError("must be positive")
+    return value
+
+
 class SearchConfig(Section):
     """How the pool is scored."""
 
@@ -94,11 +105,8 @@ class SearchConfig(Section):
 
     @field_validator("actors", "cpus_per_actor", "gpus_per_actor")
     @classmethod
-    def not_negative(cls, value: float | str, info: ValidationInfo) -> float | str:
-        least = 0 if info.field_name == "gpus_per_actor" else 1e-9
-        if not isinstance(value, str) and value < least:
-            raise ValueError("must be positive")
-        return value
+    def in_range(cls, value: float | str, info: ValidationInfo) -> float | str:
+        return _resources(value, info)
 
 
 class MergeConfig(Section):
@@ -128,8 +136,8 @@ class MergeConfig(Section):
     @field_validator("k", "rank")
     @classmethod
     def positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be positive, got {value}")
+        if isinstance(value, int) and not 1 <= value <= MAX_RANK:
+            raise ValueError(f"must be from 1 to {MAX_RANK}")
         return value
 
     @model_validator(mode="after")
@@ -145,7 +153,7 @@ class TrainConfig(Section):
     """The finetuning budget, the same for every init."""
 
     steps: int = Field(100, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="rows a step over all workers")
+    batch_size: int = Field(16, ge=1, le=1 << 20, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
@@ -162,6 +170,19 @@ class TrainConfig(Section):
     )
     cpus_per_worker: float | Auto = "auto"
     gpus_per_worker: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs")
+
+    @field_validator("seeds")
+    @classmethod
+    def seeds_in_range(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = [seed for seed in value if not 0 <= seed < 1 << 32]
+        if wrong:
+            raise ValueError("must be from 0 to 2**32 - 1")
+        return value
+
+    @field_validator("cpus_per_worker", "gpus_per_worker")
+    @classmethod
+    def in_range(cls, value: float | str, info: ValidationInfo) -> float | str:
+        return _resources(value, info)
 
     @field_validator("learning_rates")
     @classmethod

@@ -53,7 +53,8 @@ def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int
 
 def evaluation_steps(steps: int, evaluations: int) -> list[int]:
     """Steps after which the model is evaluated: the start, and evenly on to the last step."""
-    return sorted({round(number * steps / evaluations) for number in range(evaluations + 1)})
+    times = min(evaluations, steps)
+    return sorted({round(number * steps / times) for number in range(times + 1)})
 
 
 class Rows:

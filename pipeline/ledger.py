@@ -52,7 +52,8 @@ class Ledger:
         record = self.records.get(stage, {})
         if not record.get("done") or (key is not None and record["key"] != key):
             return False
-        return all(map(self._run.is_whole, [name for name in self._stages[stage].results if name.endswith(TABLES)]))
+        names = [name for name in self._stages[stage].results if name.endswith(TABLES) or self._run.exists(name)]
+        return all(map(self._run.is_whole, names))
 
     @property
     def running(self) -> str | None:

@@ -10,18 +10,9 @@ where to look before a mashup is passed on; that there is none is no permission.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 
-import yaml
-
-CARD_FILE = "README.md"
-
-MAX_BYTES = 64 << 10
-"""So much of a card is read. Front matter takes some hundred bytes; of the worst, this much takes the parser about a second."""
-
-MAX_CHARACTERS = 200
-"""What is longer names no licence."""
+from pipeline.cards import Fields, text
 
 NO_DERIVATIVES = re.compile(r"\bcc-by-(nc-)?nd\b")
 NON_COMMERCIAL = re.compile(r"\bcc-by-nc\b|non-?commercial|\bresearch\b")
@@ -33,26 +24,18 @@ PERMISSIVE = re.compile(
 UNKNOWN = "unknown"
 """The Hub's id for a licence that nobody declared."""
 
-TEXT = "tag:yaml.org,2002:str"
 
-
-def declared_licence(folder: Path) -> str | None:
-    """The licence that the model card in a folder declares, in lower case; `other: name (link)` where it is one of its own.
-
-    The card is a stranger's file. Its YAML is parsed to nodes and no further: nothing is made of them, and what aliases and
-    merge keys repeat is not multiplied, as it is by parsers that make values. Malformed front matter declares nothing.
+def declared_licence(fields: Fields) -> str | None:
+    """The licence that the front matter of a model card declares, in lower case; `other: name (link)` where it is one of its own.
 
     Returns:
         None where no licence is declared.
     """
-    file = folder / CARD_FILE
-    if not file.is_file():
-        return None
-    try:
-        with file.open("rb") as card:
-            return _spelled(_fields(card.read(MAX_BYTES).decode(errors="replace")))
-    except (OSError, yaml.YAMLError, RecursionError, ValueError, OverflowError):
-        return None
+    named = (text(fields.get("license")) or UNKNOWN).lower()
+    if named != "other":
+        return None if named == UNKNOWN else named
+    name, link = text(fields.get("license_name")), text(fields.get("license_link"))
+    return named + (f": {name}" if name else "") + (f" ({link})" if link else "")
 
 
 def front_matter(licences: Collection[str | None]) -> dict[str, str]:
@@ -107,30 +90,3 @@ def _slug(licence: str) -> str:
     """The name alone, as the Hub spells names: `cc-by-nc-4.0` for `CC BY-NC 4.0`, `my-own` for `other: My Own (link)`."""
     name = licence.removeprefix("other: ").partition(" (")[0].lower()
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or "other"
-
-
-def _fields(card: str) -> dict[str, yaml.Node]:
-    """The front matter of a card, which stands between two lines of three dashes at its beginning."""
-    first, *lines = card.removeprefix("\ufeff").lstrip().split("\n")
-    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
-    if first.rstrip() != "---" or not ends:
-        return {}
-    root = yaml.compose("\n".join(lines[: ends[0]]), Loader=yaml.SafeLoader)
-    pairs: Sequence[tuple[yaml.Node, yaml.Node]] = root.value if isinstance(root, yaml.MappingNode) else []
-    return {key.value: value for key, value in pairs if isinstance(key, yaml.ScalarNode)}
-
-
-def _spelled(fields: Mapping[str, yaml.Node]) -> str | None:
-    named = (_text(fields.get("license")) or UNKNOWN).lower()
-    if named != "other":
-        return None if named == UNKNOWN else named
-    name, link = _text(fields.get("license_name")), _text(fields.get("license_link"))
-    return named + (f": {name}" if name else "") + (f" ({link})" if link else "")
-
-
-def _text(node: yaml.Node | None) -> str | None:
-    """A string, or several in alphabetical order, on one line; None: the node is something else, or too long."""
-    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    texts = [part.value for part in parts if isinstance(part, yaml.ScalarNode) and part.tag == TEXT]
-    text = ", ".join(sorted(" ".join(one.split()) for one in texts))
-    return text if len(texts) == len(parts) and text.isprintable() and len(text) <= MAX_CHARACTERS else None

@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
+from pipeline.cards import read_card, texts
 from pipeline.errors import AdapterError, InputError, one_line
 from pipeline.fetch import HUB
 from pipeline.licences import declared_licence
@@ -158,7 +159,8 @@ class Inspector:
             return row | {"status": "set_aside", "reason": listed.problem}
         try:
             with cache.lease(listed.uri) as folder:
-                row["license"] = declared_licence(folder)
+                card = read_card(folder)
+                row |= {"license": declared_licence(card), "datasets": texts(card.get("datasets")) or []}
                 if is_checkpoint(folder):
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder, self.shapes, self.head)

@@ -113,10 +113,15 @@ def selection(
     scored: Sequence[Scored],
     leaderboard: pa.Table,
     catalogue: pa.Table,
+    contamination: Mapping[str, Sequence[str]],
     base_nll: float | None,
     probed: Probed | None = None,
 ) -> dict[str, Any]:
-    """The selection file: the verdict, why, the donors with their weights and hashes, and every rival."""
+    """The selection file: the verdict, why, the donors with their weights and hashes, and every rival.
+
+    Args:
+        contamination: as `contamination.find_contamination` gives it.
+    """
     best, probed = choose(scored, probed), probed or {}
     return {
         "verdict": "mashup" if best else "base",
@@ -124,7 +129,7 @@ def selection(
         "base_holdout_nll": base_nll,
         "base_probe_nll": probed.get(BASE_ID),
         "recipe": best.recipe.as_dict() if best else None,
-        "donors": _donors(best.recipe, leaderboard, catalogue) if best else [],
+        "donors": _donors(best.recipe, leaderboard, catalogue, contamination) if best else [],
         "candidates": [
             {
                 **candidate.recipe.as_dict(),
@@ -188,7 +193,9 @@ def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int, probed: P
     return f"none of {len(scored)} candidate merges beats the base on the hold-out samples"
 
 
-def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[dict[str, Any]]:
+def _donors(
+    recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table, contamination: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
     entries = {row["adapter_id"]: row for row in catalogue.to_pylist()}
     places = {row["adapter_id"]: row for row in leaderboard.to_pylist()}
     return [
@@ -201,6 +208,7 @@ def _donors(recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table) -> list[
             "base_model": entries[donor]["base_model"],
             "rank": entries[donor]["rank"],
             "license": entries[donor]["license"],
+            "contamination": list(contamination.get(donor, [])),
             "place": places[donor]["place"],
             "nll": places[donor]["nll"],
             "nll_minus_base": places[donor]["nll_minus_base"],

@@ -23,6 +23,7 @@ from pipeline.calibrate import calibrate
 from pipeline.compare import compare as compare_arms
 from pipeline.compare import train_arms, with_overhead
 from pipeline.config import SHORT_LIST, Config
+from pipeline.contamination import find_contamination
 from pipeline.errors import InputError
 from pipeline.ledger import digest
 from pipeline.plan import estimate_before_search, settle, write_plan
@@ -172,6 +173,7 @@ def search(run: Run) -> None:
     estimate_before_search(run)
     with run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
+        _tell_contamination(run, catalogue, drawn)
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
         work, plan = line_up(run, catalogue, drawn, failures)
         engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
@@ -193,7 +195,9 @@ def merge_donors(run: Run) -> None:
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
     with run.ledger.perform("merge", key) as details:
         scored, base_nll = score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
-        choice = selection(scored, leaderboard, catalogue, base_nll, probe_starts(run, ranked(scored)[:SHORT_LIST]))
+        contamination = run.folder.read_json("contamination.json")
+        probed = probe_starts(run, ranked(scored)[:SHORT_LIST])
+        choice = selection(scored, leaderboard, catalogue, contamination, base_nll, probed)
         if choice["recipe"]:
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))
@@ -246,6 +250,15 @@ def report(run: Run) -> str:
     uri = write_report(run.folder)
     run.progress.say(uri)
     return uri
+
+
+def _tell_contamination(run: Run, catalogue: pa.Table, drawn: pa.Table) -> None:
+    """Say which adapters were trained on the target's own rows, by their cards."""
+    held = {split: run.folder.read_table(f"data/{split}.parquet") for split in ("validation", "test")}
+    found = find_contamination(catalogue, run.config.base, run.config.target.train, {"sample": drawn, **held})
+    run.folder.write_json("contamination.json", found)
+    for name, sentences in found.items():
+        run.progress.say(f"{name}: {'; '.join(sentences)}")
 
 
 def _search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:

@@ -100,17 +100,20 @@ class Folder:
         return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
 
     def is_whole(self, name: str) -> bool:
-        """Whether a Parquet table or a JSON document is there and not cut short, as it may be after the machine lost power."""
-        if not self.exists(name):
-            return False
+        """Whether something is there, and no Parquet table or JSON document of it is cut short, as it may be after the machine
+        lost power. Of a folder: what is directly in it."""
+        kind = self.files.get_file_info(self.join(name)).type
+        if kind == fs.FileType.Directory:
+            names = [file for suffix in (".parquet", ".json") for file in self.sub(name).list_files(suffix)]
+            return all(self.is_whole(f"{name}/{file}") for file in names)
         try:
             if name.endswith(".parquet"):
                 pq.read_metadata(self.join(name), filesystem=self.files)
-            else:
+            elif name.endswith(".json"):
                 self.read_json(name)
-        except (pa.ArrowInvalid, ValueError):
+        except (FileNotFoundError, pa.ArrowInvalid, ValueError):
             return False
-        return True
+        return kind == fs.FileType.File
 
     def walk(self) -> list[fs.FileInfo]:
         """Every file at any depth. An object store gives a thousand names a request, one request after the other: folders

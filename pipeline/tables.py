@@ -21,6 +21,7 @@ CATALOGUE = pa.schema(
         ("target_modules", pa.list_(pa.string())),  # leaf names, e.g. q_proj
         ("bytes", pa.int64()),
         ("license", pa.string()),  # what its model card declares; null: nothing
+        ("datasets", pa.list_(pa.string())),  # likewise: what it was trained on
         ("status", pa.string()),  # 'ok' or 'set_aside'
         ("reason", pa.string()),  # why it was set aside
         ("warning", pa.string()),  # what a user should know of a valid one

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.ledger import Ledger, Outputs, digest
@@ -22,6 +23,25 @@ def test_a_stage_is_done_for_its_key_alone(tmp_path: Path) -> None:
     assert again.done("search", "a")
     assert not again.done("search", "b")
     assert again.records["search"]["details"] == {"tokens": 3}
+
+
+@pytest.mark.parametrize("name", ["board.parquet", "about.json", "data/rows.parquet"])
+def test_a_stage_whose_table_is_cut_short_or_gone_is_not_done(name: str, tmp_path: Path) -> None:
+    folder, stages = Folder.at(tmp_path), {"search": Outputs(["board.parquet", "about.json", "data", "mashup"])}
+    with Ledger(folder, stages).perform("search", "a"):
+        for table in ("board.parquet", "data/rows.parquet"):
+            folder.write_table(table, pa.table({"n": [1, 2]}))
+        folder.write_json("about.json", {"n": 1})
+    assert Ledger(folder, stages).done("search", "a")
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
+    assert not Ledger(folder, stages).done("search", "a")
+
+
+def test_a_ledger_that_is_cut_short_counts_as_empty(tmp_path: Path) -> None:
+    with ledger(tmp_path).perform("search", "a"):
+        pass
+    (tmp_path / "stages.json").write_text('{"search": {"ke')
+    assert not ledger(tmp_path).done("search")
 
 
 def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: Path) -> None:

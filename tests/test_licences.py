@@ -8,12 +8,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.licences import MAX_BYTES, conflicts, declared_licence, front_matter
+from pipeline.cards import MAX_BYTES, read_card
+from pipeline.licences import conflicts, declared_licence, front_matter
 
 
 def declared(folder: Path, card: str | bytes) -> str | None:
     (folder / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    return declared_licence(folder)
+    return declared_licence(read_card(folder))
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,11 @@ def test_a_card_without_front_matter_declares_nothing(card: str | bytes, tmp_pat
 
 
 def test_a_folder_without_a_readable_card_declares_nothing(tmp_path: Path) -> None:
-    assert declared_licence(tmp_path / "gone") is None
+    assert declared_licence(read_card(tmp_path / "gone")) is None
     os.mkfifo(tmp_path / "README.md")  # opening it would wait for ever
-    assert declared_licence(tmp_path) is None
+    assert declared_licence(read_card(tmp_path)) is None
     (tmp_path / "folder" / "README.md").mkdir(parents=True)
-    assert declared_licence(tmp_path / "folder") is None
+    assert declared_licence(read_card(tmp_path / "folder")) is None
 
 
 def merge_keys(depth: int) -> str:

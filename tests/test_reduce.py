@@ -127,7 +127,7 @@ def test_where_starts_were_probed_the_loss_after_the_steps_decides() -> None:
     assert choose([single, pair], {"base": 1.9, "exact-1": 1.2, "exact-2": 1.5}) == single
     assert choose([single, pair], {"base": 1.1, "exact-1": 1.2, "exact-2": None}) is None
     assert choose([single, pair], {"base": None, "exact-1": None, "exact-2": None}) is None
-    found = selection([single, pair], BOARD, POOL, 2.0, {"base": 1.9, "exact-1": 1.2, "exact-2": 1.5})
+    found = selection([single, pair], BOARD, POOL, {}, 2.0, {"base": 1.9, "exact-1": 1.2, "exact-2": 1.5})
     assert found["why"] == "exact-1 has the lowest hold-out loss after a few finetuning steps from each of 3 starts"
     assert (found["base_probe_nll"], [one["probe_nll"] for one in found["candidates"]]) == (1.9, [1.5, 1.2])
 
@@ -146,7 +146,7 @@ def test_a_candidate_whose_loss_is_not_a_number_never_wins() -> None:
 
 
 def test_a_selection_names_the_donors_the_reason_and_the_rivals() -> None:
-    found = selection([scored("a", -0.4), scored("ac", -0.6)], BOARD, POOL, base_nll=2.0)
+    found = selection([scored("a", -0.4), scored("ac", -0.6)], BOARD, POOL, {"a": ["its card says so"]}, base_nll=2.0)
     assert found["verdict"] == "mashup"
     assert "exact-2 has the lowest hold-out loss of 2 candidates: -0.6000" in found["why"]
     assert found["base_holdout_nll"] == 2.0
@@ -156,6 +156,7 @@ def test_a_selection_names_the_donors_the_reason_and_the_rivals() -> None:
         ("c", 0.5, "/pool/c", 16),
     ]
     assert [donor["nll_minus_base"] for donor in found["donors"]] == [-0.5, -0.3]
+    assert [donor["contamination"] for donor in found["donors"]] == [["its card says so"], []]
     assert [candidate["holdout_nll_minus_base"] for candidate in found["candidates"]] == [-0.6, -0.4]
 
 
@@ -167,5 +168,5 @@ def test_a_selection_names_the_donors_the_reason_and_the_rivals() -> None:
     ],
 )
 def test_a_selection_of_nobody_says_why(candidates: list[Scored], why: str) -> None:
-    found = selection(candidates, BOARD, POOL, base_nll=None)
+    found = selection(candidates, BOARD, POOL, {}, base_nll=None)
     assert (found["verdict"], found["recipe"], found["donors"], found["why"]) == ("base", None, [], why)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,13 +26,23 @@ from pipeline.cli import main
 
 @pytest.fixture(scope="module")
 def pool(
-    tiny_base: str, make_adapter: Callable[..., Path], train_donor: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+    tiny_base: str,
+    make_adapter: Callable[..., Path],
+    train_donor: Callable[..., None],
+    write_jsonl: Any,
+    word_rows: list[dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Two donors that were trained on the target's kind of task, two that were not, and one that is set aside."""
+    """Two donors that were trained on the target's kind of task, one of which says on what; two that were not, and one that is
+    set aside."""
     folder = tmp_path_factory.mktemp("pool")
     for seed in (1, 2):
         train_donor(folder / f"related/{seed}", seed)
         make_adapter(folder / f"random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
+    card = "---\ndatasets: [data.jsonl, elsewhere/corpus]\nlicense: mit\n---\n"
+    (folder / "related/1/README.md").write_text(card)
+    rows = [*word_rows[:40], {"prompt": "Something else", "completion": "altogether"}]
+    write_jsonl(folder / "related/1/data.jsonl", rows)
     (folder / "pickled").mkdir()
     (folder / "pickled/adapter_config.json").write_text((folder / "random/1/adapter_config.json").read_text())
     (folder / "pickled/adapter_model.bin").write_bytes(b"never opened")
@@ -112,9 +123,16 @@ def _check_results(run: Path, base: str) -> None:
     leaderboard = pq.read_table(run / "leaderboard.parquet").to_pylist()
     assert [row["adapter_id"].partition("/")[0] for row in leaderboard[:2]] == ["related", "related"]
 
+    contamination = json.loads((run / "contamination.json").read_text())
+    assert contamination.keys() == {"related/1"}
+    assert re.fullmatch(
+        r"its card names data.jsonl, which holds \d+ of 24 sample rows, and \d+ others nearly", contamination["related/1"][0]
+    )
+
     selection, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("selection", "summary"))
     assert selection["verdict"] == "mashup"
     assert {donor["adapter_id"].partition("/")[0] for donor in selection["donors"]} == {"related"}
+    assert {donor["adapter_id"]: donor["license"] for donor in selection["donors"]}["related/1"] == "mit"
     candidates = {candidate["name"]: candidate for candidate in selection["candidates"]}
     assert {"fold-1", "fold-2"} <= candidates.keys()
     learned = next(candidate for name, candidate in candidates.items() if name.endswith("-learned"))

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
 from pipeline.basemodel import Shapes
+from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,7 +28,6 @@ PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 """Of a safetensors file; a tensor takes some 150."""
-MAX_RANK = 1024
 MAX_PATTERN = 2000
 """Characters of a regular expression."""
 MATCH_SECONDS = 1.0

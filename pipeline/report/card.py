@@ -37,6 +37,7 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
         _introduction(base, config.target.train),
         "## Donors\n\n" + _donor_table(selection["donors"]),
         f"NLL and its difference to the base: nats a completion token on {count(samples_count['search'], 'search sample')}.",
+        *_contamination(selection["donors"]),
         _licences(selection["donors"]),
         "## Merge\n\n" + _merge_list(selection),
         "## Candidates\n\n" + _candidate_table(selection),
@@ -77,6 +78,11 @@ def _donor_table(donors: Sequence[Json]) -> str:
 def _donor_row(donor: Json) -> list[Any]:
     numbers = [f"{donor['weight']:.4g}", donor["rank"], nll(donor["nll"]), signed(donor["nll_minus_base"])]
     return [donor["adapter_id"], *numbers, donor["license"] or NOTHING, donor["sha256"]]
+
+
+def _contamination(donors: Sequence[Json]) -> list[str]:
+    told = [f"{donor['adapter_id']}: {sentence}" for donor in donors for sentence in donor["contamination"]]
+    return ["Trained on the target's own rows: " + "; ".join(map(escape_markdown, told)) + "."] if told else []
 
 
 def _licences(donors: Sequence[Json]) -> str:

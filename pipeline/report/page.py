@@ -37,6 +37,7 @@ class RunFiles:
     samples: dict[str, Any] | None
     leaderboard: pa.Table | None
     failures: dict[str, str]
+    contamination: dict[str, list[str]]
     selection: dict[str, Any] | None
     comparison: pa.Table | None
     stages: dict[str, dict[str, Any]]
@@ -66,6 +67,7 @@ def read_run(run: Folder) -> RunFiles:
         samples=_json(run, "samples.json"),
         leaderboard=_table(run, "leaderboard.parquet", LEADERBOARD),
         failures=_json(run, "scoring_failures.json") or {},
+        contamination=_json(run, "contamination.json") or {},
         selection=_json(run, "selection.json"),
         comparison=_table(run, "comparison.parquet", COMPARISON),
         stages=_json(run, "stages.json") or {},
@@ -85,7 +87,7 @@ def render(files: RunFiles) -> str:
         donor_ids=_donor_ids(files),
         conflicts=_conflicts(files),
         set_aside=_set_aside(files),
-        warnings=_warnings(files.catalogue),
+        warnings=_warnings(files),
         left_out=_left_out(files.samples),
         stages=_stages(files.stages),
         plots=_plots(files),
@@ -173,12 +175,15 @@ def _set_aside(files: RunFiles) -> list[dict[str, str]]:
     return refused + failed
 
 
-def _warnings(catalogue: pa.Table | None) -> dict[str, list[str]]:
+def _warnings(files: RunFiles) -> dict[str, list[str]]:
     """Warning -> the valid adapters that it is about; in a pool it is often the same for all."""
     found: dict[str, list[str]] = defaultdict(list)
-    for row in catalogue.to_pylist() if catalogue else []:
+    for row in files.catalogue.to_pylist() if files.catalogue else []:
         if row["status"] == "ok" and row["warning"]:
             found[row["warning"]].append(row["adapter_id"])
+    for name, sentences in files.contamination.items():
+        for sentence in sentences:
+            found[sentence].append(name)
     return dict(found)
 
 

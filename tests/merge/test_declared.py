@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.config import MAX_RANK
 from pipeline.errors import MAX_REASON, AdapterError
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from pipeline.merge.declared import MATCH_SECONDS, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_RANK, read_declared
+from pipeline.merge.declared import MATCH_SECONDS, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, read_declared
 
 ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"
 """A regular expression that tries 4^n ways on a name of n letters."""

@@ -74,11 +74,13 @@ def build_run(config: Config, hostile: bool = False) -> RunData:
     ids = _adapter_ids(hostile)
     catalogue = _catalogue(ids)
     leaderboard = _leaderboard(ids[:33])
-    chosen = selection(_candidates(leaderboard), leaderboard, catalogue, BASE_HOLDOUT_NLL)
+    contamination = {ids[0]: ["its card names rows.jsonl, which holds 3 of 96 sample rows, and 1 others nearly"]}
+    chosen = selection(_candidates(leaderboard), leaderboard, catalogue, contamination, BASE_HOLDOUT_NLL)
     documents = {
         "config.yaml": {**config.model_dump(mode="json"), **_surroundings()},
         "samples.json": _samples(),
         "scoring_failures.json": {ids[33]: "the engine stopped 2 times while scoring it (last: CUDA error <unknown>)"},
+        "contamination.json": contamination,
         "selection.json": chosen,
         "stages.json": _stages(),
         "summary.json": _summary(chosen),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.search.store import MANY_FILES, ScoreStore, read_failures, record_failures
@@ -52,6 +53,20 @@ def test_scores_are_known_by_content_in_the_order_that_is_asked_for(
         assert known.nll_NS[place].tolist() == [row["nll_sum"] for row in rows]
         assert known.hits_NS[place].tolist() == [row["n_correct"] for row in rows]
     assert np.isnan(known.nll_NS[1]).all()
+
+
+def test_a_file_that_is_cut_short_is_passed_over(
+    store: ScoreStore, samples: pa.Table, drawn_scores: Draw, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        table = drawn_scores([name], SAMPLE_IDS)
+        store.write(table, by_name(table))
+    broken = next(tmp_path.rglob("*.parquet"))
+    kept = pq.read_table(next(file for file in tmp_path.rglob("*.parquet") if file != broken))["adapter_hash"][0].as_py()
+    broken.write_bytes(broken.read_bytes()[:-20])
+    known = store.load(["hash-a", "hash-b"], samples)
+    assert np.isnan(known.nll_NS).all(axis=1).tolist() == [kept != "hash-a", kept != "hash-b"]
+    assert store.mean_losses(samples)["adapter_hash"].to_pylist() == [kept]
 
 
 def test_another_base_engine_or_type_knows_nothing_of_it(tmp_path: Path, samples: pa.Table, drawn_scores: Draw) -> None:
