@@ -268,8 +268,9 @@ def _search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:
 
 
 def _merge_key(run: Run) -> str:
-    training = run.config.train.model_dump() if run.config.merge.probe else None
-    return digest(run.ledger.key("search"), run.config.merge.model_dump(), training)
+    train = run.config.train
+    budget = train.model_dump(exclude={"learning_rates", "seeds"}) | {"lr": train.learning_rates[0], "seed": train.seeds[0]}
+    return digest(run.ledger.key("search"), run.config.merge.model_dump(), budget if run.config.merge.probe else None)
 
 
 def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

@@ -187,11 +187,12 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
     ]
 
 
-def _weights(start: Folder) -> list[str] | None:
-    """Digests of the files of an adapter; None where there is none."""
+def _weights(start: Folder) -> list[Any] | None:
+    """What tells an adapter's delta weights and its shape; None where there is none. Lists in its config come in any order."""
     if not start.exists(CONFIG_FILE):
         return None
-    return [hashlib.sha256(start.read_bytes(file)).hexdigest() for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    lora = _shape_at(start)
+    return [hashlib.sha256(start.read_bytes(WEIGHTS_FILE)).hexdigest(), lora.rank, lora.alpha, lora.target_modules]
 
 
 def _trained_on(config: Config, init: str) -> bool:

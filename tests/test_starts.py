@@ -1,0 +1,38 @@
+"""What an arm of a comparison is known by."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.arms import Arm
+from pipeline.config import Config, TargetConfig
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.run_folder import Run
+from pipeline.starts import make_jobs
+
+
+@pytest.fixture
+def run(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> Run:
+    run = Run(Config(run=str(tmp_path), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl")))
+    with run.ledger.perform("samples", "these"):
+        make_adapter(tmp_path / "mashup", tiny_base)
+    return run
+
+
+def names(run: Run) -> list[str]:
+    return [job.name for job in make_jobs(run, [Arm(init, 1e-4, 0) for init in ("base", "mashup")])]
+
+
+def test_an_arm_is_known_by_the_weights_that_it_starts_from(run: Run, tmp_path: Path) -> None:
+    """Not by the order of a list in the adapter's config, which differs from one process to the next."""
+    base, mashup = names(run)
+    file = tmp_path / "mashup" / CONFIG_FILE
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"target_modules": content["target_modules"][::-1]}))
+    assert names(run) == [base, mashup]
+    weights = tmp_path / "mashup" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert names(run)[0] == base
+    assert names(run)[1] != mashup
