@@ -97,7 +97,7 @@ typecheck: setup
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# Hours: some half a minute a fault.
+# Hours.
 test-long: export MASHUP_FAULTS ?= 200
 test-long: setup
 	$(BIN)/python -m pytest tests/test_faults.py

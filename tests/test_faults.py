@@ -1,6 +1,6 @@
-"""Faults at random moments of a whole run: after each, the same command goes on, and ends with the tables of an undisturbed run.
+"""Faults at random moments of a whole run: after them the same command goes on, and ends with the tables of an undisturbed run.
 
-A seeded handful by default. `make test-long` injects MASHUP_FAULTS of them; MASHUP_FAULT_SEED draws others.
+A seeded handful by default. `make test-long` injects MASHUP_FAULTS of them, A_RUN in each run; MASHUP_FAULT_SEED draws others.
 """
 
 import json
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-FAULTS = int(os.environ.get("MASHUP_FAULTS", "3"))
+FAULTS = int(os.environ.get("MASHUP_FAULTS", "4"))
+A_RUN = 4
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))
 
 PROCESSES = {
@@ -35,8 +36,8 @@ STORAGE = ("full", "slow", "wrong", "gone", "clock on", "clock back")
 """What the storage, or the clock, does for a while: see tests/faulty/sitecustomize.py."""
 
 KINDS = (*PROCESSES, *STORAGE, "half a file")
-ATTEMPTS = 4
-"""After the fault is over."""
+ATTEMPTS = 2
+"""After the last fault."""
 
 Tables = dict[str, Any]
 
@@ -69,6 +70,7 @@ class Command:
     def __init__(self, config: dict[str, Any], folder: Path):
         self.run, self.flag, self.log = folder / "run", folder / "fault", folder / "log"
         self.file = folder / "config.yaml"
+        folder.mkdir(exist_ok=True)
         self.file.write_text(yaml.safe_dump({**config, "run": str(self.run)}))
 
     def start(self) -> psutil.Popen:
@@ -96,37 +98,51 @@ def undisturbed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return command.tables(), time.monotonic() - started
 
 
-def _draws() -> Iterator[tuple[int, str]]:
-    """Seeds and kinds: every kind comes in turn, in an order of the seed's."""
+def _draws() -> Iterator[tuple[int, list[str]]]:
+    """For each run a seed and the kinds of its faults: every kind comes in turn, in an order of the seed's."""
     draw = random.Random(SEED)
     kinds: list[str] = []
-    for number in range(FAULTS):
-        kinds = kinds or draw.sample(KINDS, len(KINDS))
-        yield SEED * 1000 + number, kinds.pop()
+    for number, start in enumerate(range(0, FAULTS, A_RUN)):
+        while len(kinds) < A_RUN:
+            kinds += draw.sample(KINDS, len(KINDS))
+        yield SEED * 1000 + number, [kinds.pop(0) for _ in range(min(A_RUN, FAULTS - start))]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("seed", "kind"), _draws())
-def test_after_a_fault_the_same_command_ends_with_the_same_tables(
-    seed: int, kind: str, config: dict[str, Any], undisturbed: tuple[Tables, float], tmp_path: Path
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("seed", "kinds"), _draws(), ids=lambda value: "-".join(value) if isinstance(value, list) else None)
+def test_after_faults_the_same_command_ends_with_the_same_tables(
+    seed: int, kinds: list[str], config: dict[str, Any], undisturbed: tuple[Tables, float], tmp_path: Path
 ) -> None:
+    """After a fault the command either goes on, until it is killed for the next one or at its end, or says that it can go on."""
     expected, seconds = undisturbed
-    command, draw = Command(config, tmp_path), random.Random(seed)
-    moment = draw.uniform(0.1, 1) * seconds
-    process = command.start()
-    if _ended(process, moment) is None:
-        _inject(kind, command, process, draw)
+    draw, story = random.Random(seed), list[str]()
+    command = Command(config, tmp_path / "0")
+    for number, kind in enumerate(kinds, start=1):
+        process, moment = command.start(), draw.uniform(0.1, 0.8) * seconds
+        if _ended(process, moment) is None:
+            _inject(kind, command, process, draw)
+        code = _ended(process, draw.choice((draw.uniform(0, 10), 300)))
+        story.append(f"{kind} after {moment:.1f} s: {'goes on' if code is None else code}")
+        if code is None:
+            _kill(process)
+            code = _ended(process, 60)
+        _check(code, command, expected, story)
+        if code == 0 and number < len(kinds):
+            command = Command(config, tmp_path / str(number))
     for _ in range(ATTEMPTS):
-        code = _ended(process, 300)
-        assert code in (0, 1, -signal.SIGKILL), (
-            f"{kind} after {moment:.1f} s: exit code {code}\n{command.log.read_text()[-3000:]}"
-        )
+        code = _ended(command.start(), 300)
+        story.append(f"again: {code}")
         if code == 0:
             break
-        process = command.start()
-    assert code == 0, f"{kind} after {moment:.1f} s: {ATTEMPTS} attempts\n{command.log.read_text()[-3000:]}"
-    assert command.tables() == expected, f"{kind} after {moment:.1f} s"
-    assert not list(command.run.rglob("*.partial"))
+    assert code == 0, f"{story}\n{command.log.read_text()[-3000:]}"
+    _check(code, command, expected, story)
+
+
+def _check(code: int | None, command: Command, expected: Tables, story: list[str]) -> None:
+    assert code in (0, 1, -signal.SIGKILL), f"{story}\n{command.log.read_text()[-3000:]}"
+    if code == 0:
+        assert command.tables() == expected, story
+        assert not list(command.run.rglob("*.partial")), story
 
 
 def _inject(kind: str, command: Command, driver: psutil.Popen, draw: random.Random) -> None:

@@ -126,6 +126,18 @@ def test_what_leaves_the_pool_or_cannot_be_named_is_set_aside(tmp_path: Path, ti
     assert len(Folder.at(pool).state()) > 2
 
 
+def test_lines_of_a_list_that_name_no_place_are_set_aside(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"a\x00b\n~..\n~nobody/x\n\x1b[31m\r\n")
+    found = list_adapters(str(file))
+    problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
+    assert problems.keys() == {"a\x00b", "~..", "~nobody/x", "\x1b[31m"}
+    assert "control characters" in str(problems["a\x00b"])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="must be UTF-8 text"):
+        list_adapters(str(file))
+
+
 def test_one_donor_under_many_names_counts_once(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     """Its delta weights in other factors are a duplicate; in another size they are told as a family. Zero weights are told."""
     one = read_adapter(make_adapter(tmp_path / "one", tiny_base, std=0.3))
