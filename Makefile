@@ -100,7 +100,7 @@ pytest: setup
 # Hours.
 test-long: export MASHUP_FAULTS ?= 200
 test-long: setup
-	$(BIN)/python -m pytest tests/test_faults.py
+	$(BIN)/python -m pytest tests/test_disturbed.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead

@@ -15,6 +15,7 @@ from pipeline.cli import main
 from pipeline.record import History
 from pipeline.refresh import load_refresh, look
 from pipeline.storage import Folder
+from pipeline.tables import VERSION
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_a_stage_without_a_run(mashup: Any, command: str, tmp_path: Path) -> Non
 )
 def test_a_stage_before_the_one_it_needs(mashup: Any, config: dict[str, Any], command: str, missing: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config | {"tables": VERSION}))
     assert_one_clear_line(mashup(command, "--run", str(tmp_path / "run")), "is not there yet", missing)
 
 

@@ -67,7 +67,7 @@ def outcomes(found: dict[str, Any]) -> dict[str, str]:
         ({"targets": {".law": {"train": "x"}}}, "no dot in front, got '.law'"),
         ({"targets": {}}, "targets: "),
         ({"threshold": -1}, "threshold: "),
-        ({"merge": {"k": 0}}, "merge.k: must be positive"),
+        ({"merge": {"k": 0}}, "merge.k: must be from 1"),
     ],
 )
 def test_what_is_wrong_in_a_config_is_named(content: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:

@@ -86,21 +86,19 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
-def test_the_whole_page_with_two_kills_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL the driver in mid-search and again in mid-training: what is on disk is kept and not computed again."""
+def test_the_whole_page_with_a_kill_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL the driver in mid-search: what is on disk is kept and not computed again. Other faults: tests/test_disturbed.py."""
     config |= {"merge": {"probe": 1, "weights": "learned", "method": "fold"}}
     command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
     run = tmp_path / "run"
     _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
     assert not (run / "leaderboard.parquet").exists()
     kept = {file: file.stat().st_mtime_ns for file in run.glob("store/*/*.parquet")}
-    _kill_when(command, lambda: bool(list(run.glob("train/*/checkpoint_*/curve.json"))))
-    assert not (run / "comparison.parquet").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == f"{run}/report.html"
-    assert done.stderr.count("already done") == 4
+    assert done.stderr.count("already done") == 2
     assert "Traceback" not in done.stderr
     assert not list(run.rglob("*.partial"))
     assert {file: file.stat().st_mtime_ns for file in kept} == kept

@@ -172,13 +172,6 @@ def plain(adapter: Adapter) -> Adapter:
     return Adapter(config, tensors)
 
 
-def _missing_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
-    if pickles:
-        return f"pickle: {pickles[0]} is never opened; save the adapter as {WEIGHTS_FILE}"
-    return f"missing weights: no {WEIGHTS_FILE}"
-
-
 def _target_modules(modules: list[str], shapes: Shapes) -> list[str]:
     """Leaf names where they name just these modules in the base, else the full paths."""
     leaves = {module.rpartition(".")[2] for module in modules}

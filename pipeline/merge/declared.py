@@ -276,25 +276,30 @@ def _own(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, flo
 
 
 class _Patterns:
-    """A stranger's regular expressions, for full matches, within MATCH_SECONDS altogether."""
+    """A stranger's regular expressions, for full matches, within MATCH_SECONDS of CPU time altogether."""
 
     def __init__(self, field: str, table: Mapping[str, Any]):
-        self._field, self._ends = field, time.monotonic() + MATCH_SECONDS
+        self._field, self._ends = field, time.thread_time() + MATCH_SECONDS
         self._table = [(self._compile(pattern), value) for pattern, value in table.items()]
 
     def first(self, name: str, default: Any) -> Any:
         """The value of the first pattern that matches."""
         for pattern, value in self._table:
             try:
-                if pattern.fullmatch(name, timeout=max(1e-3, self._ends - time.monotonic())):
+                if pattern.fullmatch(name, timeout=self._left(pattern.pattern)):
                     return value
             except TimeoutError as error:
                 raise self._too_slow(pattern.pattern) from error
         return default
 
-    def _compile(self, pattern: str) -> Any:
-        if time.monotonic() > self._ends:
+    def _left(self, pattern: str) -> float:
+        left = self._ends - time.thread_time()
+        if left <= 0:
             raise self._too_slow(pattern)
+        return left
+
+    def _compile(self, pattern: str) -> Any:
+        self._left(pattern)
         if len(pattern) > MAX_PATTERN:
             raise AdapterError(
                 f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"

@@ -1,5 +1,5 @@
 """Python imports this module first in every process that has its folder on PYTHONPATH, Ray's workers among them: it makes the
-storage behave as badly as the file named by MASHUP_FAULT says, for as long as that file is there. See tests/test_faults.py."""
+storage behave as badly as the file named by MASHUP_FAULT says, for as long as that file is there. See tests/test_disturbed.py."""
 
 import errno
 import importlib.abc

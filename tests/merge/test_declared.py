@@ -45,6 +45,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         {"rank_pattern": {ENDLESS: 4}},
         {"alpha_pattern": {ENDLESS: 4}},
         {"rank_pattern": {f"{ENDLESS}{n}": 4 for n in range(100)}},
+        {"rank_pattern": {f"(.*a){{5}}{n}": 4 for n in range(50_000)}},
     ],
 )
 def test_a_pattern_that_matches_for_ever_is_stopped_in_time(
