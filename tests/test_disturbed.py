@@ -60,7 +60,9 @@ def config(
         "pool": str(folder / "pool"),
         "target": {"train": write_jsonl(folder / "train.jsonl", word_rows)},
         "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
+        "merge": {"k": 2, "weights": "equal"},
         "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
+        "compare": {"inits": ["mashup"]},
     }
 
 
