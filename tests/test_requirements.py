@@ -23,7 +23,7 @@ def asked(requirements: list[str]) -> Iterator[Requirement]:
     """The requirements, those on an extra of the project itself replaced by what the extra asks for."""
     for requirement in map(Requirement, requirements):
         if requirement.name == PROJECT["name"]:
-            for extra in requirement.extras:
+            for extra in sorted(requirement.extras):  # a set: pytest-xdist wants one order in all processes
                 yield from asked(PROJECT["optional-dependencies"][extra])
         else:
             yield requirement
