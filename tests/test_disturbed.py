@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-FAULTS = int(os.environ.get("MASHUP_FAULTS", "3"))
+FAULTS = int(os.environ.get("MASHUP_FAULTS", "2"))
 A_RUN = 4
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))
 
