@@ -15,7 +15,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -137,7 +136,8 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     config, weights = ((valid / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
     length = int.from_bytes(weights[:8], "little")
     header, values = weights[8 : 8 + length], weights[8 + length :]
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = work / "input"
+    folder.mkdir()
 
     def read(content: bytes) -> None:
         kind, rest = content[:1], content[1:]

@@ -24,7 +24,7 @@ from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.stream import scoring_kind
-from pipeline.starts import make_jobs
+from pipeline.starts import make_jobs, probed_training
 from pipeline.train import fit, training_kind
 
 SAMPLES = 8
@@ -61,8 +61,7 @@ def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
 
 def merging_kind(config: Config) -> str:
     """What measured seconds of merging, beside scoring the merges, hold for."""
-    training = config.train.model_dump() if config.merge.probe else None
-    return f"merging, {digest(config.merge.model_dump(), training)}, {scoring_kind(config.search)}"
+    return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search)}"
 
 
 def lengths_of(rows: pa.Table) -> Indices:

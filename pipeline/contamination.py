@@ -40,6 +40,8 @@ def find_contamination(catalogue: pa.Table, base: str, target: str, splits: Spli
         target: path of the target's training data.
     """
     rows = [row for row in catalogue.to_pylist() if row["datasets"]]
+    if not rows:
+        return {}
     known = ray.put(splits)
     compare = ray.remote(compare_data).options(num_cpus=1)
     waiting = {row["adapter_id"]: compare.remote(row["uri"], row["datasets"], base, target, known) for row in rows}

@@ -37,7 +37,7 @@ from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine
-from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, score_recipes
+from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.train import require_workers
@@ -268,9 +268,7 @@ def _search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:
 
 
 def _merge_key(run: Run) -> str:
-    train = run.config.train
-    budget = train.model_dump(exclude={"learning_rates", "seeds"}) | {"lr": train.learning_rates[0], "seed": train.seeds[0]}
-    return digest(run.ledger.key("search"), run.config.merge.model_dump(), budget if run.config.merge.probe else None)
+    return digest(run.ledger.key("search"), run.config.merge.model_dump(), probed_training(run.config))
 
 
 def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
 def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
     """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them."""
     config, lora = run.config, _trained_shape(run)
-    budget = config.train.model_dump(exclude={"learning_rates", "seeds"})
+    budget = _budget(config)
     starts = {
         init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
         for init in {arm.init for arm in arms}
@@ -185,6 +185,17 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
         )
         for arm in arms
     ]
+
+
+def probed_training(config: Config) -> dict[str, Any] | None:
+    """What a probe depends on of the training that is asked for; None: there is no probe."""
+    train = config.train
+    return _budget(config) | {"lr": train.learning_rates[0], "seed": train.seeds[0]} if config.merge.probe else None
+
+
+def _budget(config: Config) -> dict[str, Any]:
+    """What is asked of every arm alike."""
+    return config.train.model_dump(exclude={"learning_rates", "seeds"})
 
 
 def _weights(start: Folder) -> list[Any] | None:

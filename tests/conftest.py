@@ -199,6 +199,35 @@ def train_donor(
 
 
 @pytest.fixture(scope="session")
+def write_pool(tiny_base: str, make_adapter: Callable[..., Path], train_donor: Callable[..., None]) -> Callable[[Path], Path]:
+    """write_pool(folder): two donors that were trained on `word_rows`, two that were not. Gives the folder back."""
+
+    def write(folder: Path) -> Path:
+        for seed in (1, 2):
+            train_donor(folder / f"related/{seed}", seed)
+            make_adapter(folder / f"random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_config(tiny_base: str, write_jsonl: Any, word_rows: list[dict[str, Any]]) -> Callable[[Path, Path], dict[str, Any]]:
+    """small_config(pool, folder): a whole run on the tiny base, its data in the folder; `run` is for the test to add."""
+
+    def config(pool: Path, folder: Path) -> dict[str, Any]:
+        return {
+            "base": tiny_base,
+            "pool": str(pool),
+            "target": {"train": write_jsonl(folder / "train.jsonl", word_rows)},
+            "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
+            "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
+        }
+
+    return config
+
+
+@pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
     """A local S3 server that the usual AWS variables point to; gives its endpoint."""
     from moto.server import ThreadedMotoServer

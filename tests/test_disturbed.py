@@ -44,26 +44,13 @@ Tables = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def config(
-    tiny_base: str,
-    make_adapter: Callable[..., Path],
-    train_donor: Callable[..., None],
-    write_jsonl: Any,
-    word_rows: list[dict[str, Any]],
+    write_pool: Callable[[Path], Path],
+    small_config: Callable[[Path, Path], dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("faults")
-    for seed in (1, 2):
-        train_donor(folder / f"pool/related/{seed}", seed)
-        make_adapter(folder / f"pool/random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
-    return {
-        "base": tiny_base,
-        "pool": str(folder / "pool"),
-        "target": {"train": write_jsonl(folder / "train.jsonl", word_rows)},
-        "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
-        "merge": {"k": 2, "weights": "equal"},
-        "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
-        "compare": {"inits": ["mashup"]},
-    }
+    short = {"merge": {"k": 2, "weights": "equal"}, "compare": {"inits": ["mashup"]}}
+    return small_config(write_pool(folder / "pool"), folder) | short
 
 
 class Command:

@@ -26,19 +26,14 @@ from pipeline.cli import main
 
 @pytest.fixture(scope="module")
 def pool(
-    tiny_base: str,
-    make_adapter: Callable[..., Path],
-    train_donor: Callable[..., None],
+    write_pool: Callable[[Path], Path],
     write_jsonl: Any,
     word_rows: list[dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Two donors that were trained on the target's kind of task, one of which says on what; two that were not, and one that is
     set aside."""
-    folder = tmp_path_factory.mktemp("pool")
-    for seed in (1, 2):
-        train_donor(folder / f"related/{seed}", seed)
-        make_adapter(folder / f"random/{seed}", tiny_base, rank=2, alpha=4, seed=seed, std=0.1)
+    folder = write_pool(tmp_path_factory.mktemp("pool"))
     card = "---\ndatasets: [data.jsonl, elsewhere/corpus]\nlicense: mit\n---\n"
     (folder / "related/1/README.md").write_text(card)
     rows = [*word_rows[:40], {"prompt": "Something else", "completion": "altogether"}]
@@ -50,15 +45,8 @@ def pool(
 
 
 @pytest.fixture
-def config(tiny_base: str, pool: Path, write_jsonl: Any, word_rows: list[dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "run": str(tmp_path / "run"),
-        "base": tiny_base,
-        "pool": str(pool),
-        "target": {"train": write_jsonl(tmp_path / "train.jsonl", word_rows)},
-        "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
-        "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
-    }
+def config(small_config: Callable[[Path, Path], dict[str, Any]], pool: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"run": str(tmp_path / "run"), **small_config(pool, tmp_path)}
 
 
 def mashup(*arguments: str) -> int:

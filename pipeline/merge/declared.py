@@ -136,6 +136,16 @@ def open_weights(path: Path) -> safe_open:
         raise AdapterError(f"corrupt weights: {path.name} cannot be read ({error})") from error
 
 
+def check_dtype(name: str, dtype: str) -> None:
+    """Check the type of a tensor's numbers, as a safetensors header spells it.
+
+    Raises:
+        AdapterError: it is no floating point type that can be computed with.
+    """
+    if dtype not in DTYPES:
+        raise AdapterError(f"corrupt weights: {name} has dtype {dtype}, one of {', '.join(DTYPES)} is needed")
+
+
 def split_name(name: str) -> tuple[str, str]:
     """The module of a tensor in an adapter's file, and which factor it is, A or B.
 
@@ -245,8 +255,7 @@ def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             module, half = split_name(name)
             tensor = file.get_slice(name)
-            if (dtype := tensor.get_dtype()) not in DTYPES:
-                raise AdapterError(f"corrupt weights: {name} has dtype {dtype}, one of {', '.join(DTYPES)} is needed")
+            check_dtype(name, tensor.get_dtype())
             if len(shape := tuple(tensor.get_shape())) != 2:
                 raise AdapterError(f"wrong shapes: {name} has {len(shape)} dimensions, 2 are needed")
             halves.setdefault(module, {})[half] = shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.basemodel import Shapes, weights_folder
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, from_factors
-from pipeline.merge.declared import CONFIG_FILE, DTYPES, open_weights
+from pipeline.merge.declared import CONFIG_FILE, check_dtype, open_weights
 from pipeline.merge.delta import Factors, factorise
 
 ENERGY = 0.9
@@ -92,8 +92,7 @@ def _check_sizes(tuned: dict[str, safe_open], original: dict[str, safe_open]) ->
         found, wanted = (tuple(files[name].get_slice(name).get_shape()) for files in (tuned, original))
         if found != wanted:
             raise AdapterError(f"wrong base: {name} is {found}, the base has {wanted}")
-        if (dtype := tuned[name].get_slice(name).get_dtype()) not in DTYPES:
-            raise AdapterError(f"corrupt weights: {name} has dtype {dtype}, one of {', '.join(DTYPES)} is needed")
+        check_dtype(name, tuned[name].get_slice(name).get_dtype())
     if absent := sorted(original.keys() - tuned.keys() - {TIED}):
         raise AdapterError(f"missing weights: the checkpoint has no tensor {absent[0]}, which the base has")
 

@@ -63,7 +63,8 @@ def families(sketches_NJ: Values) -> tuple[list[int], list[float]]:
             continue
         rest = unit_NJ[place + 1 :] @ unit_NJ[place]
         for other in np.nonzero(rest > 1 - SAME_DIRECTION)[0] + place + 1:
-            first[other] = min(first[other], place) if first[other] != other else place
+            if first[other] == other:
+                first[other] = place
     return first, [float(size_N[n] / size_N[one]) if size_N[one] else 1.0 for n, one in enumerate(first)]
 
 

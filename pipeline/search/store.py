@@ -7,7 +7,6 @@ other; a row that two of them wrote is read once.
 
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -105,12 +104,14 @@ class ScoreStore:
 
     def _read(self, read: Callable[[pads.Dataset], T]) -> T:
         """Read the files that there are, and again where another run has just merged them."""
+        whole = False
         for _ in range(READ_ATTEMPTS - 1):
-            with suppress(FileNotFoundError):
-                try:
-                    return read(self.folder.dataset(STORED))
-                except pa.ArrowInvalid:  # a file is cut short: its scores are lost, and made again
-                    return read(self.folder.dataset(STORED, whole=True))
+            try:
+                return read(self.folder.dataset(STORED, whole))
+            except FileNotFoundError:
+                continue
+            except pa.ArrowInvalid:  # a file is cut short: its scores are lost, and made again
+                whole = True
         return read(self.folder.dataset(STORED, whole=True))
 
 

@@ -18,13 +18,18 @@ READS = ("read_bytes", "read_table", "dataset", "exists", "list_files", "walk", 
 DAY = 86_400
 
 
-def misbehave(method: str) -> None:
-    """What the storage does instead of, or before, what it was asked."""
+def fault() -> str:
+    """The kind of fault that there is at the moment; empty: none."""
     try:
         with open(FLAG) as file:
-            kind = file.read()
+            return file.read()
     except OSError:
-        return
+        return ""
+
+
+def misbehave(method: str) -> None:
+    """What the storage does instead of, or before, what it was asked."""
+    kind = fault()
     if kind == "slow":
         time.sleep(random.uniform(0, 0.5))
     elif kind == "full" and method in WRITES:
@@ -72,11 +77,7 @@ wall_clock = time.time
 
 def jumping() -> float:
     """The wall clock, a day wrong while it is said to jump."""
-    try:
-        with open(FLAG) as file:
-            return wall_clock() + {"clock on": DAY, "clock back": -DAY}.get(file.read(), 0)
-    except OSError:
-        return wall_clock()
+    return wall_clock() + {"clock on": DAY, "clock back": -DAY}.get(fault(), 0)
 
 
 time.time = jumping

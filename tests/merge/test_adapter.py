@@ -128,6 +128,7 @@ def test_summary_of_an_adapter(tmp_path: Path, tiny_base: str, make_adapter: Cal
     adapter = read_adapter(make_adapter(tmp_path, tiny_base, rank_pattern={"q_proj": 16}))
     assert adapter.max_rank == 16
     assert adapter.target_leaves == ["q_proj", "v_proj"]
+    assert not read_declared(tmp_path).uniform
 
 
 @pytest.mark.parametrize("rank", [3, 8])
