@@ -17,13 +17,12 @@ import pyarrow as pa
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from benchmarks.pools import tiny_llama
 from examples.tasks import DONORS, TARGET, Row, draw
 from pipeline.basemodel import linear_shapes
-from pipeline.engines.completion import collate, completion_logits, completion_targets
+from pipeline.engines.completion import collate, completion_nll
 from pipeline.merge.adapter import Adapter, from_factors, read_adapter, write_adapter
 from pipeline.merge.delta import truncate, weighted_sum
 from pipeline.tables import SAMPLES
@@ -123,7 +122,7 @@ def _train(model: Any, rows: list[dict[str, Any]], steps: int, lr: float) -> Non
     for step in range(steps):
         chosen = [rows[(step * BATCH_ROWS + place) % len(rows)] for place in range(BATCH_ROWS)]
         batch = collate([row["input_ids"] for row in chosen], [row["learn_mask"] for row in chosen], torch.device("cpu"))
-        cross_entropy(completion_logits(model, batch), completion_targets(batch)).backward()
+        completion_nll(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -13,21 +13,22 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from examples.base_model import base_model
 from examples.folders import appear_whole
 from examples.tasks import DONORS, Row, donor_rows
 from pipeline.basemodel import fast_dtype, load_model, load_tokenizer
-from pipeline.engines.completion import completion_logits, completion_targets
-from pipeline.finetuning import Rows, as_metrics, batch_places, evaluate
+from pipeline.batches import batch_places
+from pipeline.engines.completion import completion_nll, score_tokens
+from pipeline.evaluation import Rows, as_metrics, evaluate
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from pipeline.samples import tokenise
 
@@ -134,7 +135,7 @@ def _finetune(model: PeftModel, rows: Rows, recipe: Recipe) -> None:
     model.train()
     for step in range(recipe.steps):
         batch = rows.batch(batch_places(step, BATCH_ROWS, len(rows), recipe.seed))
-        loss = cross_entropy(completion_logits(model.get_base_model(), batch), completion_targets(batch))
+        loss = completion_nll(model.get_base_model(), batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -152,7 +153,7 @@ def _round_weights(model: PeftModel) -> None:
 
 
 def _measure(model: PeftModel, rows: Rows) -> dict[str, float]:
-    metrics = as_metrics(evaluate(model.get_base_model(), rows, range(len(rows))))
+    metrics = as_metrics(evaluate(partial(score_tokens, model.get_base_model()), rows))
     return {"nll": round(metrics["eval_nll"], 4), "exact_match": round(metrics["eval_exact_match"], 4)}
 
 

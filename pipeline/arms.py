@@ -62,6 +62,11 @@ class Job:
         return f"{self.arm.name}-{self.key}"
 
 
+def pass_tokens(train: TrainConfig, gpu: bool) -> int:
+    """Padded tokens in one forward and backward pass of a training worker."""
+    return (8192 if gpu else 1024) if train.tokens_per_pass == "auto" else train.tokens_per_pass
+
+
 def copy_weights(source: Folder, target: Folder) -> None:
     """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
     for file in source.list_files():

@@ -172,7 +172,7 @@ def _best_nll(arm: Outcome) -> float:
 
 
 def _test(config: Config, arms: Sequence[Outcome], run: Folder) -> dict[str, dict[str, float]]:
-    from pipeline.finetuning import evaluate_on_test  # not above: see pipeline/train.py
+    from pipeline.evaluation import evaluate_on_test  # not above: see pipeline/train.py
 
     task = cluster.compute_task(evaluate_on_test, config.train.cpus_per_worker, config.train.gpus_per_worker)
     checkpoints = {arm["name"]: run.sub("train", *arm["checkpoint"].split("/")) for arm in arms}

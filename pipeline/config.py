@@ -158,6 +158,14 @@ class TrainConfig(Section):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
     workers: int = Field(1, ge=1, description="data-parallel workers")
+    min_workers: int | None = Field(
+        None, ge=1, description="train with as few where the cluster has no room for more, and with more when it has"
+    )
+    shard: bool = Field(False, description="workers share the weights out (FSDP2): for bases that do not fit one device")
+    tokens_per_pass: int | Auto = Field(
+        "auto", description="padded tokens in one forward and backward pass; a step takes as many passes as its rows need"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time: activations are computed twice")
     evaluations: int = Field(10, ge=1, description="evaluations on the validation split over the run, the start apart")
     patience: int = Field(
         0,
@@ -178,6 +186,19 @@ class TrainConfig(Section):
         if wrong:
             raise ValueError("must be from 0 to 2**32 - 1")
         return value
+
+    @field_validator("tokens_per_pass")
+    @classmethod
+    def tokens_positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be positive")
+        return value
+
+    @model_validator(mode="after")
+    def fewest_workers_first(self) -> "TrainConfig":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"train.min_workers {self.min_workers} is above train.workers {self.workers}")
+        return self
 
     @field_validator("cpus_per_worker", "gpus_per_worker")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batches import batch_places, padded_tokens
 from pipeline.cluster import Resources
 from pipeline.config import TrainConfig
 from pipeline.search.race import Indices, Race
@@ -51,16 +52,15 @@ def left_to_score(race: Race) -> int:
     return now + min(later, max(int(race.plan.budget - race.seen_N().sum()), finalists))
 
 
-def arm_tokens(lengths: Indices, train: TrainConfig, seed: int) -> int:
-    """Input tokens, padding included, that an arm of this seed trains on; `lengths`: tokens of each training row."""
-    from pipeline.finetuning import batch_places  # not above: see pipeline/train.py
+def arm_tokens(lengths: Indices, train: TrainConfig, seed: int, tokens: int) -> int:
+    """Input tokens, padding included, that an arm of this seed trains on.
 
-    total = 0
-    for step in range(train.steps):
-        batch = lengths[batch_places(step, train.batch_size, len(lengths), seed)]
-        shares = (batch[rank :: train.workers] for rank in range(min(train.workers, len(batch))))
-        total += sum(int(share.max()) * len(share) for share in shares)
-    return total
+    Args:
+        lengths: tokens of each training row.
+        tokens: most in one pass.
+    """
+    steps = (lengths[batch_places(step, train.batch_size, len(lengths), seed)] for step in range(train.steps))
+    return sum(padded_tokens(batch.tolist(), train.workers, tokens) for batch in steps)
 
 
 def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:

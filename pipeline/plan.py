@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arms import pass_tokens
 from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.cluster import Resources, live_nodes, worker_env
@@ -126,11 +127,12 @@ def _training(run: Run, merged: bool) -> Training:
     if merged:
         arms = [job.arm for job in make_jobs(run, arms) if not run.folder.is_whole(f"train/{job.name}/{RESULT_FILE}")]
     rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
+    tokens = pass_tokens(train, gpu=training_resources(train).gpus > 0)
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
         at_once=min(len(arms), arms_at_once(train)),
-        tokens=float(np.mean([arm_tokens(rows, train, seed) for seed in train.seeds])),
+        tokens=float(np.mean([arm_tokens(rows, train, seed, tokens) for seed in train.seeds])),
         evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
         test_tokens=int(tested * test.sum()),
     )

@@ -46,7 +46,7 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
 def _loss_after_training(job: Job) -> float | None:
     from pipeline.finetuning import Finetuning  # not above: see pipeline/train.py
 
-    finetuning = Finetuning(job, 0, 1, lambda metrics, checkpoint: None)
+    finetuning = Finetuning(job, 0, 1, lambda metrics, save: None)
     finetuning.run()
     nll = finetuning.curve[-1]["eval_nll"]
     return None if finetuning.diverged_at is not None or not math.isfinite(nll) else float(nll)

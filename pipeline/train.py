@@ -5,8 +5,9 @@ world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
 import json
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
 from pipeline.config import TrainConfig
+from pipeline.feed import stream_steps
 from pipeline.observe import WorkerLog, worker_log
 from pipeline.storage import Folder
 from pipeline.tables import COMPARISON
@@ -42,10 +44,10 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     resources = training_resources(job.train)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "rows": ray.put(job.data.read_table("train.parquet"))},
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=job.train.workers,
+            num_workers=(job.train.min_workers, job.train.workers) if job.train.min_workers else job.train.workers,
             use_gpu=bool(resources.gpus),
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
@@ -85,7 +87,8 @@ def train_loop(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     context = ray.train.get_context()
     report = partial(_report_to_ray, worker_log("train", job.arm.name))
-    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report)
+    feed = partial(stream_steps, config["rows"])
+    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
@@ -122,8 +125,17 @@ def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([row for outcome in outcomes for row in outcome["curve"]], schema=COMPARISON)
 
 
-def _report_to_ray(log: WorkerLog, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-    """A barrier among the workers; returns when the checkpoint is stored."""
-    stored = Checkpoint.from_directory(str(checkpoint)) if checkpoint else None
-    ray.train.report(metrics | {TUNE_STEP: metrics["step"]}, checkpoint=stored)
+def _report_to_ray(log: WorkerLog, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+    """A barrier among the workers. The checkpoint is stored in the background, and counts once all of it is."""
+    folder = Path(tempfile.mkdtemp())
+    save(folder)
+    first = ray.train.get_context().get_world_rank() == 0
+    ray.train.report(
+        metrics | {TUNE_STEP: metrics["step"]},
+        checkpoint=Checkpoint.from_directory(str(folder)) if first else None,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+    if not first:
+        folder.rmdir()
     log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.batches import batch_places
 from pipeline.cluster import Resources
 from pipeline.config import TrainConfig
 from pipeline.costs import (
@@ -21,7 +22,6 @@ from pipeline.costs import (
     training_rates,
     training_seconds,
 )
-from pipeline.finetuning import batch_places
 from pipeline.search.race import Race, make_plan
 
 N_SEARCH, N_HOLDOUT = 24, 8
@@ -86,8 +86,9 @@ def test_arms_train_side_by_side_and_are_tested_at_the_end() -> None:
 def test_the_tokens_of_an_arm_are_those_of_its_batches_padded_by_each_worker() -> None:
     lengths = np.array([5, 9, 2, 7, 3])
     train = TrainConfig(steps=4, batch_size=3, workers=2)
-    batches = [lengths[batch_places(step, 3, 5, 1)] for step in range(4)]
-    assert arm_tokens(lengths, train, seed=1) == sum(2 * max(batch[0], batch[2]) + batch[1] for batch in batches)
+    batches = [sorted(lengths[batch_places(step, 3, 5, 1)]) for step in range(4)]
+    assert arm_tokens(lengths, train, seed=1, tokens=100) == sum(2 * batch[2] + batch[1] for batch in batches)
+    assert arm_tokens(lengths, train, seed=1, tokens=1) == sum(sum(batch) for batch in batches)
 
 
 def outcome(**changes: Any) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pipeline.arms import CURVE_FILE, Arm, Job
-from pipeline.finetuning import Finetuning, Rows, as_metrics, batch_places, causal, evaluate, evaluate_on_test, evaluation_steps
+from pipeline.batches import batch_places
+from pipeline.engines.completion import score_tokens
+from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
+from pipeline.finetuning import Finetuning, evaluation_steps
 from pipeline.storage import Folder
 
 FULL = {"method": "full", "steps": 4, "evaluations": 2}
@@ -26,18 +29,15 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder, self.points = folder, []
 
-    def __call__(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    def __call__(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         self.points.append(metrics)
-        assert checkpoint is not None
-        shutil.copytree(checkpoint, self.folder / str(metrics["step"]))
+        folder = self.folder / str(metrics["step"])
+        folder.mkdir(parents=True)
+        save(folder)
 
 
-def test_every_epoch_is_a_permutation_of_its_own() -> None:
-    places = [place for step in range(6) for place in batch_places(step, batch_size=5, n_rows=10, seed=3)]
-    epochs = [places[:10], places[10:20], places[20:]]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
+def scoring(model: Any) -> Score:
+    return partial(score_tokens, model)
 
 
 def test_evaluations_are_at_the_start_and_evenly_to_the_end() -> None:
@@ -102,17 +102,17 @@ def test_a_folded_start_trains_a_fresh_adapter_and_leaves_the_sum_of_both(
     kept = Checkpoints(tmp_path / "kept")
     finetuning = Finetuning(from_adapter(job(steps=4, evaluations=2), start, folded=True), 0, 1, kept)
     finetuning.run()
-    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, w in finetuning.model.named_parameters() if w.requires_grad}
+    trained = {
+        name.split(".lora_")[0].rpartition(".")[2] for name, w in finetuning.trainable.model.named_parameters() if w.requires_grad
+    }
     assert trained == {"q_proj", "v_proj", "down_proj"}
     base = AutoModelForCausalLM.from_pretrained(job().base)
     rows = Rows(data.read_table("validation.parquet"))
     before = PeftModel.from_pretrained(base, str(start)).get_base_model()
-    assert as_metrics(evaluate(before, rows, range(len(rows))))["eval_nll"] == pytest.approx(kept.points[0]["eval_nll"], abs=1e-4)
+    assert as_metrics(evaluate(scoring(before), rows))["eval_nll"] == pytest.approx(kept.points[0]["eval_nll"], abs=1e-4)
     after = evaluate_on_test(job().base, "float32", data, {"sum": Folder.at(tmp_path / "kept" / "4")})
     test = Rows(data.read_table("test.parquet"))
-    assert after["sum"]["test_nll"] == pytest.approx(
-        as_metrics(evaluate(causal(finetuning.model), test, range(len(test))))["eval_nll"], abs=1e-4
-    )
+    assert after["sum"]["test_nll"] == pytest.approx(as_metrics(evaluate(finetuning.trainable.score, test))["eval_nll"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("settings", "folded"), [(FULL, True), (FULL, False), ({"steps": 4, "evaluations": 2}, True)])
@@ -133,11 +133,11 @@ def test_all_weights_learn_and_are_saved_as_a_model(job: Callable[..., Job], dat
     finetuning = Finetuning(from_adapter(job(**FULL), start, folded=True), 0, 1, kept)
     finetuning.run()
     assert final_nll(kept) < kept.points[0]["eval_nll"] - 0.1
-    assert all(weight.requires_grad for weight in finetuning.model.parameters())
+    assert all(weight.requires_grad for weight in finetuning.trainable.model.parameters())
     found = evaluate_on_test(job().base, "float32", data, {"full": Folder.at(tmp_path / "kept" / "4")})
     rows = Rows(data.read_table("test.parquet"))
     assert found["full"]["test_nll"] == pytest.approx(
-        as_metrics(evaluate(finetuning.model, rows, range(len(rows))))["eval_nll"], abs=1e-5
+        as_metrics(evaluate(finetuning.trainable.score, rows))["eval_nll"], abs=1e-5
     )
 
 
@@ -170,7 +170,7 @@ def test_patience_ends_an_arm_that_no_longer_improves_but_never_the_bases(
 def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: Path) -> None:
     finetuning = Finetuning(job(), 0, 1, Checkpoints(tmp_path))
     with torch.no_grad():
-        finetuning.weights[0].fill_(math.inf)
+        finetuning.trainable.weights[0].fill_(math.inf)
     finetuning.run()
     assert finetuning.diverged_at == 1
     assert finetuning.curve[-1]["eval_nll"] == math.inf
@@ -180,7 +180,7 @@ def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], dat
     """Teacher-forced exact match equals generating greedily and comparing, row by row."""
     finetuning = Finetuning(job(steps=80, evaluations=1), 0, 1, Checkpoints(tmp_path))
     finetuning.run()
-    model, rows = finetuning.model.get_base_model(), Rows(data.read_table("train.parquet"))
+    model, rows = finetuning.trainable.model.get_base_model(), Rows(data.read_table("train.parquet"))
     hits = []
     for ids, learn in zip(rows.ids, rows.learn, strict=True):
         prompt = ids[: learn.index(True)]
@@ -188,6 +188,6 @@ def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], dat
             torch.tensor([prompt]), max_new_tokens=sum(learn), do_sample=False, eos_token_id=2, pad_token_id=0
         )[0].tolist()
         hits.append(written == ids)
-    metrics = as_metrics(evaluate(model, rows, range(len(rows))))
+    metrics = as_metrics(evaluate(scoring(model), rows))
     assert metrics["eval_exact_match"] == pytest.approx(sum(hits) / len(hits))
     assert sum(hits) > 0

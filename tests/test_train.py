@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from pipeline.arms import Job
+from pipeline.finetuning import Finetuning
 from pipeline.storage import Folder
 from pipeline.train import fit
 
@@ -25,6 +26,17 @@ def test_two_workers_give_the_curve_of_one(job: Callable[..., Job], tmp_path: Pa
         assert a["tokens"] <= b["tokens"] + 512  # each worker pads its own share
         assert a["eval_nll"] == pytest.approx(b["eval_nll"], abs=2e-3)
     assert storage.exists(f"{two['checkpoint']}/adapter_model.safetensors")
+
+
+def test_workers_that_share_the_weights_out_give_the_curve_of_one(job: Callable[..., Job], tmp_path: Path) -> None:
+    """FSDP2, of an adapter on a frozen base and of all weights."""
+    for method in ("lora", "full"):
+        settings: dict[str, Any] = {"method": method, "steps": 4, "evaluations": 2, "batch_size": 5, "tokens_per_pass": 32}
+        alone = Finetuning(job(method, **settings), 0, 1, lambda metrics, save: None)
+        alone.run()
+        shared = fit(job(method, workers=2, cpus_per_worker=0.5, shard=True, **settings), Folder.at(tmp_path))
+        for a, b in zip(alone.curve, shared["curve"], strict=True):
+            assert a["eval_nll"] == pytest.approx(b["eval_nll"], abs=1e-4)
 
 
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], without_time: Any, tmp_path: Path) -> None:

@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 1 << 25
+"""Logits held at a time in training and scoring: 128 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,20 @@ def completion_logits(model: Any, batch: Batch) -> Tensor:
     `model` is a transformers causal LM, its LoRA layers injected or not. The models of the Hub that rescale their logits do
     it by a config field: Gemma 2 (soft cap), Cohere and Granite (factors).
     """
-    hidden_BTH = model.get_decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
-    hidden_NH = hidden_BTH[:, :-1][batch.mask_BT[:, 1:]]
-    logits_NV = model.get_output_embeddings()(hidden_NH).float()
-    config = model.config
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    if factor := getattr(config, "logit_scale", None):
-        logits_NV = logits_NV * factor
-    if divisor := getattr(config, "logits_scaling", None):
-        logits_NV = logits_NV / divisor
-    return logits_NV
+    return _logits(model, _hidden(model, batch))
+
+
+def completion_nll(model: Any, batch: Batch) -> Tensor:
+    """-log p of each token that counts, shape (N,); differentiable.
+
+    Never more than LOGITS logits are held: where there are more, they are made in chunks, and anew for the gradient.
+    """
+    hidden_NH, target_N = _hidden(model, batch), completion_targets(batch)
+    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    if len(target_N) <= size:
+        return _nll(model, hidden_NH, target_N)
+    chunks = zip(hidden_NH.split(size), target_N.split(size), strict=True)
+    return torch.cat([checkpoint(_nll, model, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def completion_targets(batch: Batch) -> Tensor:
@@ -68,10 +76,14 @@ def completion_targets(batch: Batch) -> Tensor:
 @torch.inference_mode()
 def score_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p of each token that counts, and whether it was the model's first choice; each (N,)."""
-    logits_NV = completion_logits(model, batch)
-    target_N = completion_targets(batch)
-    nll_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none").double()
-    return nll_N, logits_NV.argmax(dim=-1) == target_N
+    hidden_NH, target_N = _hidden(model, batch), completion_targets(batch)
+    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    nll, hit = [], []
+    for chunk_NH, target in zip(hidden_NH.split(size), target_N.split(size), strict=True):
+        logits_NV = _logits(model, chunk_NH)
+        nll.append(cross_entropy(logits_NV, target, reduction="none").double())
+        hit.append(logits_NV.argmax(dim=-1) == target)
+    return torch.cat(nll), torch.cat(hit)
 
 
 def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +95,23 @@ def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return nll_B.cpu(), count_B.cpu(), hit_B.cpu()
 
 
-def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
-            batches.append([])
-        batches[-1].append(place)
-    return batches
+def _hidden(model: Any, batch: Batch) -> Tensor:
+    """Last hidden states at the positions that predict a token which counts; shape (N, H)."""
+    hidden_BTH = model.get_decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTH[:, :-1][batch.mask_BT[:, 1:]]
+
+
+def _logits(model: Any, hidden_NH: Tensor) -> Tensor:
+    logits_NV = model.get_output_embeddings()(hidden_NH).float()
+    config = model.config
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    if factor := getattr(config, "logit_scale", None):
+        logits_NV = logits_NV * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        logits_NV = logits_NV / divisor
+    return logits_NV
+
+
+def _nll(model: Any, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+    return cross_entropy(_logits(model, hidden_NH), target_N, reduction="none")

@@ -8,7 +8,8 @@ import pyarrow as pa
 from peft import PeftModel
 
 from pipeline.basemodel import device, fast_dtype, load_model
-from pipeline.engines.completion import collate, length_batches, score_rows
+from pipeline.batches import length_batches
+from pipeline.engines.completion import collate, score_rows
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.merge.adapter import for_engine
 from pipeline.tables import SCORES

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pipeline.basemodel import device, fast_dtype, load_model
-from pipeline.engines.completion import collate, completion_logits, completion_targets, length_batches
+from pipeline.batches import length_batches
+from pipeline.engines.completion import collate, completion_nll
 from pipeline.fetch import fetch_adapter
 from pipeline.merge.adapter import Adapter, read_adapter
 
@@ -139,4 +139,4 @@ def _losses(model: Any, samples: pa.Table) -> Iterator[Tensor]:
     n_tokens = sum(sum(mask[1:]) for mask in masks)
     for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
         batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
-        yield cross_entropy(completion_logits(model, batch), completion_targets(batch), reduction="sum") / n_tokens
+        yield completion_nll(model, batch).sum() / n_tokens

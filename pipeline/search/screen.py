@@ -18,12 +18,12 @@ import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pipeline import cluster
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
+from pipeline.batches import length_batches
 from pipeline.cache import AdapterCache
-from pipeline.engines.completion import collate, completion_logits, completion_targets, length_batches
+from pipeline.engines.completion import collate, completion_nll
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, read_adapter
 
@@ -60,7 +60,7 @@ def weight_gradients(model: Any, samples: pa.Table, modules: Collection[str]) ->
     n_tokens = 0
     for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
         batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
-        nll = cross_entropy(completion_logits(model, batch), completion_targets(batch), reduction="sum")
+        nll = completion_nll(model, batch).sum()
         # Zeros stand for a layer that no token reached, such as an expert of a mixture.
         parts = torch.autograd.grad(nll, list(weights.values()), materialize_grads=True)
         for name, part in zip(weights, parts, strict=True):

@@ -8,7 +8,8 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from pipeline.basemodel import load_model
-from pipeline.engines.completion import collate, completion_logits, completion_targets, length_batches, score_rows
+from pipeline.engines import completion
+from pipeline.engines.completion import collate, completion_logits, completion_nll, completion_targets, score_rows
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -95,10 +96,17 @@ def test_targets_and_rows_follow_the_order_of_the_logits(tiny_base: str) -> None
         assert completion_logits(load_model(tiny_base, torch.bfloat16), batch).dtype == torch.float32
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 64, 10_000])
-def test_length_batches_hold_every_row_once_within_the_budget(tokens: int) -> None:
-    lengths = [len(row) for row in drawn_rows(40, 10)[0]]
-    batches = length_batches(lengths, tokens)
-    assert sorted(place for batch in batches for place in batch) == list(range(40))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[p] for p in batch) <= tokens for batch in batches)
-    assert length_batches([], tokens) == []
+def test_losses_and_gradients_are_the_same_in_chunks(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, masks = drawn_rows(5, 12)
+    batch, model, found = collate(ids, masks, CPU), load_model(tiny_base, torch.float32), []
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    for chunk in (10_000, 3):
+        monkeypatch.setattr(completion, "LOGITS", chunk * vocabulary)
+        model.zero_grad()
+        nll_N = completion_nll(model, batch)
+        nll_N.sum().backward()
+        gradient = model.get_decoder().layers[0].mlp.up_proj.weight.grad.clone()
+        found.append((nll_N.detach(), gradient, torch.cat([part.double() for part in score_rows(model, batch)])))
+    assert len(found[0][0]) > 6
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(whole, chunked)

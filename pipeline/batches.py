@@ -1,0 +1,103 @@
+"""Which rows a training step takes, and how the workers share them out. Pure functions of seed and step, so that a run which
+resumes, or has another number of workers, goes on with the same rows in the same order."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+ROW = pa.struct([("ids", pa.list_(pa.int32())), ("learn", pa.list_(pa.bool_()))])
+
+STEP = pa.schema(
+    [
+        ("number", pa.int64()),  # of the step, counted from 0
+        ("n_learned", pa.int64()),  # tokens whose loss counts, of all workers
+        ("n_padded", pa.int64()),  # input tokens with padding, of all workers
+        ("passes", pa.list_(pa.list_(ROW))),  # what this worker computes, one forward and backward pass each
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What tells a worker's share of every step."""
+
+    batch_size: int
+    """Rows of a step over all workers."""
+    seed: int
+    rank: int
+    workers: int
+    tokens: int
+    """Padded tokens in one forward and backward pass; a longer row has a pass of its own."""
+
+
+def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int]:
+    """Rows of the global batch of a step (counted from 0): each epoch is a permutation of its own, drawn from the seed."""
+    places: list[int] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, n_rows)
+        places.append(int(_permutation(seed, epoch, n_rows)[offset]))
+    return places
+
+
+def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+def share_out(lengths: Sequence[int], workers: int, tokens: int) -> list[list[list[int]]]:
+    """Places of a global batch's rows in passes, for each worker.
+
+    Rows of like length share a pass, so that little is padding and memory is that of one pass. Workers get rows of all
+    lengths, and as many passes each, as a collective operation waits for all of them: who runs out has empty ones.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    shares = []
+    for rank in range(workers):
+        own = longest_first[rank::workers]
+        shares.append([[own[p] for p in batch] for batch in length_batches([lengths[p] for p in own], tokens)])
+    most = max(len(share) for share in shares)
+    return [share + [[]] * (most - len(share)) for share in shares]
+
+
+def padded_tokens(lengths: Sequence[int], workers: int, tokens: int) -> int:
+    """Input tokens, padding included, that all workers together compute of a global batch."""
+    return sum(len(batch) * lengths[batch[0]] for share in share_out(lengths, workers, tokens) for batch in share if batch)
+
+
+def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
+    """One worker's share of a step, schema STEP. An empty pass has one row of two tokens of which none is learned.
+
+    Args:
+        rows: the training split, schema SAMPLES.
+    """
+    batch = rows.select(["input_ids", "learn_mask"]).take(batch_places(number, share.batch_size, len(rows), share.seed))
+    lengths = pc.list_value_length(batch["input_ids"]).to_pylist()
+    given = [{"ids": row["input_ids"], "learn": row["learn_mask"]} for row in batch.to_pylist()]
+    nothing = {"ids": given[0]["ids"][:2], "learn": [False, False]}
+    shares = share_out(lengths, share.workers, share.tokens)
+    return {
+        "number": number,
+        "n_learned": sum(sum(row["learn"][1:]) for row in given),  # a row's first token has nothing before it
+        "n_padded": padded_tokens(lengths, share.workers, share.tokens),
+        "passes": [[given[place] for place in places] or [nothing] for places in shares[share.rank]],
+    }
+
+
+def make_steps(rows: pa.Table, share: Share, first: int, end: int) -> Iterator[dict[str, Any]]:
+    """The steps from `first` to before `end`, schema STEP."""
+    return (make_step(rows, number, share) for number in range(first, end))
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n_rows)

@@ -1,0 +1,109 @@
+"""Validation and test metrics of a causal LM, teacher-forced."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from pipeline.arms import STATE_FILE
+from pipeline.basemodel import device, fast_dtype, load_model
+from pipeline.batches import share_out
+from pipeline.engines.completion import Batch, collate, score_tokens
+from pipeline.fetch import fetch_adapter
+from pipeline.merge.adapter import CONFIG_FILE
+from pipeline.storage import Folder
+
+EVALUATION_TOKENS = 2048
+"""Padded tokens in one forward pass of an evaluation."""
+
+
+class Rows:
+    """A split in memory."""
+
+    def __init__(self, table: pa.Table):
+        self.ids: list[list[int]] = table["input_ids"].to_pylist()
+        self.completion: list[list[bool]] = table["completion_mask"].to_pylist()
+        self.learn: list[list[bool]] = table["learn_mask"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """The rows with what is learned of them."""
+        return collate([self.ids[p] for p in places], [self.learn[p] for p in places], device())
+
+
+def causal(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+Score = Callable[[Batch], tuple[Tensor, Tensor]]
+"""What `score_tokens` gives, of some model."""
+
+
+def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tensor:
+    """Sums over one worker's share of the rows: NLL and number of completion tokens, how many were first choice, rows, exact
+    matches.
+
+    A row matches exactly if every token of its completion and its end of turn is the model's first choice given the true
+    tokens before it. Greedy decoding then writes exactly these tokens, and otherwise leaves them at the first miss.
+
+    Returns:
+        float64, shape (5,).
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    for chosen in share_out([len(ids) for ids in rows.ids], workers, EVALUATION_TOKENS)[rank]:
+        if not chosen:
+            score(collate([rows.ids[0][:2]], [[False, False]], device()))  # the others wait for this worker's part of the model
+            continue
+        batch = rows.batch(chosen)
+        nll_N, hit_N = score(batch)
+        counted_BT = collate([rows.ids[p] for p in chosen], [rows.completion[p] for p in chosen], device()).mask_BT
+        counted_N = counted_BT[:, 1:][batch.mask_BT[:, 1:]]
+        misses_B = torch.zeros(len(chosen), device=hit_N.device).index_add(0, batch.row_N, (~hit_N).float())
+        sums += torch.tensor(
+            [nll_N[counted_N].sum(), counted_N.sum(), hit_N[counted_N].sum(), len(chosen), (misses_B == 0).sum()],
+            dtype=torch.float64,
+        )
+    return sums
+
+
+def as_metrics(sums: Tensor) -> dict[str, float]:
+    """NLL (infinite where it is NaN) and accuracy a completion token, and the share of rows that match exactly, from the sums
+    of `evaluate`."""
+    nll, tokens, hits, rows, exact = sums.tolist()
+    return {
+        "eval_nll": nll / tokens if math.isfinite(nll) else math.inf,
+        "eval_token_accuracy": hits / tokens,
+        "eval_exact_match": exact / rows,
+    }
+
+
+def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoints: dict[str, Folder]) -> dict[str, dict[str, float]]:
+    """Metrics on the test split of each of several checkpoints. Runs as one Ray task."""
+    rows = Rows(data.read_table("test.parquet"))
+    found: dict[str, dict[str, float]] = {}
+    for name, checkpoint in checkpoints.items():
+        model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
+        metrics = as_metrics(evaluate(partial(score_tokens, model), rows))
+        found[name] = {key.replace("eval_", "test_"): value for key, value in metrics.items()}
+    return found
+
+
+def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
+    """A whole model, or the base with an adapter."""
+    with tempfile.TemporaryDirectory() as cache:
+        if checkpoint.exists(CONFIG_FILE):
+            return causal(
+                PeftModel.from_pretrained(load_model(base, dtype), str(fetch_adapter(checkpoint.uri, Path(cache)))).eval()
+            )
+        checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], Path(cache))
+        return load_model(cache, dtype)

@@ -1,0 +1,157 @@
+"""What an arm trains: an adapter on a frozen base, or all weights; made from its start, spread over the workers, saved and
+restored.
+
+State dicts go through torch.distributed.checkpoint, so that a checkpoint is the same whatever the number of workers and whether
+they share the weights out (FSDP2).
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.arms import Job
+from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
+from pipeline.engines.completion import Batch, completion_nll, score_tokens
+from pipeline.evaluation import causal
+from pipeline.fetch import fetch_adapter
+from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
+from pipeline.merge.recipes import Recipe, merge
+
+TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+class Completions(nn.Module):
+    """A causal LM as one module for DDP or FSDP to wrap: in training its forward is the summed NLL of the learned tokens, else
+    what `score_tokens` gives."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Any:
+        model = causal(self.model)
+        return completion_nll(model, batch).sum() if self.training else score_tokens(model, batch)
+
+
+class Trainable:
+    """A worker's model with what is trained of it."""
+
+    def __init__(self, job: Job, workers: int):
+        self.job = job
+        torch.manual_seed(job.arm.seed)
+        with _start(job) as start:
+            self.start = read_adapter(start) if start and job.folded and not job.full else None
+            self.model = _build(job, start)
+        if job.train.gradient_checkpointing:
+            causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.completions = Completions(self.model)
+        if job.train.shard:
+            _shard(self.completions, workers)
+        replicated = workers > 1 and not job.train.shard
+        self._wrapped = DistributedDataParallel(self.completions) if replicated else self.completions
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        mixed = job.full and fast_dtype(job.train.dtype) != torch.float32
+        self._precision = torch.autocast(device().type, fast_dtype(job.train.dtype), enabled=mixed)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed NLL of the learned tokens."""
+        self.completions.train()
+        with self._precision:
+            return self._wrapped(batch)
+
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `score_tokens`."""
+        self.completions.eval()
+        with self._precision:
+            return self.completions(batch)
+
+    def gathering(self, now: bool) -> AbstractContextManager[None]:
+        """In which backward passes add to the gradients of this worker alone, unless it is `now` that workers sum them."""
+        return nullcontext() if now or not isinstance(self._wrapped, DistributedDataParallel) else self._wrapped.no_sync()
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What going on needs, on the first worker; empty on the others. All of them must call it."""
+        weights = {} if self.job.full else get_model_state_dict(self.model, options=TRAINED)
+        # Before its first step an optimizer has none, and to be asked for it would count as a step.
+        moments = get_optimizer_state_dict(self.model, optimizer, options=TRAINED) if optimizer.state else None
+        return {"weights": weights, "optimizer": moments}
+
+    def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """Go on from what `state` gave; of all weights trained, those that `save` wrote to `folder`."""
+        weights = load_model(str(folder), torch.float32, torch.device("cpu")).state_dict() if self.job.full else state["weights"]
+        set_model_state_dict(self.model, weights, options=TRAINED)
+        if state["optimizer"] is not None:
+            set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=TRAINED)
+
+    def save(self, folder: Path, first: bool) -> None:
+        """Write the adapter, or the model, as others read it. All workers must call it; the first writes."""
+        weights = get_model_state_dict(self.model, options=TRAINED)
+        if not first:
+            return
+        if self.start:
+            with tempfile.TemporaryDirectory() as fresh:
+                self.model.save_pretrained(fresh, state_dict=weights)
+                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(Path(fresh))))
+            return
+        self.model.save_pretrained(str(folder), state_dict=weights)
+        if self.job.full:
+            load_tokenizer(self.job.base).save_pretrained(str(folder))
+
+
+def _shard(completions: Completions, workers: int) -> None:
+    """Share the weights out among the workers, a decoder layer at a time (FSDP2)."""
+    model = causal(completions.model)
+    mesh = init_device_mesh(device().type, (workers,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(completions, mesh=mesh)
+
+
+@contextmanager
+def _start(job: Job) -> Iterator[Path | None]:
+    """The local folder of the adapter to start from; None: from the base."""
+    with tempfile.TemporaryDirectory() as cache:
+        yield None if job.arm.init == "base" else fetch_adapter(job.start.uri, Path(cache))
+
+
+def _build(job: Job, start: Path | None) -> Any:
+    """The model with what is trained of it, from the base or from the adapter at `start`."""
+    place = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
+    model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), place)
+    if start and not job.folded:
+        return PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    if start:
+        model = PeftModel.from_pretrained(model, str(start)).merge_and_unload()
+    if job.full:
+        return model.requires_grad_(True)
+    fresh = LoraConfig(
+        r=job.lora.rank,
+        lora_alpha=job.lora.alpha,
+        target_modules=list(job.lora.target_modules),
+        base_model_name_or_path=job.base,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, fresh)
+
+
+def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:
+    """The exact sum of the two as one adapter."""
+    recipe = Recipe(("start", "fresh"), (1.0, 1.0), "concat", start.max_rank + fresh.max_rank)
+    return merge(recipe, [start, fresh], base, linear_shapes(base)[0]).adapter

@@ -1,0 +1,76 @@
+"""Which rows a step takes, and how workers share them out."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.batches import STEP, Share, batch_places, length_batches, make_steps, padded_tokens, share_out
+from pipeline.tables import SAMPLES
+
+LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def rows() -> pa.Table:
+    """Thirteen rows of uneven length; the ids of each tell which it is."""
+    lengths = np.random.default_rng(0).integers(3, 40, 13).tolist()
+    return pa.Table.from_pylist(
+        [
+            {
+                "sample_id": str(row),
+                "split": "train",
+                "input_ids": [row] * length,
+                "completion_mask": [False] * length,
+                "learn_mask": [False] * (length - 2) + [True] * 2,
+            }
+            for row, length in enumerate(lengths)
+        ],
+        schema=SAMPLES,
+    )
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    places = [place for step in range(6) for place in batch_places(step, batch_size=5, n_rows=10, seed=3)]
+    epochs = [places[:10], places[10:20], places[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
+
+
+@given(lengths=LENGTHS, tokens=st.integers(1, 200))
+def test_length_batches_hold_every_row_once_within_the_budget(lengths: list[int], tokens: int) -> None:
+    batches = length_batches(lengths, tokens)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[p] for p in batch) <= tokens for batch in batches)
+    assert length_batches([], tokens) == []
+
+
+@given(lengths=LENGTHS, workers=st.integers(1, 5), tokens=st.integers(1, 200))
+def test_workers_share_all_rows_in_equally_many_passes(lengths: list[int], workers: int, tokens: int) -> None:
+    shares = share_out(lengths, workers, tokens)
+    assert sorted(place for share in shares for batch in share for place in batch) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    assert padded_tokens(lengths, workers, tokens) >= sum(lengths)
+    assert padded_tokens(lengths, workers, tokens=1) == sum(lengths)
+
+
+@pytest.mark.parametrize(("workers", "tokens"), [(1, 1000), (3, 40), (6, 40)])
+def test_the_workers_steps_are_the_global_batch(rows: pa.Table, workers: int, tokens: int) -> None:
+    shares = [Share(5, seed=1, rank=rank, workers=workers, tokens=tokens) for rank in range(workers)]
+    for number, steps in enumerate(zip(*(make_steps(rows, share, 0, 6) for share in shares), strict=True)):
+        given = [row for step in steps for batch in step["passes"] for row in batch]
+        learned = [row["ids"][0] for row in given if any(row["learn"])]
+        assert sorted(learned) == sorted(batch_places(number, 5, len(rows), 1))
+        assert {step["n_learned"] for step in steps} == {10}
+        assert {step["number"] for step in steps} == {number}
+        assert pa.Table.from_pylist(list(steps), schema=STEP).to_pylist() == list(steps)
+
+
+def test_going_on_in_the_middle_of_an_epoch_misses_and_repeats_nothing(rows: pa.Table) -> None:
+    share = Share(4, seed=0, rank=0, workers=1, tokens=100)
+    whole = list(make_steps(rows, share, 0, 13))
+    assert [*make_steps(rows, share, 0, 5), *make_steps(rows, share, 5, 13)] == whole
+    seen = [row["ids"][0] for step in whole for batch in step["passes"] for row in batch]
+    assert sorted(seen) == sorted(list(range(13)) * 4)
