@@ -39,6 +39,7 @@ import typer
 from peft import PeftModel
 from transformers import AutoConfig
 
+from benchmarks.peak import gemm_peak
 from benchmarks.pools import random_adapters, random_samples
 from examples.base_model import FOLDER
 from pipeline import cluster
@@ -76,15 +77,8 @@ class Engine:
         self.scorer.score(candidates, samples)
         return time.perf_counter() - started
 
-    def gemm_peak(self, size: int = 4096) -> float:
-        """FLOP/s of a large matrix product, the best of five."""
-        matrix = torch.randn(size, size).to(fast_dtype("auto"))
-        seconds = []
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.mm(matrix, matrix)
-            seconds.append(time.perf_counter() - started)
-        return 2 * size**3 / min(seconds)
+    def gemm_peak(self) -> float:
+        return gemm_peak()
 
 
 class Reloaded:

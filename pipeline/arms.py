@@ -51,6 +51,8 @@ class Job:
     folded: bool = False
     last_step: int | None = None
     """Where to stop before the end, on the way of the whole finetune: its learning rates do not change."""
+    profile: Folder | None = None
+    """Where the first worker leaves a trace of some steps."""
 
     @property
     def full(self) -> bool:
@@ -60,6 +62,11 @@ class Job:
     def name(self) -> str:
         """Unique among the arms that a run ever had: Ray Train goes on with a run of the same name."""
         return f"{self.arm.name}-{self.key}"
+
+    @property
+    def trace(self) -> str:
+        """The file in `profile`."""
+        return f"{self.name}.json.gz"
 
 
 def pass_tokens(train: TrainConfig, gpu: bool) -> int:

@@ -73,13 +73,14 @@ def train(
     init: Annotated[str | None, typer.Option(help="base or mashup; by default what the selection chose.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the first of the config.")] = None,
     seed: Annotated[int | None, typer.Option(help="By default the first of the config.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Leave a trace of some steps for ui.perfetto.dev.")] = False,
 ) -> None:
     """Finetune one arm and print the folder of its best checkpoint."""
     from pipeline import run as page
 
     if init not in (None, "base", "mashup"):
         raise InputError(f"--init {init}: must be base or mashup")
-    typer.echo(page.train(page.Run.open(run), init, lr, seed))
+    typer.echo(page.train(page.Run.open(run), init, lr, seed, profile))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pipeline.basemodel import device
 from pipeline.batches import Share, make_steps
 from pipeline.engines.completion import collate
 from pipeline.evaluation import Rows, as_metrics, evaluate
+from pipeline.profiler import traced
 from pipeline.trainable import Trainable
 
 WARMUP = 0.05
@@ -65,13 +66,14 @@ class Finetuning:
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
         steps = self.feed(share, self.step, end)
-        for stop in [stop for stop in evaluation_steps(end, self.job.train.evaluations) if stop > self.step]:
-            if self.diverged_at is not None or self._stalled():
-                return
-            started = time.perf_counter()
-            losses = list(self._advance(steps, stop))
-            self.seconds += time.perf_counter() - started
-            self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
+        with traced(self.job.trace, self.job.profile if self.rank == 0 else None) as tick:
+            for stop in [stop for stop in evaluation_steps(end, self.job.train.evaluations) if stop > self.step]:
+                if self.diverged_at is not None or self._stalled():
+                    return
+                started = time.perf_counter()
+                losses = list(self._advance(steps, stop, tick))
+                self.seconds += time.perf_counter() - started
+                self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint that `_save` wrote."""
@@ -83,11 +85,12 @@ class Finetuning:
         self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
         self.evaluating = outcome["evaluation_seconds"]
 
-    def _advance(self, steps: Iterator[dict[str, Any]], stop: int) -> Iterator[float]:
+    def _advance(self, steps: Iterator[dict[str, Any]], stop: int, tick: Callable[[], None]) -> Iterator[float]:
         """Train up to `stop`; yields the mean NLL a learned token of each global batch. Ends early where it diverges."""
         while self.step < stop:
             nll = self._train_step(next(steps))
             self.step += 1
+            tick()
             if not math.isfinite(nll):
                 self.diverged_at = self.step
                 return

@@ -12,16 +12,17 @@ input, and goes on where it was interrupted.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import track
-from pipeline.arms import Arm, copy_weights
+from pipeline.arms import Arm, Job, copy_weights
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.calibrate import calibrate
+from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
-from pipeline.compare import train_arms, with_overhead
 from pipeline.config import SHORT_LIST, Config
 from pipeline.contamination import find_contamination
 from pipeline.errors import InputError
@@ -206,11 +207,17 @@ def merge_donors(run: Run) -> None:
     run.progress.say(f"verdict: start from the {choice['verdict']}; {choice['why']}")
 
 
-def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str:
+def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
     """Finetune one arm; by default from what the selection chose, at the first learning rate and seed.
+
+    Args:
+        profile: leave a trace of some steps in `profile/`.
 
     Returns:
         The folder of its best checkpoint.
+
+    Raises:
+        InputError: there is no mashup to start from, or nothing left to train and so to profile.
     """
     run.needs("merge", "the selection", "mashup merge")
     chosen = init or run.folder.read_json("selection.json")["verdict"]
@@ -220,7 +227,10 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None) -> str
     arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
     run.progress.stage("train")
     run.start_ray()
-    outcome = train_arms(make_jobs(run, [arm]), run.folder.sub("train"), run.progress.say, run.config.track)[0]
+    job = make_jobs(run, [arm])[0]
+    if profile:
+        job = _profiled(run, job)
+    outcome = train_arms([job], run.folder.sub("train"), run.progress.say, run.config.track)[0]
     return run.folder.sub("train", outcome["checkpoint"]).uri
 
 
@@ -250,6 +260,14 @@ def report(run: Run) -> str:
     uri = write_report(run.folder)
     run.progress.say(uri)
     return uri
+
+
+def _profiled(run: Run, job: Job) -> Job:
+    if run.folder.is_whole(f"train/{job.name}/{RESULT_FILE}"):
+        raise InputError(f"{run.folder.uri}: {job.arm.name} is trained already; profile another --lr or --seed")
+    folder = run.folder.sub("profile")
+    run.progress.say(f"trace of the first steps: {folder.uri}/{job.trace}")
+    return replace(job, profile=folder)
 
 
 def _tell_contamination(run: Run, catalogue: pa.Table, drawn: pa.Table) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import linear_shapes
+from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.cluster import compute_task
 from pipeline.config import ON_SAMPLES, Config
 from pipeline.engines.scorer import too_large
@@ -30,7 +30,7 @@ from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer
 from pipeline.run_folder import Run
-from pipeline.samples import split_of
+from pipeline.samples import ROLES, split_of
 from pipeline.search.scoreboard import paired_difference, unsound
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
@@ -169,7 +169,7 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
         for init in {arm.init for arm in arms}
     }
     keys = {
-        init: digest(run.ledger.key("samples"), budget, lora.rank, lora.alpha, lora.target_modules, _weights(start))
+        init: digest(_rows(run), budget, lora.rank, lora.alpha, lora.target_modules, _weights(start))
         for init, start in starts.items()
     }
     return [
@@ -185,6 +185,12 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
         )
         for arm in arms
     ]
+
+
+def _rows(run: Run) -> str:
+    """Digest of the rows that arms train on and are judged by, wherever they were read from."""
+    ids = {split: run.folder.read_table(f"data/{split}.parquet")["sample_id"].to_pylist() for split in ROLES}
+    return digest(fingerprint(run.config.base), ids)
 
 
 def probed_training(config: Config) -> dict[str, Any] | None:

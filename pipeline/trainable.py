@@ -30,6 +30,7 @@ from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, lo
 from pipeline.engines.completion import Batch, completion_nll, score_tokens
 from pipeline.evaluation import causal
 from pipeline.fetch import fetch_adapter
+from pipeline.lora import fuse
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Recipe, merge
 
@@ -58,6 +59,7 @@ class Trainable:
         with _start(job) as start:
             self.start = read_adapter(start) if start and job.folded and not job.full else None
             self.model = _build(job, start)
+        fuse(self.model)
         if job.train.gradient_checkpointing:
             causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.completions = Completions(self.model)

@@ -1,5 +1,6 @@
 """The training loop: its order, its loss, going on from a checkpoint."""
 
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pipeline.batches import batch_places
 from pipeline.engines.completion import score_tokens
 from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
 from pipeline.finetuning import Finetuning, evaluation_steps
+from pipeline.profiler import STEPS
 from pipeline.storage import Folder
 
 FULL = {"method": "full", "steps": 4, "evaluations": 2}
@@ -191,3 +193,12 @@ def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], dat
     metrics = as_metrics(evaluate(scoring(model), rows))
     assert metrics["eval_exact_match"] == pytest.approx(sum(hits) / len(hits))
     assert sum(hits) > 0
+
+
+def test_a_profile_is_a_trace_of_the_first_steps(job: Callable[..., Job], tmp_path: Path) -> None:
+    arm = replace(job(steps=6, evaluations=1), profile=Folder.at(tmp_path / "profile"))
+    Finetuning(arm, 0, 1, Checkpoints(tmp_path)).run()
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / arm.trace).read_bytes()))
+    events = [event["name"] for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step") for name in events) == STEPS
+    assert "aten::mm" in events

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.arms import Arm
@@ -11,14 +12,21 @@ from pipeline.config import Config, TargetConfig
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.run_folder import Run
 from pipeline.starts import make_jobs
+from pipeline.tables import SAMPLES
 
 
 @pytest.fixture
 def run(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> Run:
     run = Run(Config(run=str(tmp_path), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl")))
-    with run.ledger.perform("samples", "these"):
-        make_adapter(tmp_path / "mashup", tiny_base)
+    make_adapter(tmp_path / "mashup", tiny_base)
+    write_data(run, "a")
     return run
+
+
+def write_data(run: Run, train_id: str) -> None:
+    for split, sample_id in {"train": train_id, "validation": "b", "test": "c"}.items():
+        row = {"sample_id": sample_id, "split": split, "input_ids": [1], "completion_mask": [True], "learn_mask": [True]}
+        run.folder.write_table(f"data/{split}.parquet", pa.Table.from_pylist([row], schema=SAMPLES))
 
 
 def names(run: Run) -> list[str]:
@@ -36,3 +44,12 @@ def test_an_arm_is_known_by_the_weights_that_it_starts_from(run: Run, tmp_path: 
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert names(run)[0] == base
     assert names(run)[1] != mashup
+
+
+def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
+    """Not by the file that they were read from."""
+    before = names(run)
+    write_data(run, "a")
+    assert names(run) == before
+    write_data(run, "other")
+    assert not set(names(run)) & set(before)

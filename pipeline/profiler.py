@@ -1,0 +1,35 @@
+"""A trace of a few training steps, for chrome://tracing or ui.perfetto.dev."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from torch.profiler import profile, schedule
+
+from pipeline.storage import Folder
+
+WARM, STEPS = 1, 3
+"""Steps before those that are traced, and those."""
+
+
+@contextmanager
+def traced(name: str, folder: Folder | None) -> Iterator[Callable[[], None]]:
+    """Trace the first steps into a file in `folder`; None: do not. Yields what is to be called after each step."""
+    if folder is None:
+        yield lambda: None
+        return
+    with profile(
+        schedule=schedule(wait=0, warmup=WARM, active=STEPS, repeat=1),
+        on_trace_ready=partial(_store, name, folder),
+        record_shapes=True,
+    ) as profiler:
+        yield profiler.step
+
+
+def _store(name: str, folder: Folder, profiler: profile) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / name
+        profiler.export_chrome_trace(str(file))
+        folder.write_bytes(name, file.read_bytes())
