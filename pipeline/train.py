@@ -112,12 +112,12 @@ def arms_at_once(train: TrainConfig) -> int:
 
 
 def require_workers(train: TrainConfig) -> None:
-    """See to it that the cluster can hold all workers of an arm at once.
+    """See to it that the cluster can hold all workers of an arm at once, or as few as it may have.
 
     Raises:
         InputError: it cannot.
     """
-    cluster.require(training_resources(train), "train", train.workers, beside=TRIAL_CPUS)
+    cluster.require(training_resources(train), "train", train.min_workers or train.workers, beside=TRIAL_CPUS)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:

@@ -17,39 +17,54 @@ from pipeline.train import fit
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_two_workers_give_the_curve_of_one(job: Callable[..., Job], tmp_path: Path) -> None:
+@pytest.fixture
+def alone(job: Callable[..., Job]) -> Callable[..., list[dict[str, Any]]]:
+    """alone(**train): the curve of one worker without Ray."""
+
+    def train(**settings: Any) -> list[dict[str, Any]]:
+        finetuning = Finetuning(job(**settings), 0, 1, lambda metrics, save: None)
+        finetuning.run()
+        return finetuning.curve
+
+    return train
+
+
+UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens_per_pass": 32}
+"""The workers have several passes a step, and not equally many rows."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"workers": 2},
+        {"workers": 2, "shard": True, "gradient_checkpointing": True},
+        {"workers": 2, "shard": True, "method": "full"},
+        {"workers": 50, "min_workers": 1},
+    ],
+    ids=["replicated", "shared out", "all weights shared out", "as many as there is room for"],
+)
+def test_any_number_of_workers_gives_the_curve_of_one(
+    settings: dict[str, Any], job: Callable[..., Job], alone: Any, tmp_path: Path
+) -> None:
     storage = Folder.at(tmp_path)
-    one = fit(job("one"), storage)
-    two = fit(job("two", workers=2, cpus_per_worker=0.5), storage)
-    for a, b in zip(one["curve"], two["curve"], strict=True):
-        assert a["step"] == b["step"]
-        assert a["tokens"] <= b["tokens"] + 512  # each worker pads its own share
-        assert a["eval_nll"] == pytest.approx(b["eval_nll"], abs=2e-3)
-    assert storage.exists(f"{two['checkpoint']}/adapter_model.safetensors")
+    found = fit(job(**UNEVEN, **settings, cpus_per_worker=0.5), storage)
+    one = alone(**UNEVEN, method=settings.get("method", "lora"))
+    assert [row["step"] for row in found["curve"]] == [row["step"] for row in one] == [0, 3, 6]
+    for row, expected in zip(found["curve"], one, strict=True):
+        assert row["eval_nll"] == pytest.approx(expected["eval_nll"], abs=1e-4)
+        assert row["train_nll"] == pytest.approx(expected["train_nll"], abs=1e-4, nan_ok=True)
+    weights = "model.safetensors" if settings.get("method") else "adapter_model.safetensors"
+    assert storage.exists(f"{found['checkpoint']}/{weights}")
 
 
-def test_workers_that_share_the_weights_out_give_the_curve_of_one(job: Callable[..., Job], tmp_path: Path) -> None:
-    """FSDP2, of an adapter on a frozen base and of all weights."""
-    for method in ("lora", "full"):
-        settings: dict[str, Any] = {"method": method, "steps": 4, "evaluations": 2, "batch_size": 5, "tokens_per_pass": 32}
-        alone = Finetuning(job(method, **settings), 0, 1, lambda metrics, save: None)
-        alone.run()
-        shared = fit(job(method, workers=2, cpus_per_worker=0.5, shard=True, **settings), Folder.at(tmp_path))
-        for a, b in zip(alone.curve, shared["curve"], strict=True):
-            assert a["eval_nll"] == pytest.approx(b["eval_nll"], abs=1e-4)
-
-
-def test_a_killed_worker_changes_nothing(job: Callable[..., Job], without_time: Any, tmp_path: Path) -> None:
-    storage = Folder.at(tmp_path)
-    undisturbed = fit(job("whole", steps=40, evaluations=10), storage)
+def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, "hit", killed))
     killer.start()
-    hit = fit(job("hit", steps=40, evaluations=10), storage)
+    hit = fit(job("hit", steps=40, evaluations=10), Folder.at(tmp_path))
     killer.join()
     assert killed
-    assert without_time(hit["curve"]) == without_time(undisturbed["curve"])
-    assert hit["best_step"] == undisturbed["best_step"]
+    assert without_time(hit["curve"]) == without_time(alone(steps=40, evaluations=10))
 
 
 def _kill_worker_after_checkpoint(storage: Path, key: str, killed: list[int]) -> None:
