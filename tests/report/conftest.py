@@ -210,7 +210,7 @@ def _arm(lr: float, losses: tuple[float, float, float], exact: float, tokens: fl
         "validation_nll_best": best,
         "best_step": step,
         "train_seconds": 410.0,
-        "diverged": [],
+        "diverged": {},
     }
 
 
