@@ -1,18 +1,13 @@
-"""The whole page on a tiny model: end to end, interrupted by a kill, with a changed config, and with no donor that helps."""
+"""The whole page on a tiny model: end to end, stage by stage, and with no donor that helps. Faults: tests/test_disturbed.py."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
@@ -20,33 +15,14 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole import Command
 
 from pipeline.cli import main
 
 
-@pytest.fixture(scope="module")
-def pool(
-    write_pool: Callable[[Path], Path],
-    write_jsonl: Any,
-    word_rows: list[dict[str, Any]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """Two donors that were trained on the target's kind of task, one of which says on what; two that were not, and one that is
-    set aside."""
-    folder = write_pool(tmp_path_factory.mktemp("pool"))
-    card = "---\ndatasets: [data.jsonl, elsewhere/corpus]\nlicense: mit\n---\n"
-    (folder / "related/1/README.md").write_text(card)
-    rows = [*word_rows[:40], {"prompt": "Something else", "completion": "altogether"}]
-    write_jsonl(folder / "related/1/data.jsonl", rows)
-    (folder / "pickled").mkdir()
-    (folder / "pickled/adapter_config.json").write_text((folder / "random/1/adapter_config.json").read_text())
-    (folder / "pickled/adapter_model.bin").write_bytes(b"never opened")
-    return folder
-
-
 @pytest.fixture
-def config(small_config: Callable[[Path, Path], dict[str, Any]], pool: Path, tmp_path: Path) -> dict[str, Any]:
-    return {"run": str(tmp_path / "run"), **small_config(pool, tmp_path)}
+def config(small_config: Callable[[Path, Path], dict[str, Any]], whole_pool: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"run": str(tmp_path / "run"), **small_config(whole_pool, tmp_path)}
 
 
 def mashup(*arguments: str) -> int:
@@ -73,31 +49,21 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("ray_session")
-def test_the_whole_page_with_a_kill_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL the driver in mid-search: what is on disk is kept and not computed again. Other faults: tests/test_disturbed.py."""
-    config |= {"merge": {"probe": 1, "weights": "learned", "method": "fold"}}
-    command = [sys.executable, "-m", "pipeline.cli", "run", run_config(config, tmp_path)]
-    run = tmp_path / "run"
-    _kill_when(command, lambda: bool(list(run.glob("store/*/*.parquet"))))
-    assert not (run / "leaderboard.parquet").exists()
-    kept = {file: file.stat().st_mtime_ns for file in run.glob("store/*/*.parquet")}
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == f"{run}/report.html"
-    assert done.stderr.count("already done") == 2
-    assert "Traceback" not in done.stderr
+@pytest.mark.xdist_group("whole")  # with those of tests/test_disturbed.py, which disturb this run
+def test_the_whole_page(undisturbed: Command, whole_config: dict[str, Any]) -> None:
+    run, told = undisturbed.run, undisturbed.log.read_text()
+    assert undisturbed.output.read_text().strip().splitlines()[-1] == f"{run}/report.html"
+    assert "Traceback" not in told
+    assert "already done" not in told
     assert not list(run.rglob("*.partial"))
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
     stored = pads.dataset([str(file) for file in run.glob("store/*/*.parquet")]).to_table(["adapter_hash", "sample_id"])
     pairs = [tuple(row.values()) for row in stored.to_pylist()]
     assert len(pairs) == len(set(pairs))  # no score was computed twice, those of the candidate merges among them
-    _check_results(run, config["base"])
+    _check_results(run, whole_config["base"])
 
     # Again: nothing is computed.
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")}
-    assert mashup("run", run_config(config, tmp_path)) == 0
+    assert mashup("run", str(undisturbed.file)) == 0
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet")} == before
 
 
@@ -138,25 +104,12 @@ def _check_results(run: Path, base: str) -> None:
     assert "base_model" in (run / "mashup/README.md").read_text()
 
 
-def _kill_when(command: list[str], reached: Callable[[], bool]) -> None:
-    """Start a command and SIGKILL it, by its process id, once something is there; wait until its Ray has gone too."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 200
-    while not reached() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert reached()
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    psutil.wait_procs(children, timeout=60)
-
-
 @pytest.mark.usefixtures("ray_session")
 def test_no_donor_helps_so_the_base_is_the_start(
-    config: dict[str, Any], pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: dict[str, Any], whole_pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The only donor is a trained one turned round by a negative alpha: it takes away what the task needs."""
-    shutil.copytree(pool / "related/2", tmp_path / "pool/contrary")
+    shutil.copytree(whole_pool / "related/2", tmp_path / "pool/contrary")
     file = tmp_path / "pool/contrary/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": -16}))
     config |= {"pool": str(tmp_path / "pool")}
