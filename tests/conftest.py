@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from whole import Cluster, Command
 
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
@@ -226,51 +225,6 @@ def small_config(tiny_base: str, write_jsonl: Any, word_rows: list[dict[str, Any
         }
 
     return config
-
-
-@pytest.fixture(scope="session")
-def whole_pool(
-    write_pool: Callable[[Path], Path],
-    write_jsonl: Any,
-    word_rows: list[dict[str, Any]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """Two donors that were trained on the target's kind of task, one of which says on what; two that were not, and one that is
-    set aside."""
-    folder = write_pool(tmp_path_factory.mktemp("pool"))
-    card = "---\ndatasets: [data.jsonl, elsewhere/corpus]\nlicense: mit\n---\n"
-    (folder / "related/1/README.md").write_text(card)
-    rows = [*word_rows[:40], {"prompt": "Something else", "completion": "altogether"}]
-    write_jsonl(folder / "related/1/data.jsonl", rows)
-    (folder / "pickled").mkdir()
-    (folder / "pickled/adapter_config.json").write_text((folder / "random/1/adapter_config.json").read_text())
-    (folder / "pickled/adapter_model.bin").write_bytes(b"never opened")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def whole_config(small_config: Callable[[Path, Path], Any], whole_pool: Path, tmp_path_factory: Any) -> dict[str, Any]:
-    """A run of every stage, with weights that are learned and a probe; `run` is for the test to add."""
-    asked = small_config(whole_pool, tmp_path_factory.mktemp("target"))
-    asked["train"] |= {"cpus_per_worker": 0.5}  # both arms at once
-    return asked | {"merge": {"probe": 1, "weights": "learned", "method": "fold"}}
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster for commands in processes of their own; its processes have a storage that can misbehave."""
-    one = Cluster(tmp_path_factory.mktemp("cluster") / "fault")
-    yield one
-    one.end()
-
-
-@pytest.fixture(scope="session")
-def undisturbed(whole_config: dict[str, Any], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """A whole run to which nothing happened."""
-    command = Command(whole_config, tmp_path_factory.mktemp("undisturbed"), cluster.flag, cluster)
-    command.start()
-    assert command.ended(600) == 0, command.log.read_text()[-3000:]
-    return command
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,32 @@ STUCK = 600.0
 """Seconds in which a fault finds no target, or a command does not end."""
 
 
+@pytest.fixture(scope="module")
+def config(
+    write_pool: Callable[[Path], Path],
+    small_config: Callable[[Path, Path], dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("faults")
+    short = {"merge": {"k": 2, "weights": "equal"}, "compare": {"inits": ["mashup"]}}
+    return small_config(write_pool(folder / "pool"), folder) | short
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    one = Cluster(tmp_path_factory.mktemp("cluster") / "fault")
+    yield one
+    one.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: dict[str, Any], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    command = Command(config, tmp_path_factory.mktemp("undisturbed"), cluster.flag, cluster)
+    command.start()
+    assert command.ended(STUCK) == 0, command.log.read_text()[-3000:]
+    return command.tables()
+
+
 def _draws() -> Iterator[tuple[int, list[str]]]:
     """For each test a seed and the kinds of its faults: every kind comes in turn, in an order of the seed's."""
     draw = random.Random(SEED)
@@ -55,13 +81,12 @@ def _draws() -> Iterator[tuple[int, list[str]]]:
 
 
 @pytest.mark.timeout(900 + 150 * min(FAULTS, AT_ONCE))
-@pytest.mark.xdist_group("whole")  # one undisturbed run for all
 @pytest.mark.parametrize(("seed", "kinds"), _draws(), ids=lambda value: "-".join(value) if isinstance(value, list) else None)
 def test_after_faults_the_same_command_ends_with_the_same_tables(
-    seed: int, kinds: list[str], cluster: Cluster, whole_config: dict[str, Any], undisturbed: Command, tmp_path: Path
+    seed: int, kinds: list[str], cluster: Cluster, config: dict[str, Any], undisturbed: Tables, tmp_path: Path
 ) -> None:
     alone = seed % ALONE == ALONE - 1
-    runs = Runs(random.Random(seed), whole_config, tmp_path, undisturbed.tables(), None if alone else cluster)
+    runs = Runs(random.Random(seed), config, tmp_path, undisturbed, None if alone else cluster)
     try:
         for kind in kinds:
             runs.suffer(kind)

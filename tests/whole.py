@@ -99,7 +99,7 @@ class Command:
     def tables(self) -> Tables:
         """What a run comes to, without times and places."""
         curves = [row | {"seconds": None} for row in pq.read_table(self.run / "comparison.parquet").to_pylist()]
-        documents = {name: json.loads((self.run / name).read_text()) for name in ("selection.json", "contamination.json")}
+        selection = json.loads((self.run / "selection.json").read_text())
         names = ("catalogue.parquet", "leaderboard.parquet", "samples.parquet")
         tables = {name: pq.read_table(self.run / name).to_pylist() for name in names}
-        return tables | documents | {"comparison.parquet": json.dumps(curves)}
+        return tables | {"comparison.parquet": json.dumps(curves), "selection.json": selection}
