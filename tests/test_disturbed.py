@@ -38,8 +38,10 @@ CUT = "half a file"
 """The driver is killed, and a file that it left is cut short."""
 
 KINDS = (*PROCESSES, *STORAGE, CUT)
-PAUSE, WHILE = 12.0, 5.0
-"""Longest seconds before a fault, and of one of the storage."""
+PAUSE = 0.25
+"""Longest pause before a fault, as a share of what an undisturbed run takes."""
+WHILE = 5.0
+"""Longest seconds of a fault of the storage."""
 STUCK = 600.0
 """Seconds in which a fault finds no target, or a command does not end."""
 
@@ -63,11 +65,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: dict[str, Any], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Tables:
+def undisturbed(config: dict[str, Any], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tables, float]:
+    """The tables of a run to which nothing happens, and how many seconds it takes."""
     command = Command(config, tmp_path_factory.mktemp("undisturbed"), cluster.flag, cluster)
+    started = time.monotonic()
     command.start()
     assert command.ended(STUCK) == 0, command.log.read_text()[-3000:]
-    return command.tables()
+    return command.tables(), time.monotonic() - started
 
 
 def _draws() -> Iterator[tuple[int, list[str]]]:
@@ -83,13 +87,14 @@ def _draws() -> Iterator[tuple[int, list[str]]]:
 @pytest.mark.timeout(900 + 150 * min(FAULTS, AT_ONCE))
 @pytest.mark.parametrize(("seed", "kinds"), _draws(), ids=lambda value: "-".join(value) if isinstance(value, list) else None)
 def test_after_faults_the_same_command_ends_with_the_same_tables(
-    seed: int, kinds: list[str], cluster: Cluster, config: dict[str, Any], undisturbed: Tables, tmp_path: Path
+    seed: int, kinds: list[str], cluster: Cluster, config: dict[str, Any], undisturbed: tuple[Tables, float], tmp_path: Path
 ) -> None:
     alone = seed % ALONE == ALONE - 1
-    runs = Runs(random.Random(seed), config, tmp_path, undisturbed, None if alone else cluster)
+    draw, (expected, seconds) = random.Random(seed), undisturbed
+    runs = Runs(draw, config, tmp_path, expected, None if alone else cluster)
     try:
         for kind in kinds:
-            runs.suffer(kind)
+            runs.suffer(kind, draw.uniform(0, PAUSE * seconds))
         runs.finish()
     finally:
         runs.end()
@@ -107,10 +112,10 @@ class Runs:
         self.story, self.began, self.done = list[str](), time.monotonic(), 0
         self._begin()
 
-    def suffer(self, kind: str) -> None:
-        """Let a fault come, some time after there is something that it can strike."""
+    def suffer(self, kind: str, pause: float) -> None:
+        """Let a fault come, some seconds after there is something that it can strike."""
         self._watch(lambda: bool(self._targets(kind)))
-        moment = time.monotonic() + self.draw.uniform(0, PAUSE)
+        moment = time.monotonic() + pause
         self._watch(lambda: time.monotonic() > moment)
         self._watch(lambda: bool(self._targets(kind)))
         self._tell(kind)
