@@ -78,6 +78,7 @@ def world(
         "target": {"train": "s3://cluster/train.jsonl"},
         "search": {"samples": 24, "engine": "transformers", "cpus_per_actor": 1},
         "train": {"steps": 4, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 2, "workers": 2, "cpus_per_worker": 1.5},
+        "compare": {"inits": ["mashup"]},
     }
     (folder / "token").write_text("0123456789abcdef" * 2)
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
