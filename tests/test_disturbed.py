@@ -25,6 +25,7 @@ ALONE = 4
 PROCESSES = {
     "driver": lambda process, driver: process == driver,
     "scoring actor": lambda process, driver: "ScoringActor" in process.name() + " ".join(process.cmdline()),
+    "scoreboard": lambda process, driver: "Scoreboard" in process.name() + " ".join(process.cmdline()),
     "training worker": lambda process, driver: "RayTrainWorker" in " ".join(process.cmdline()),
     "any worker": lambda process, driver: " ".join(process.cmdline()).startswith("ray::"),
     "node": lambda process, driver: process.name() == "raylet",
@@ -38,8 +39,8 @@ CUT = "half a file"
 """The driver is killed, and a file that it left is cut short."""
 
 KINDS = (*PROCESSES, *STORAGE, CUT)
-PAUSE = 0.25
-"""Longest pause before a fault, as a share of what an undisturbed run takes."""
+PAUSE, HOLD = 0.25, 0.05
+"""Longest pause before a fault, and longest life of what is then to be killed, as shares of what an undisturbed run takes."""
 WHILE = 5.0
 """Longest seconds of a fault of the storage."""
 STUCK = 600.0
@@ -94,7 +95,8 @@ def test_after_faults_the_same_command_ends_with_the_same_tables(
     runs = Runs(draw, config, tmp_path, expected, None if alone else cluster)
     try:
         for kind in kinds:
-            runs.suffer(kind, draw.uniform(0, PAUSE * seconds))
+            runs.go_on(draw.uniform(0, PAUSE * seconds))
+            runs.suffer(kind, draw.uniform(0, HOLD * seconds))
         runs.finish()
     finally:
         runs.end()
@@ -112,11 +114,15 @@ class Runs:
         self.story, self.began, self.done = list[str](), time.monotonic(), 0
         self._begin()
 
-    def suffer(self, kind: str, pause: float) -> None:
+    def go_on(self, seconds: float) -> None:
+        """Let nothing happen for a while."""
+        end = time.monotonic() + seconds
+        self._watch(lambda: time.monotonic() > end)
+
+    def suffer(self, kind: str, later: float) -> None:
         """Let a fault come, some seconds after there is something that it can strike."""
         self._watch(lambda: bool(self._targets(kind)))
-        moment = time.monotonic() + pause
-        self._watch(lambda: time.monotonic() > moment)
+        self.go_on(later)
         self._watch(lambda: bool(self._targets(kind)))
         self._tell(kind)
         self.kept |= {file: file.stat().st_mtime_ns for file in self.command.run.glob("store/*/*.parquet")}
@@ -175,9 +181,8 @@ class Runs:
         return everybody[:1] if kind in STORAGE else [one for one in everybody if _is(kind, one, everybody[0])]
 
     def _misbehave(self, kind: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
         self.flag.write_text(kind)
-        self._watch(lambda: time.monotonic() > end)
+        self.go_on(seconds)
         self.flag.unlink()
         self.met = True
 
