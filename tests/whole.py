@@ -18,7 +18,8 @@ from nodes import descendants, end_node, free_ports, kill, start_node
 FAULTY = Path(__file__).parent / "faulty"
 FLAG = "MASHUP_FAULT"
 """Names the file that says how the storage of a process, and of the Ray that it starts, misbehaves: see tests/faulty."""
-OPEN = {"RAY_AUTH_MODE": "disabled"}
+JOINED = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
+"""Of a cluster and of those that join it: nobody needs a token, and a driver ends soon after the head."""
 
 Tables = dict[str, Any]
 
@@ -42,7 +43,7 @@ class Cluster:
             self.end()
             (self._port,) = free_ports(1)
             arguments = ["--head", f"--port={self._port}", "--include-dashboard=false"]
-            self._node = start_node(disturbed_environment(self.flag) | OPEN, self._folder, *arguments)
+            self._node = start_node(disturbed_environment(self.flag) | JOINED, self._folder, *arguments)
         return f"127.0.0.1:{self._port}"
 
     def processes(self) -> list[psutil.Process]:
@@ -68,7 +69,7 @@ class Command:
     def start(self) -> None:
         environment = disturbed_environment(self.flag)
         if self.cluster:
-            environment |= OPEN | {"RAY_ADDRESS": self.cluster.address()}
+            environment |= JOINED | {"RAY_ADDRESS": self.cluster.address()}
         command = [sys.executable, "-m", "pipeline.cli", "run", str(self.file)]
         with self.output.open("a") as output, self.log.open("a") as log:
             self.process = psutil.Popen(command, stdout=output, stderr=log, start_new_session=True, env=environment)
