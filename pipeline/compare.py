@@ -18,6 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import cluster, track
 from pipeline.arms import Job
 from pipeline.config import Config, TrackConfig
+from pipeline.errors import one_line
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
@@ -125,7 +126,7 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
     )
     results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {results.errors[0]}")
+        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {one_line(results.errors[0])}")
 
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:

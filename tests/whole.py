@@ -36,6 +36,7 @@ class Cluster:
     def __init__(self, flag: Path):
         self.flag = flag
         self._node: subprocess.Popen[bytes] | None = None
+        self._port = 0
         self._folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a path that is short enough for sockets
 
     def address(self) -> str:
