@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import Cluster, Command, Tables
 from nodes import kill
-from whole import Cluster, Command, Tables
 
 FAULTS = int(os.environ.get("MASHUP_FAULTS", "5"))
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))
@@ -187,7 +187,8 @@ class Runs:
         self.met = True
 
     def _cut(self, run: Path) -> None:
-        kill(self.command.processes()[0].pid)
+        for driver in self.command.processes()[:1]:
+            kill(driver.pid)
         self._watch(lambda: self.command.process is None)
         if files := sorted(self._targets(CUT)):
             file = self.draw.choice(files)

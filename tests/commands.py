@@ -60,10 +60,10 @@ class Command:
     """`mashup run` of one run folder."""
 
     def __init__(self, config: dict[str, Any], folder: Path, flag: Path, cluster: Cluster | None):
-        self.run, self.output, self.log = folder / "run", folder / "output", folder / "log"
-        self.file, self.flag, self.cluster = folder / "config.yaml", flag, cluster
+        self.run, self.log, self.flag, self.cluster = folder / "run", folder / "log", flag, cluster
+        self._file = folder / "config.yaml"
         folder.mkdir(exist_ok=True)
-        self.file.write_text(yaml.safe_dump({**config, "run": str(self.run)}))
+        self._file.write_text(yaml.safe_dump({**config, "run": str(self.run)}))
         self.process: psutil.Popen | None = None
         self._family = set[psutil.Process]()
 
@@ -71,9 +71,9 @@ class Command:
         environment = disturbed_environment(self.flag)
         if self.cluster:
             environment |= JOINED | {"RAY_ADDRESS": self.cluster.address()}
-        command = [sys.executable, "-m", "pipeline.cli", "run", str(self.file)]
-        with self.output.open("a") as output, self.log.open("a") as log:
-            self.process = psutil.Popen(command, stdout=output, stderr=log, start_new_session=True, env=environment)
+        command = [sys.executable, "-m", "pipeline.cli", "run", str(self._file)]
+        with self.log.open("a") as log:
+            self.process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, env=environment)
 
     def processes(self) -> list[psutil.Process]:
         """The driver first, then what works for it: its descendants, and those of its cluster."""
