@@ -48,7 +48,7 @@ class Cluster:
         return f"127.0.0.1:{self._port}"
 
     def processes(self) -> list[psutil.Process]:
-        return descendants(self._node.pid) if self._node else []
+        return descendants(self._node.pid) if self._node and self._node.poll() is None else []
 
     def end(self) -> None:
         if self._node:

@@ -51,8 +51,10 @@ def start_node(env: Mapping[str, str], folder: Path, *arguments: str) -> subproc
 
 def end_node(node: subprocess.Popen[bytes]) -> None:
     """SIGKILL the node's processes, by their ids; its workers are children of its raylet."""
+    if node.poll() is not None:
+        return
     processes = descendants(node.pid)
-    for process in [*processes, *([node] if node.poll() is None else [])]:
+    for process in [node, *processes]:
         kill(process.pid)
     node.wait()
     psutil.wait_procs(processes, timeout=30)
