@@ -97,10 +97,10 @@ typecheck: setup
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# Hours.
+# An hour or more; says each fault as it comes.
 test-long: export MASHUP_FAULTS ?= 200
 test-long: setup
-	$(BIN)/python -m pytest tests/test_disturbed.py
+	$(BIN)/python -m pytest -s tests/test_disturbed.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead

@@ -5,6 +5,7 @@ learning rate of an init, and the checkpoint of an arm, are those of the lowest 
 by the chosen checkpoints alone.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -17,12 +18,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import cluster, track
 from pipeline.arms import Job
 from pipeline.config import Config, TrackConfig
+from pipeline.errors import one_line
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
 from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers
 
 RESULT_FILE = "result.json"
+LOOK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+"""How often Ray Train looks at its workers. It takes one report a look, so that with its default of 2 s no evaluation of an arm
+takes less."""
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
 Outcome = dict[str, Any]
 """What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
@@ -121,11 +126,12 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
     )
     results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {results.errors[0]}")
+        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {one_line(results.errors[0])}")
 
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
     """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
+    os.environ.setdefault(*LOOK)
     job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)

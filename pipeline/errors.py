@@ -1,5 +1,7 @@
 """The errors that a user is meant to read: one line, the thing at fault, the way out."""
 
+import errno
+
 
 class InputError(ValueError):
     """What the user gave cannot be worked with. The command line prints it and exits with code 2."""
@@ -23,6 +25,13 @@ class AdapterError(ValueError):
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
 """Marks of an object store's errors in what pyarrow raises."""
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether an error is of the disk, the network or the object store, and not of what was asked of it: the same may work
+    later."""
+    return error.errno in PASSING or any(mark in str(error) for mark in UNREACHABLE)
 
 
 def one_line(error: BaseException) -> str:

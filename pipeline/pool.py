@@ -26,7 +26,7 @@ from pyarrow import fs
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
-from pipeline.errors import AdapterError, InputError, one_line
+from pipeline.errors import AdapterError, InputError, may_pass, one_line
 from pipeline.fetch import HUB
 from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
@@ -112,11 +112,14 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
 
     Raises:
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
+        OSError: its disk or store does not answer.
     """
     folder = Folder.at(pool)
     try:
         kind = folder.files.get_file_info(folder.path).type
     except OSError as error:
+        if may_pass(error):
+            raise
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind == fs.FileType.File:
         found = _from_list(folder)

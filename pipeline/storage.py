@@ -20,7 +20,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, may_pass
 
 COPY_BYTES = 8 << 20  # read at once; an object store serves each read as one request
 
@@ -151,12 +151,15 @@ class Folder:
 
         Raises:
             InputError: it cannot be written.
+            OSError: the disk is full, or the store does not answer.
         """
         try:
             self.files.create_dir(self.path, recursive=True)
             if self.is_local and not os.access(self.path, os.W_OK):
                 raise PermissionError("no write permission")
         except OSError as error:
+            if may_pass(error):
+                raise
             raise InputError(f"{self.uri}: cannot write here ({error}); choose another folder") from error
 
     def delete(self, name: str) -> None:

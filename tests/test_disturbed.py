@@ -1,45 +1,50 @@
-"""Faults at random moments of a whole run: after them the same command goes on, and ends with the tables of an undisturbed run.
+"""Faults at random moments of whole runs: after them the same command goes on, and ends with the tables of an undisturbed run.
 
-A seeded handful by default. `make test-long` injects MASHUP_FAULTS of them, A_RUN in each run; MASHUP_FAULT_SEED draws others.
+A seeded handful by default. `make test-long` injects MASHUP_FAULTS of them, AT_ONCE in each test; MASHUP_FAULT_SEED draws others.
 """
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
-import yaml
+from commands import Cluster, Command, Tables
+from nodes import kill
 
-FAULTS = int(os.environ.get("MASHUP_FAULTS", "2"))
-A_RUN = 4
+FAULTS = int(os.environ.get("MASHUP_FAULTS", "5"))
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))
+AT_ONCE = 10
+ALONE = 4
+"""Every so many tests the commands have a Ray of their own, in the others they join a cluster that stays."""
 
 PROCESSES = {
     "driver": lambda process, driver: process == driver,
     "scoring actor": lambda process, driver: "ScoringActor" in process.name() + " ".join(process.cmdline()),
+    "scoreboard": lambda process, driver: "Scoreboard" in process.name() + " ".join(process.cmdline()),
     "training worker": lambda process, driver: "RayTrainWorker" in " ".join(process.cmdline()),
     "any worker": lambda process, driver: " ".join(process.cmdline()).startswith("ray::"),
     "node": lambda process, driver: process.name() == "raylet",
 }
-"""What is killed, among the driver and its descendants."""
+"""What is killed, among the driver and those that work for it."""
 
 STORAGE = ("full", "slow", "wrong", "gone", "clock on", "clock back")
 """What the storage, or the clock, does for a while: see tests/faulty/sitecustomize.py."""
 
-KINDS = (*PROCESSES, *STORAGE, "half a file")
-ATTEMPTS = 2
-"""After the last fault."""
+CUT = "half a file"
+"""The driver is killed, and a file that it left is cut short."""
 
-Tables = dict[str, Any]
+KINDS = (*PROCESSES, *STORAGE, CUT)
+PAUSE, HOLD = 0.25, 0.05
+"""Longest pause before a fault, and longest life of what is then to be killed, as shares of what an undisturbed run takes."""
+WHILE = 5.0
+"""Longest seconds of a fault of the storage."""
+STUCK = 600.0
+"""Seconds in which a fault finds no target, or a command does not end."""
 
 
 @pytest.fixture(scope="module")
@@ -53,102 +58,150 @@ def config(
     return small_config(write_pool(folder / "pool"), folder) | short
 
 
-class Command:
-    """`mashup run` of one run folder, in a process of its own with a Ray of its own."""
-
-    def __init__(self, config: dict[str, Any], folder: Path):
-        self.run, self.flag, self.log = folder / "run", folder / "fault", folder / "log"
-        self.file = folder / "config.yaml"
-        folder.mkdir(exist_ok=True)
-        self.file.write_text(yaml.safe_dump({**config, "run": str(self.run)}))
-
-    def start(self) -> psutil.Popen:
-        path = os.pathsep.join([str(Path(__file__).parent / "faulty"), *sys.path])
-        environment = os.environ | {"MASHUP_FAULT": str(self.flag), "PYTHONPATH": path}
-        command = [sys.executable, "-m", "pipeline.cli", "run", str(self.file)]
-        return psutil.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=self.log.open("a"), start_new_session=True, env=environment
-        )
-
-    def tables(self) -> Tables:
-        """What a run comes to, without times and places."""
-        curves = [row | {"seconds": None} for row in pq.read_table(self.run / "comparison.parquet").to_pylist()]
-        selection = json.loads((self.run / "selection.json").read_text())
-        names = ("catalogue.parquet", "leaderboard.parquet", "samples.parquet")
-        tables = {name: pq.read_table(self.run / name).to_pylist() for name in names}
-        return tables | {"comparison.parquet": json.dumps(curves), "selection.json": selection}
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    one = Cluster(tmp_path_factory.mktemp("cluster") / "fault")
+    yield one
+    one.end()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Tables, float]:
-    """The tables, and how many seconds they took."""
-    command, started = Command(config, tmp_path_factory.mktemp("undisturbed")), time.monotonic()
-    assert _ended(command.start(), 300) == 0, command.log.read_text()[-3000:]
+def undisturbed(config: dict[str, Any], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tables, float]:
+    """The tables of a run to which nothing happens, and how many seconds it takes."""
+    command = Command(config, tmp_path_factory.mktemp("undisturbed"), cluster.flag, cluster)
+    started = time.monotonic()
+    command.start()
+    assert command.ended(STUCK) == 0, command.log.read_text()[-3000:]
     return command.tables(), time.monotonic() - started
 
 
 def _draws() -> Iterator[tuple[int, list[str]]]:
-    """For each run a seed and the kinds of its faults: every kind comes in turn, in an order of the seed's."""
+    """For each test a seed and the kinds of its faults: every kind comes in turn, in an order of the seed's."""
     draw = random.Random(SEED)
     kinds: list[str] = []
-    for number, start in enumerate(range(0, FAULTS, A_RUN)):
-        while len(kinds) < A_RUN:
+    for number, start in enumerate(range(0, FAULTS, AT_ONCE)):
+        while len(kinds) < AT_ONCE:
             kinds += draw.sample(KINDS, len(KINDS))
-        yield SEED * 1000 + number, [kinds.pop(0) for _ in range(min(A_RUN, FAULTS - start))]
+        yield SEED * 1000 + number, [kinds.pop(0) for _ in range(min(AT_ONCE, FAULTS - start))]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 + 150 * min(FAULTS, AT_ONCE))
 @pytest.mark.parametrize(("seed", "kinds"), _draws(), ids=lambda value: "-".join(value) if isinstance(value, list) else None)
 def test_after_faults_the_same_command_ends_with_the_same_tables(
-    seed: int, kinds: list[str], config: dict[str, Any], undisturbed: tuple[Tables, float], tmp_path: Path
+    seed: int, kinds: list[str], cluster: Cluster, config: dict[str, Any], undisturbed: tuple[Tables, float], tmp_path: Path
 ) -> None:
-    """After a fault the command either goes on, until it is killed for the next one or at its end, or says that it can go on."""
-    expected, seconds = undisturbed
-    draw, story = random.Random(seed), list[str]()
-    command = Command(config, tmp_path / "0")
-    for number, kind in enumerate(kinds, start=1):
-        process, moment = command.start(), draw.uniform(0.1, 0.8) * seconds
-        if _ended(process, moment) is None:
-            _inject(kind, command, process, draw)
-        code = _ended(process, draw.choice((draw.uniform(0, 10), 300)))
-        story.append(f"{kind} after {moment:.1f} s: {'goes on' if code is None else code}")
-        if code is None:
-            _kill(process)
-            code = _ended(process, 60)
-        _check(code, command, expected, story)
-        if code == 0 and number < len(kinds):
-            command = Command(config, tmp_path / str(number))
-    for _ in range(ATTEMPTS):
-        code = _ended(command.start(), 300)
-        story.append(f"again: {code}")
-        if code == 0:
-            break
-    assert code == 0, f"{story}\n{command.log.read_text()[-3000:]}"
-    _check(code, command, expected, story)
+    alone = seed % ALONE == ALONE - 1
+    draw, (expected, seconds) = random.Random(seed), undisturbed
+    runs = Runs(draw, config, tmp_path, expected, None if alone else cluster)
+    try:
+        for kind in kinds:
+            runs.go_on(draw.uniform(0, PAUSE * seconds))
+            runs.suffer(kind, draw.uniform(0, HOLD * seconds))
+        runs.finish()
+    finally:
+        runs.end()
 
 
-def _check(code: int | None, command: Command, expected: Tables, story: list[str]) -> None:
-    assert code in (0, 1, -signal.SIGKILL), f"{story}\n{command.log.read_text()[-3000:]}"
-    if code == 0:
-        assert command.tables() == expected, story
-        assert not list(command.run.rglob("*.partial")), story
+class Runs:
+    """One command after the other: in the same run folder until the run is done, and then in a new one.
 
+    A command that met a fault goes on, or ends and says that it can go on; one that met none must not fail.
+    """
 
-def _inject(kind: str, command: Command, driver: psutil.Popen, draw: random.Random) -> None:
-    if kind in STORAGE:
-        command.flag.write_text(kind)
-        _ended(driver, draw.uniform(1, 10))
-        command.flag.unlink()
-    elif kind == "half a file":
-        _kill(driver)
-        _ended(driver, 60)
-        if files := sorted(path for path in command.run.rglob("*") if path.suffix in (".parquet", ".json") and _is_ours(path)):
-            file = draw.choice(files)
-            file.write_bytes(file.read_bytes()[: draw.randrange(1 + file.stat().st_size)])
-    else:
-        everybody = [psutil.Process(driver.pid), *_descendants(driver)]
-        if chosen := [process for process in everybody if _is(kind, process, driver)]:
-            _kill(draw.choice(chosen))
+    def __init__(self, draw: random.Random, config: dict[str, Any], folder: Path, expected: Tables, cluster: Cluster | None):
+        self.draw, self.config, self.folder, self.expected, self.cluster = draw, config, folder, expected, cluster
+        self.flag = cluster.flag if cluster else folder / "fault"
+        self.story, self.began, self.done = list[str](), time.monotonic(), 0
+        self._begin()
+
+    def go_on(self, seconds: float) -> None:
+        """Let nothing happen for a while."""
+        end = time.monotonic() + seconds
+        self._watch(lambda: time.monotonic() > end)
+
+    def suffer(self, kind: str, later: float) -> None:
+        """Let a fault come, some seconds after there is something that it can strike."""
+        self._watch(lambda: bool(self._targets(kind)))
+        self.go_on(later)
+        self._watch(lambda: bool(self._targets(kind)))
+        self._tell(kind)
+        self.kept |= {file: file.stat().st_mtime_ns for file in self.command.run.glob("store/*/*.parquet")}
+        self.met = True
+        if kind in STORAGE:
+            self._misbehave(kind, self.draw.uniform(1, WHILE))
+        elif kind == CUT:
+            self._cut(self.command.run)
+        elif targets := self._targets(kind):
+            kill(self.draw.choice(targets).pid)
+
+    def finish(self) -> None:
+        """Without a further fault, the run that is on comes to its end."""
+        done = self.done
+        if self.command.run.exists():
+            self._watch(lambda: self.done > done)
+
+    def end(self) -> None:
+        """Leave nothing that runs."""
+        self.flag.unlink(missing_ok=True)
+        for process in self.command.processes()[:1]:
+            kill(process.pid)
+            self.command.ended(60)
+
+    def _begin(self) -> None:
+        self.command = Command(self.config, self.folder / str(self.done), self.flag, self.cluster)
+        self.met, self.kept = False, dict[Path, int]()
+
+    def _watch(self, until: Callable[[], bool]) -> None:
+        """Keep the command running until something is so."""
+        deadline = time.monotonic() + STUCK
+        while not until():
+            assert time.monotonic() < deadline, self._told()
+            if self.command.process is None:
+                self.command.start()
+            if (code := self.command.ended(0.2)) is not None:
+                self._over(code)
+
+    def _over(self, code: int) -> None:
+        self._tell(f"ended with {code}")
+        assert code in (0, 1, -signal.SIGKILL), self._told()
+        if code:
+            assert self.met, self._told()
+            self.met = self.flag.exists()
+            return
+        assert self.command.tables() == self.expected, self._told()
+        assert not list(self.command.run.rglob("*.partial")), self._told()
+        assert {file: file.stat().st_mtime_ns for file in self.kept} == self.kept, self._told()
+        self.done += 1
+        self._begin()
+
+    def _targets(self, kind: str) -> list[Any]:
+        if kind == CUT:
+            return [file for file in self.command.run.rglob("*") if file.suffix in (".parquet", ".json") and _is_ours(file)]
+        everybody = self.command.processes()
+        return everybody[:1] if kind in STORAGE else [one for one in everybody if _is(kind, one, everybody[0])]
+
+    def _misbehave(self, kind: str, seconds: float) -> None:
+        self.flag.write_text(kind)
+        self.go_on(seconds)
+        self.flag.unlink()
+        self.met = True
+
+    def _cut(self, run: Path) -> None:
+        for driver in self.command.processes()[:1]:
+            kill(driver.pid)
+        self._watch(lambda: self.command.process is None)
+        if files := sorted(self._targets(CUT)):
+            file = self.draw.choice(files)
+            file.write_bytes(file.read_bytes()[: self.draw.randrange(1 + file.stat().st_size)])
+            self._tell(f"cut {file.relative_to(run)} at {file.stat().st_size}")
+            self.kept.pop(file, None)
+
+    def _tell(self, text: str) -> None:
+        self.story.append(f"{time.monotonic() - self.began:6.1f} s, run {self.done}: {text}")
+        print(self.story[-1], flush=True)
+
+    def _told(self) -> str:
+        return "\n".join([*self.story, self.command.log.read_text()[-4000:]])
 
 
 def _is_ours(file: Path) -> bool:
@@ -156,36 +209,8 @@ def _is_ours(file: Path) -> bool:
     return "tune" not in file.parts and not any(part.startswith("checkpoint_") for part in file.parts)
 
 
-def _is(kind: str, process: psutil.Process, driver: psutil.Popen) -> bool:
+def _is(kind: str, process: psutil.Process, driver: psutil.Process) -> bool:
     try:
-        return PROCESSES[kind](process, psutil.Process(driver.pid))
+        return PROCESSES[kind](process, driver)
     except psutil.NoSuchProcess:
         return False
-
-
-def _kill(process: Any) -> None:
-    try:
-        os.kill(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def _descendants(process: psutil.Popen) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _ended(process: psutil.Popen, seconds: float) -> int | None:
-    """The exit code once the command and its Ray are gone; None where it still runs after so many seconds."""
-    deadline, family = time.monotonic() + seconds, set[psutil.Process]()
-    while (code := process.poll()) is None:
-        family |= set(_descendants(process))
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.2)
-    _, alive = psutil.wait_procs([one for one in family if one.is_running()], timeout=60)
-    for one in alive:
-        _kill(one)
-    return int(code)

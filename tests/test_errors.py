@@ -1,8 +1,11 @@
 """One line for a person."""
 
+import errno
+
 import pytest
 
-from pipeline.errors import one_line
+from pipeline.errors import may_pass, one_line
+from pipeline.pool import list_adapters
 from pipeline.storage import Folder
 
 
@@ -18,6 +21,15 @@ def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
         Folder.at("s3://bucket/run").exists("config.yaml")
     assert one_line(caught.value).startswith("the object store does not answer")
+    for ask in (Folder.at("s3://bucket/run").create, lambda: list_adapters("s3://bucket/pool")):
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):  # which may pass, so that it is no InputError
+            ask()
+
+
+def test_a_full_disk_may_pass_and_a_forbidden_folder_may_not() -> None:
+    assert may_pass(OSError(errno.ENOSPC, "No space left on device"))
+    assert not may_pass(PermissionError(errno.EACCES, "Permission denied"))
+    assert not may_pass(OSError("AWS Error ACCESS_DENIED during CreateBucket operation"))
 
 
 def test_refused_credentials_are_said_to_be_so() -> None:

@@ -42,6 +42,7 @@ def config(tiny_base: str, make_adapter: Callable[..., Path], write_jsonl: Any, 
             "target": {"train": write_jsonl(tmp_path / "train.jsonl", rows)},
             "search": {"samples": 16, "engine": "transformers", "adapters_per_batch": 2, "cpus_per_actor": 1},
             "train": train,
+            "compare": {"inits": ["base"]},
         },
         "test",
     )
@@ -94,7 +95,7 @@ def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(
     assert plan["candidates"] == {"found": 3, "valid": 2, "in_the_race": 2}
     calibrated = 3 * 8  # the base and two adapters on the first samples
     assert plan["adapter_samples"] == {"all": 3 * 16, "in_store": calibrated, "at_most": 3 * 16 - calibrated}
-    assert plan["arms"]["count"] == 2
+    assert plan["arms"]["count"] == 1
     assert plan["fetch"] == {"adapters": 0, "bytes": 0, "bytes_at_most": 0}
     assert plan["engines"]["memory_bytes"]["weights"] > 0
     assert all(stage["seconds"] > 0 and stage["gpu_hours"] == 0 for stage in plan["stages"].values())

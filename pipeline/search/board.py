@@ -136,7 +136,9 @@ class Scoreboard:
     async def report(self, engine: str, nll: dict[int, Sequence[float]], tokens: int) -> None:
         """The scores of a job, in the order of its samples; a candidate without any is set aside."""
         async with self._changed:
-            lease = self._held.pop(engine)
+            lease = self._held.pop(engine, None)
+            if lease is None:  # this process took a dead one's place, and gives the work out again if it is not in the store
+                return
             seconds = time.monotonic() - lease.started
             self._jobs += 1
             self._tell.seconds += seconds

@@ -121,7 +121,7 @@ def test_the_study_trains_donors_on_its_tasks_and_goes_on_where_it_was(
     settings = {
         "search": {"samples": 8, "engine": "transformers", "cpus_per_actor": 1},
         "epochs": 1,
-        "train": {"batch_size": 8, "learning_rates": [5e-3], "evaluations": 2, "cpus_per_worker": 1},
+        "train": {"batch_size": 8, "learning_rates": [5e-3], "evaluations": 1, "cpus_per_worker": 1},
         "compare": {"inits": ["base", "mashup"]},
         "donor": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     }

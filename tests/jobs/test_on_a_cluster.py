@@ -6,8 +6,6 @@ folder, and each has room for one of two training workers.
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,24 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
+from nodes import RAY, end_node, free_ports, start_node
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.storage import Folder
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
 
-RAY = str(Path(sys.executable).with_name("ray"))
-NODE = [
-    "--num-cpus=2",
-    f"--object-store-memory={100 << 20}",
-    "--dashboard-agent-listen-port=0",
-    "--disable-usage-stats",
-    "--block",
-]
-STARTED = "Ray runtime started"
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 HEAD_SECONDS = 12
 """Without the head after which Ray ends a driver."""
@@ -89,65 +78,27 @@ def world(
         "target": {"train": "s3://cluster/train.jsonl"},
         "search": {"samples": 24, "engine": "transformers", "cpus_per_actor": 1},
         "train": {"steps": 4, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 2, "workers": 2, "cpus_per_worker": 1.5},
+        "compare": {"inits": ["mashup"]},
     }
     (folder / "token").write_text("0123456789abcdef" * 2)
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_SECONDS)}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    gcs, dashboard, client = _free_ports(3)
+    gcs, dashboard, client = free_ports(3)
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     nodes: list[subprocess.Popen[bytes]] = []
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a path that is short enough for sockets
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     try:
-        head = _start(nodes, env, temporary / "0", "--head", *ports)
+        nodes.append(start_node(env, temporary / "0", "--head", "--num-cpus=2", *ports))
         for number in ("1", "2"):
-            _start(nodes, env, temporary / number, f"--address=127.0.0.1:{gcs}")
+            nodes.append(start_node(env, temporary / number, "--num-cpus=2", f"--address=127.0.0.1:{gcs}"))
         env["PYTHONPATH"] = str(Path(__file__).parents[2])  # of the user's own commands; the cluster gets the code from them
-        yield World(head, f"127.0.0.1:{gcs}", env, config, folder)
+        yield World(nodes[0], f"127.0.0.1:{gcs}", env, config, folder)
     finally:
         for node in nodes:
-            _end(node)
+            end_node(node)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def _start(nodes: list[subprocess.Popen[bytes]], env: dict[str, str], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """A node in a process group of its own. On a busy machine Ray gives up a start now and then; it is tried again."""
-    for _ in range(3):
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "start.log"
-        command = [RAY, "start", *arguments, *NODE, f"--temp-dir={folder}"]
-        with log.open("wb") as output:
-            node = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=folder, start_new_session=True)
-        nodes.append(node)
-        while node.poll() is None:
-            if STARTED in log.read_text():
-                return node
-            time.sleep(0.2)
-        text = log.read_text()
-        _end(node)
-        shutil.rmtree(folder, ignore_errors=True)
-    raise RuntimeError(text)
-
-
-def _end(node: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the node's processes, by their ids; its workers are children of its raylet."""
-    processes = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-    for process in [*processes, *([node] if node.poll() is None else [])]:
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    node.wait()
-    psutil.wait_procs(processes, timeout=30)
 
 
 @dataclass(frozen=True)
@@ -253,7 +204,7 @@ def test_a_run_whose_cluster_loses_its_head_ends_with_a_line(world: World) -> No
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert driver.stdout is not None
     assert driver.stdout.readline() == "joined\n"
-    _end(world.head)
+    end_node(world.head)
     _, error = driver.communicate(timeout=120)
     assert driver.returncode == 1
     line = error.strip().splitlines()[-1]

@@ -75,6 +75,18 @@ def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path
     assert "died, or hung, 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
 
 
+def test_a_scoreboard_that_begins_anew_takes_no_report_of_what_it_did_not_give_out(tmp_path: Path) -> None:
+    async def scenario() -> list[list[int]]:
+        work = work_on(tmp_path, ["a"])
+        job = await Scoreboard(work, EVERYTHING).take("one", 2)
+        assert job is not None
+        anew = Scoreboard(work, EVERYTHING)
+        await anew.report("one", losses(job), tokens=3)
+        return await finish(anew)
+
+    assert asyncio.run(scenario()) == [[0], [1]]
+
+
 def test_work_that_is_held_too_long_goes_to_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "LEASE", 0.0)
 
