@@ -5,7 +5,6 @@ learning rate of an init, and the checkpoint of an arm, are those of the lowest 
 by the chosen checkpoints alone.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -25,9 +24,6 @@ from pipeline.storage import Folder
 from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers
 
 RESULT_FILE = "result.json"
-LOOK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-"""How often Ray Train looks at its workers. It takes one report a look, so that with its default of 2 s no evaluation of an arm
-takes less."""
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
 Outcome = dict[str, Any]
 """What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
@@ -131,7 +127,6 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
     """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
-    os.environ.setdefault(*LOOK)
     job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)

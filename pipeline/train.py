@@ -5,6 +5,7 @@ world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
         `storage`, the seconds that it took to start, that evaluations took and that all of this call took, and the step at
         which it diverged, if it did.
     """
+    # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     resources = training_resources(job.train)
     trainer = TorchTrainer(
         train_loop,

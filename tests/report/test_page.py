@@ -185,4 +185,4 @@ def test_what_was_estimated_stands_beside_the_truth(run_data: RunData, tmp_path:
 
 def test_a_diverged_arm_is_named(run_data: RunData, tmp_path: Path) -> None:
     run_data.documents["summary.json"]["inits"]["base"]["diverged"] = {"base-lr0.01-seed0": 7}
-    assert "Diverged, started from base: base-lr0.01-seed0." in page_of(run_data, tmp_path).text
+    assert "base-lr0.01-seed0, started from base, was stopped at step 7" in page_of(run_data, tmp_path).text
