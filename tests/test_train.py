@@ -39,7 +39,7 @@ UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens
         {"workers": 2},
         {"workers": 2, "shard": True, "gradient_checkpointing": True},
         {"workers": 2, "shard": True, "method": "full"},
-        {"workers": 50, "min_workers": 1},
+        {"workers": 3, "min_workers": 1, "cpus_per_worker": 2},
     ],
     ids=["replicated", "shared out", "all weights shared out", "as many as there is room for"],
 )
@@ -47,7 +47,7 @@ def test_any_number_of_workers_gives_the_curve_of_one(
     settings: dict[str, Any], job: Callable[..., Job], alone: Any, tmp_path: Path
 ) -> None:
     storage = Folder.at(tmp_path)
-    found = fit(job(**UNEVEN, **settings, cpus_per_worker=0.5), storage)
+    found = fit(job(**{"cpus_per_worker": 0.5, **UNEVEN, **settings}), storage)
     one = alone(**UNEVEN, method=settings.get("method", "lora"))
     assert [row["step"] for row in found["curve"]] == [row["step"] for row in one] == [0, 3, 6]
     for row, expected in zip(found["curve"], one, strict=True):
