@@ -25,9 +25,14 @@ UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
 """Marks of an object store's errors in what pyarrow raises."""
 
 
+CAUSED = "The above exception was the direct cause of the following exception"
+"""Stands in what Ray raises for a failed worker, after that one's error; what follows is advice on Ray's settings."""
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
-    lines = str(error).strip().splitlines() or [""]
+    worker, _, rest = str(error).rpartition(CAUSED)
+    lines = (worker or rest).strip().splitlines() or [""]
     hint = ""
     if isinstance(error, OSError) and any(mark in str(error) for mark in REFUSED):
         hint = "the object store refuses these credentials, or they have expired: renew them in the environment; "
