@@ -26,13 +26,15 @@ UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
 
 
 CAUSED = "The above exception was the direct cause of the following exception"
-"""Stands in what Ray raises for a failed worker, after that one's error; what follows is advice on Ray's settings."""
+"""Stands in what Ray raises for a failed worker, after that one's error; what follows is not about it."""
+ADVICE = ("To change retry attempts", "Failed to apply UDF")
+"""Lines that Ray adds to a worker's error."""
 
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
     worker, _, rest = str(error).rpartition(CAUSED)
-    lines = (worker or rest).strip().splitlines() or [""]
+    lines = [line for line in (worker or rest).strip().splitlines() if not line.startswith(ADVICE)] or [""]
     hint = ""
     if isinstance(error, OSError) and any(mark in str(error) for mark in REFUSED):
         hint = "the object store refuses these credentials, or they have expired: renew them in the environment; "

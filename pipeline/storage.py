@@ -44,6 +44,16 @@ def without_secret(text: str) -> str:
     return SECRET.sub("...@", text)
 
 
+def lies_in(place: str, folder: str) -> bool:
+    """Whether a location is a folder or below it, however the two are written. Neither is looked at."""
+    inner, outer = (one.partition("?")[0].rstrip("/") if "://" in one else _absolute(one) for one in (place, folder))
+    return f"{inner}/".startswith(f"{outer}/")
+
+
+def _absolute(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))  # pathlib raises where a user is unknown or links go round
+
+
 def is_text(path: str) -> bool:
     """Whether a path that the operating system gave is valid UTF-8."""
     try:
@@ -71,14 +81,16 @@ class Folder:
         text = str(uri).rstrip("/") or "/"
         if has_secret(text):
             raise InputError(f"{without_secret(text)}: {NO_SECRET}")
-        if "://" not in text:
-            local = str(Path(text).expanduser().resolve())
+        if "://" not in str(uri):
+            local = _absolute(text)
             return cls(local, local, fs.LocalFileSystem())
         try:
             files, path = fs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
             raise InputError(f"{text}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
-        return cls(text, path, files)
+        if not path or isinstance(files, fs.PyFileSystem):
+            raise InputError(f"{text}: cannot open this location; use a local path, s3://BUCKET/... or gs://BUCKET/...")
+        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, files)
 
     @property
     def is_local(self) -> bool:

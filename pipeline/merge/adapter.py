@@ -6,7 +6,7 @@ there is the business of `pipeline/merge/declared.py`.
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 

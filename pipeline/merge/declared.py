@@ -229,6 +229,8 @@ def _check_config(content: dict[str, Any]) -> None:
         raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number is needed")
     if not (_is_number(dropout := content.get("lora_dropout", 0.0)) and 0 <= dropout < 1):
         raise AdapterError(f"corrupt config: lora_dropout is {dropout!r}, a number from 0 to 1 is needed")
+    if not isinstance(rslora := content.get("use_rslora"), bool | None):
+        raise AdapterError(f"corrupt config: use_rslora is {rslora!r}, true or false is needed")
     _check_pattern(content, "rank_pattern", _is_rank, f"whole numbers from 1 to {MAX_RANK}")
     _check_pattern(content, "alpha_pattern", _is_number, "numbers")
     _check_modules(content)
