@@ -108,7 +108,12 @@ def _write_rows(file: Path, count: int) -> None:
 
 def _config(place: Path, base: str, changes: dict[str, Any]) -> Path:
     """Write the config of a run in the folder `place`, beside its data."""
-    content = {"run": str(place / "run"), "base": base, "pool": str(place), "target": {"train": str(place / "train.jsonl")}}
+    content = {
+        "run": str(place / "run"),
+        "base": base,
+        "pool": str(place / "pool"),
+        "target": {"train": str(place / "train.jsonl")},
+    }
     file = place / "config.yaml"
     file.write_text(yaml.safe_dump(content | changes))
     return file

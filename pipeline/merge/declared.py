@@ -21,14 +21,13 @@ from safetensors import SafetensorError, safe_open
 from pipeline.basemodel import Shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
+from pipeline.storage import MAX_HEADER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 16 << 20
-"""Of a safetensors file; a tensor takes some 150."""
 MAX_PATTERN = 2000
 """Characters of a regular expression."""
 MAX_REPEATED = 100_000
