@@ -35,11 +35,11 @@ MAX_RANK = 1024
 LOSSLESS = ("concat", "fold")
 """Merge methods that keep the sum of the donors' ranks."""
 
-
 MAX_SHOWN = 200
 """Characters of a wrong key or text in a message."""
 
 SHORT = Repr()
+"""Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = MAX_SHOWN
 SHORT.maxlevel = 2
 

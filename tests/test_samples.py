@@ -261,6 +261,15 @@ def test_rows_passed_over_are_counted(tmp_path: Path, config_for: Callable[..., 
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_rows_that_the_base_cannot_read_at_once_are_passed_over(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    """The tiny base reads 512 tokens."""
+    path = write_jsonl(tmp_path / "t.jsonl", [*rows(20), {"prompt": "fox " * 600, "completion": "x"}])
+    assert take_samples(config_for(path)).counts["train"]["longer than 511 tokens"] == 1
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_line_separators_of_unicode_do_not_end_a_json_line(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     data = [{"prompt": f"a\u2028b {i}", "completion": "c\x85d\u2029e"} for i in range(20)]
     path = tmp_path / "t.jsonl"
