@@ -155,15 +155,10 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 
 
 def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    from benchmarks.pools import byte_tokenizer
     from pipeline.samples import tokenise_text
 
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    text = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    text.pre_tokenizer, text.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text)
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
 
     def read(content: bytes) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.merge.adapter import from_factors, write_adapter
@@ -23,6 +24,14 @@ def tiny_base(folder: Path) -> str:
     """A random Llama of 2 layers, without a tokenizer: enough for rows that are token ids already."""
     tiny_llama(VOCABULARY, heads=1).save_pretrained(folder)
     return str(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, without a chat template."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    text = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    text.pre_tokenizer, text.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=text)
 
 
 def tiny_llama(vocabulary: int, heads: int) -> LlamaForCausalLM:

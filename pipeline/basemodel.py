@@ -1,6 +1,7 @@
 """The base model as the ground that everything stands on: its config, tokenizer and the shapes of its linear layers."""
 
 import hashlib
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
 def count_parameters(base: str) -> int:
     """How many weights the base model has, from its config alone."""
     return sum(weights.numel() for weights in _skeleton(base).parameters())
+
+
+def context_length(base: str) -> int:
+    """Tokens that the base model can read at once, by its config.
+
+    Raises:
+        InputError: the base model is not known.
+    """
+    config = _from_pretrained(AutoConfig, base)
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:

@@ -33,10 +33,13 @@ from typing import NamedTuple
 
 from pyarrow import fs
 
+from pipeline.cards import CARD_FILE
 from pipeline.errors import AdapterError, InputError
 from pipeline.fetch import locate
 from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
+
+MAX_CARD_BYTES = 1 << 20
 
 PARTIAL = ".partial"
 NAMES = "[0-9a-f]" * 32 + "-*"
@@ -201,10 +204,16 @@ def _private(folder: Path) -> Path:
 def _infos(store: Folder) -> list[fs.FileInfo]:
     """What the store says of an adapter's files, in one request."""
     found = store.files.get_file_info(fs.FileSelector(store.path, allow_not_found=True))
-    infos = sorted((info for info in found if info.is_file and info.base_name in FILES), key=lambda info: info.base_name)
+    wanted = (info for info in found if info.is_file and info.base_name in FILES)
+    infos = sorted((info for info in wanted if not _is_no_card(info)), key=lambda info: info.base_name)
     if not infos:
         raise AdapterError(f"cannot be fetched from {store.uri} (there is no adapter)")
     return infos
+
+
+def _is_no_card(info: fs.FileInfo) -> bool:
+    """Whether a file bears the name of a card, and is larger than any: it is not fetched."""
+    return bool(info.base_name == CARD_FILE and info.size > MAX_CARD_BYTES)
 
 
 def _name(uri: str, infos: list[fs.FileInfo]) -> str:

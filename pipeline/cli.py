@@ -36,7 +36,7 @@ def index(base: Base, pool: Pool, run: RunFolder) -> None:
     """Check every adapter of a pool against the base model and write the catalogue."""
     from pipeline import run as page
 
-    page.index(page.Run(_config(run, base, pool, {"train": ""})))
+    page.index(page.Run(_config(run, base, pool, {"train": "-"})))
 
 
 @app.command()

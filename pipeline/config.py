@@ -4,14 +4,17 @@ A key that is not known is an error, never ignored. `load_config` gives messages
 """
 
 import math
+import os
+from collections import Counter
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InputError
-from pipeline.storage import NO_SECRET, has_secret, without_secret
+from pipeline.storage import NO_SECRET, has_secret, lies_in, without_secret
 
 Auto = Literal["auto"]
 SHORT_LIST = 3
@@ -20,11 +23,25 @@ SHORT_LIST = 3
 ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 """Merge weights that are found on the search sample by running the model."""
 
+MAX_BYTES = 1 << 20
+"""Of a config file."""
+
+MAX_TEXT = 4096
+"""Characters of a text in a config; Linux has no longer paths."""
+
 MAX_RANK = 1024
 """Of a mashup, and of donors that are merged."""
 
 LOSSLESS = ("concat", "fold")
 """Merge methods that keep the sum of the donors' ranks."""
+
+MAX_SHOWN = 200
+"""Characters of a wrong key or text in a message."""
+
+SHORT = Repr()
+"""Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = MAX_SHOWN
+SHORT.maxlevel = 2
 
 
 class Section(BaseModel):
@@ -32,9 +49,19 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def no_credentials(cls, value: Any) -> Any:
+    def a_text_is_a_name_and_no_secret(cls, value: Any) -> Any:
+        if isinstance(value, str) and not (value.strip() and value.isprintable() and len(value) <= MAX_TEXT):
+            raise ValueError(f"must be a text of 1 to {MAX_TEXT} characters that can be printed")
         if isinstance(value, str) and has_secret(value):
             raise ValueError(NO_SECRET)
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, bool) for part in parts) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
         return value
 
 
@@ -85,6 +112,13 @@ def _resources(value: float | str, info: ValidationInfo) -> float | str:
     if not isinstance(value, str) and not least <= value < math.inf:
         raise ValueError("must be positive")
     return value
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arms of a comparison are told apart by their init, rate and seed, as they are written."""
+    if len({f"{value:g}" if isinstance(value, float) else value for value in values}) < len(values):
+        raise ValueError("must not name one twice")
+    return values
 
 
 class SearchConfig(Section):
@@ -152,7 +186,7 @@ class MergeConfig(Section):
 class TrainConfig(Section):
     """The finetuning budget, the same for every init."""
 
-    steps: int = Field(100, ge=1, description="optimizer steps")
+    steps: int = Field(100, ge=1, le=1_000_000, description="optimizer steps")
     batch_size: int = Field(16, ge=1, le=1 << 20, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
@@ -200,6 +234,11 @@ class TrainConfig(Section):
             raise ValueError(f"train.min_workers {self.min_workers} is above train.workers {self.workers}")
         return self
 
+    @field_validator("learning_rates", "seeds")
+    @classmethod
+    def each_once(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return _distinct(value)
+
     @field_validator("cpus_per_worker", "gpus_per_worker")
     @classmethod
     def in_range(cls, value: float | str, info: ValidationInfo) -> float | str:
@@ -220,6 +259,11 @@ class CompareConfig(Section):
     inits: tuple[Literal["base", "mashup", "paper", "best_donor", "random_donors", "random_delta"], ...] = Field(
         ("base", "mashup"), min_length=1, description="random_delta: random weights of the mashup's norm in each module"
     )
+
+    @field_validator("inits")
+    @classmethod
+    def each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(value)
 
 
 class TrackConfig(Section):
@@ -246,11 +290,18 @@ class Config(Section):
     compare: CompareConfig = CompareConfig()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="after")
+    def nothing_is_written_into_the_pool(self) -> "Config":
+        for name, place in {"run": self.run, "search.store": self.search.store}.items():
+            if place and lies_in(place, self.pool):
+                raise ValueError(f"{name}: {place} lies in the pool {self.pool}, which it would change; choose another folder")
+        return self
+
     @field_validator("base")
     @classmethod
     def local_folder_absolute(cls, value: str) -> str:
         """Workers run in other folders than the command."""
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))
         return str(path.resolve()) if path.is_dir() else value
 
 
@@ -271,14 +322,29 @@ def read_yaml(path: str, keys: str) -> dict[str, Any]:
         InputError: no such file, not YAML, or no keys in it.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the config file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read the config file ({getattr(error, 'strerror', error)})") from error
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{path}: a config file has {MAX_BYTES} bytes at most; this is another file")
+    try:
+        content = yaml.load(text.decode(), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys such as {keys}, got {type(content).__name__}")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice: the first value would be ignored."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def build_config(content: dict[str, Any], source: str) -> Config:
@@ -299,12 +365,13 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
 
 
 def _describe(problem: Any, kind: type[Section]) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    place = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":
         return f"key {place!r} is missing"
-    return without_secret(f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}")
+    message = problem["msg"].removeprefix("Value error, ")
+    return without_secret(f"{place}: {message}, got {SHORT.repr(problem['input'])}") if place else message
 
 
 def _known_keys(place: tuple[str | int, ...], kind: type[Section]) -> list[str]:

@@ -34,9 +34,16 @@ def may_pass(error: OSError) -> bool:
     return error.errno in PASSING or any(mark in str(error) for mark in UNREACHABLE)
 
 
+CAUSED = "The above exception was the direct cause of the following exception"
+"""Stands in what Ray raises for a failed worker, after that one's error; what follows is not about it."""
+ADVICE = ("To change retry attempts", "Failed to apply UDF")
+"""Lines that Ray adds to a worker's error."""
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
-    lines = str(error).strip().splitlines() or [""]
+    worker, _, rest = str(error).rpartition(CAUSED)
+    lines = [line for line in (worker or rest).strip().splitlines() if not line.startswith(ADVICE)] or [""]
     hint = ""
     if isinstance(error, OSError) and any(mark in str(error) for mark in REFUSED):
         hint = "the object store refuses these credentials, or they have expired: renew them in the environment; "

@@ -4,7 +4,6 @@ The tokenised split is put into Ray's object store once an arm, where all worker
 not fit). A worker that starts anew streams from the step of its checkpoint on, so that no row comes twice and none is missed.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +26,11 @@ def stream_steps(rows: ray.ObjectRef, share: Share, first: int, end: int) -> Ite
         return
 
     def made(numbers: pa.Table) -> pa.Table:
-        start = first + numbers["id"][0].as_py()
-        return pa.Table.from_pylist(list(make_steps(ray.get(rows), share, start, start + len(numbers))), schema=STEP)
+        start, count = numbers["number"][0].as_py(), len(numbers)
+        return pa.Table.from_pylist(list(make_steps(ray.get(rows), share, start, start + count)), schema=STEP)
 
-    blocks = ray.data.range(end - first, override_num_blocks=math.ceil((end - first) / STEPS_A_TASK))
+    starts = range(first, end, STEPS_A_TASK)
+    blocks = ray.data.from_arrow([pa.table({"number": range(start, min(start + STEPS_A_TASK, end))}) for start in starts])
     # One task at a time keeps the order; it takes no CPU of Ray's, as the training workers may hold all of them.
     steps = blocks.map_batches(made, batch_size=None, batch_format="pyarrow", compute=TaskPoolStrategy(1), num_cpus=0)
     yield from steps.iter_rows()

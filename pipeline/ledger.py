@@ -17,7 +17,6 @@ from typing import Any
 from pipeline.storage import Folder
 
 FILE = "stages.json"
-TABLES = (".parquet", ".json")
 BEAT = 2.0
 """Seconds between two writes of the time spent."""
 
@@ -43,17 +42,17 @@ class Ledger:
         self, run: Folder, stages: Mapping[str, Outputs], tell: Callable[[str, float], None] = lambda stage, seconds: None
     ):
         self._run, self._stages, self._tell = run, stages, tell
-        self.records: dict[str, dict[str, Any]] = run.read_json(FILE) if run.is_whole(FILE) else {}
+        found = run.read_json(FILE) if run.is_whole(FILE) else {}
+        self.records: dict[str, dict[str, Any]] = found if isinstance(found, dict) else {}
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
 
     def done(self, stage: str, key: str | None = None) -> bool:
-        """Whether a stage is done and its tables are there; with a key, whether for that key."""
+        """Whether a stage is done and what it left is there, whole; with a key, whether for that key."""
         record = self.records.get(stage, {})
         if not record.get("done") or (key is not None and record["key"] != key):
             return False
-        names = [name for name in self._stages[stage].results if name.endswith(TABLES) or self._run.exists(name)]
-        return all(map(self._run.is_whole, names))
+        return all(map(self._run.is_whole, record.get("files", ())))
 
     @property
     def running(self) -> str | None:
@@ -85,6 +84,7 @@ class Ledger:
         self._write()
         try:
             yield record["details"]
+            record["files"] = [file for name in self._stages[stage].results for file in self._run.checked_files(name)]
             record["done"] = True
         finally:
             self.beat(force=True)

@@ -36,7 +36,7 @@ class Rates:
     def recent(self, kind: str) -> dict[str, float]:
         """The median of the last measurements of this kind, by name; empty where there are none."""
         folder = self._of(kind)
-        found = [folder.read_json(name)["measured"] for name in folder.list_files(".json")[-RECENT:]]
+        found = [folder.read_json(name)["measured"] for name in folder.list_files(".json")[-RECENT:] if folder.is_whole(name)]
         return {name: median(one[name] for one in found if name in one) for name in found[-1]} if found else {}
 
     def _of(self, kind: str) -> Folder:

@@ -24,7 +24,7 @@ from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
 from pipeline.progress import Progress
 from pipeline.record import FAILURES, History, Seen
-from pipeline.storage import Folder
+from pipeline.storage import Folder, lies_in
 
 if TYPE_CHECKING:
     from pipeline.run_folder import Run
@@ -42,11 +42,6 @@ def _file_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise ValueError("names a folder: letters, digits, '.', '_' and '-' alone, no dot in front")
     return name
-
-
-def _normal(place: str) -> str:
-    """A location without what may be written in several ways; it is not looked at."""
-    return place.partition("?")[0].rstrip("/") if "://" in place else str(Path(place).expanduser().resolve())
 
 
 class RefreshConfig(Section):
@@ -67,8 +62,8 @@ class RefreshConfig(Section):
     @field_validator("pool")
     @classmethod
     def home_lies_elsewhere(cls, value: str, info: ValidationInfo) -> str:
-        home = _normal(info.data.get("home", ""))
-        if f"{home}/".startswith(f"{_normal(value)}/"):
+        home = info.data.get("home", "")
+        if lies_in(home, value):
             raise ValueError(f"home {home} lies in the pool, so that its mashups would become donors; choose another home")
         return value
 

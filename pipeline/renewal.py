@@ -17,7 +17,7 @@ def index_pool(config: Config, folder: Folder) -> Run:
     Raises:
         InputError: the base or the pool is not right.
     """
-    run = Run(config.model_copy(update={"run": folder.uri, "target": TargetConfig(train="")}))
+    run = Run(config.model_copy(update={"run": folder.uri, "target": TargetConfig(train="-")}))
     stages.index(run)
     return run
 

@@ -23,10 +23,10 @@ import ray
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.basemodel import load_tokenizer
+from pipeline.basemodel import context_length, load_tokenizer
 from pipeline.config import Config
-from pipeline.errors import InputError
-from pipeline.storage import Folder
+from pipeline.errors import InputError, one_line
+from pipeline.storage import Folder, is_text
 from pipeline.tables import SAMPLES
 
 ROLES = ("train", "validation", "test")
@@ -76,6 +76,11 @@ def target_paths(config: Config) -> dict[str, str]:
     for role, path in paths.items():
         if not Folder.at(path).exists():
             raise InputError(f"{path}: no such file or folder (target.{role})")
+        if not any(size for _, size, _ in Folder.at(path).state()):
+            raise InputError(f"{path}: the data set is empty, or no file (target.{role})")
+    places = {role: Folder.at(path).path for role, path in paths.items() if not Folder.at(path).exists("dataset_dict.json")}
+    if twice := next((role for role in places if list(places.values()).count(places[role]) > 1), None):
+        raise InputError(f"{paths[twice]}: the same data for two splits (target.{twice}); give each rows of its own")
     return paths
 
 
@@ -157,7 +162,8 @@ def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, ma
 def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
     """All rows of all files. One Ray Data execution reads them side by side."""
     load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
-    options = {"base": config.base, "seed": config.search.seed, "max_tokens": config.target.max_tokens}
+    longest = min(config.target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
+    options = {"base": config.base, "seed": config.search.seed, "max_tokens": longest}
     parts = [
         read_rows(path, role).map_batches(tokenise_batch, batch_format="pyarrow", fn_kwargs={"role": role, **options})
         for role, path in paths.items()
@@ -183,17 +189,23 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
         messages = [*_turns(row["prompt"], "user"), *_turns(row["completion"], "assistant")]
     else:
         raise ValueError("neither messages nor prompt and completion")
-    if not messages or not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in messages):
-        raise ValueError("a message without text")
+    if not messages or not all(isinstance(turn, dict) and _is_said(turn) for turn in messages):
+        raise ValueError("a message without text or role")
+    if not all(is_text(turn["role"] + turn["content"]) for turn in messages):
+        raise ValueError("a text that is not valid Unicode")
     if messages[-1].get("role") != "assistant" or not messages[-1]["content"].strip():
         raise ValueError("empty completion")
     return messages
 
 
+def _is_said(turn: dict[str, Any]) -> bool:
+    return isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
 def _turns(value: Any, role: str) -> list[dict[str, str]]:
     if isinstance(value, list):
         return value
-    return [{"role": role, "content": value if isinstance(value, str) else ""}]
+    return [{"role": role, "content": "" if value is None else value}]
 
 
 def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
@@ -241,7 +253,7 @@ def _first_malformed(path: str) -> str:
             if not line.strip() or isinstance(json.loads(line), dict):
                 continue
             return f"line {number} is not a JSON object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"line {number} is malformed JSON ({error})"
     return "a row is not a JSON object"
 
@@ -284,11 +296,16 @@ def _as_samples(rows: pa.Table, split: str) -> pa.Table:
 def _from_datasets(path: str, role: str) -> ray.data.Dataset:
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(path)
+    try:
+        loaded = load_from_disk(path)
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{path}: target.{role} is no folder that `datasets` saved whole ({one_line(error)})") from error
     if isinstance(loaded, DatasetDict):
         if role not in loaded:
             raise InputError(f"{path}: no split {role!r} in this data set (it has {', '.join(loaded)})")
         loaded = loaded[role]
+    if not len(loaded):
+        raise InputError(f"{path}: the data set is empty (target.{role})")
     return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
 
 

@@ -124,7 +124,7 @@ def make_controls(run: Run, n_donors: int) -> list[str]:
     if not asked:
         return []
     starts, modules = run.folder.sub("starts"), list(_trained_shape(run).target_modules)
-    refused = _write_controls(run, [init for init in asked if not starts.exists(f"{init}/{CONFIG_FILE}")], starts, n_donors)
+    refused = _write_controls(run, [init for init in asked if not starts.is_whole(init)], starts, n_donors)
     for init in asked:
         if init in refused or not _trained_on(run.config, init):
             continue

@@ -28,6 +28,12 @@ LISTED_APART = 32
 """Folders directly below one that are listed side by side at most; more of them are mostly one adapter each."""
 
 
+CHECKED = (".parquet", ".json", ".safetensors")
+"""Ends of the names of files that are looked into for being whole."""
+
+MAX_HEADER_BYTES = 16 << 20
+"""Of a safetensors file; a tensor takes some 150."""
+
 SECRET = re.compile(r"(?<=://)[^/?#@\s]*@")
 """What stands before the bucket of s3://KEY:SECRET@bucket/folder."""
 
@@ -42,6 +48,16 @@ def has_secret(uri: str) -> bool:
 def without_secret(text: str) -> str:
     """A text with the credentials of every URI in it left out."""
     return SECRET.sub("...@", text)
+
+
+def lies_in(place: str, folder: str) -> bool:
+    """Whether a location is a folder or below it, however the two are written. Neither is looked at."""
+    inner, outer = (one.partition("?")[0].rstrip("/") if "://" in one else _absolute(one) for one in (place, folder))
+    return f"{inner}/".startswith(f"{outer}/")
+
+
+def _absolute(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))  # pathlib raises where a user is unknown or links go round
 
 
 def is_text(path: str) -> bool:
@@ -68,17 +84,19 @@ class Folder:
         Raises:
             InputError: the URI's scheme or bucket is unknown, or it holds credentials.
         """
-        text = str(uri).rstrip("/") or "/"
+        text = str(uri) if str(uri).endswith("://") else str(uri).rstrip("/") or "/"
         if has_secret(text):
             raise InputError(f"{without_secret(text)}: {NO_SECRET}")
         if "://" not in text:
-            local = str(Path(text).expanduser().resolve())
+            local = _absolute(text)
             return cls(local, local, fs.LocalFileSystem())
         try:
             files, path = fs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
             raise InputError(f"{text}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
-        return cls(text, path, files)
+        if not path or isinstance(files, fs.PyFileSystem):
+            raise InputError(f"{text}: cannot open this location; use a local path, s3://BUCKET/... or gs://BUCKET/...")
+        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, files)
 
     @property
     def is_local(self) -> bool:
@@ -100,20 +118,36 @@ class Folder:
         return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
 
     def is_whole(self, name: str) -> bool:
-        """Whether something is there, and no Parquet table or JSON document of it is cut short, as it may be after the machine
-        lost power. Of a folder: what is directly in it."""
-        kind = self.files.get_file_info(self.join(name)).type
-        if kind == fs.FileType.Directory:
-            names = [file for suffix in (".parquet", ".json") for file in self.sub(name).list_files(suffix)]
-            return all(self.is_whole(f"{name}/{file}") for file in names)
+        """Whether something is there, and no table, JSON document or safetensors file of it is cut short, as it may be after the
+        machine lost power. Of a folder: what is directly in it."""
+        info = self.files.get_file_info(self.join(name))
+        if info.type == fs.FileType.Directory:
+            return all(self.is_whole(f"{name}/{file}") for suffix in CHECKED for file in self.sub(name).list_files(suffix))
         try:
             if name.endswith(".parquet"):
                 pq.read_metadata(self.join(name), filesystem=self.files)
             elif name.endswith(".json"):
                 self.read_json(name)
-        except (FileNotFoundError, pa.ArrowInvalid, ValueError):
+            elif name.endswith(".safetensors"):
+                return self._end_of_tensors(name) == info.size
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return False
-        return kind == fs.FileType.File
+        return info.type == fs.FileType.File
+
+    def _end_of_tensors(self, name: str) -> int:
+        """How many bytes a safetensors file should have, by its header; 0: it is none."""
+        with self.files.open_input_stream(self.join(name)) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length <= MAX_HEADER_BYTES else {}
+        ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+        return 8 + length + max(ends) if ends else 0
+
+    def checked_files(self, name: str) -> list[str]:
+        """Names of the files that `is_whole` looks into: `name` itself, or those in a folder of that name, at any depth."""
+        if self.files.get_file_info(self.join(name)).type != fs.FileType.Directory:
+            return [name] if self.exists(name) and name.endswith(CHECKED) else []
+        paths = (info.path.removeprefix(f"{self.path}/") for info in self.sub(name).walk())
+        return sorted(path for path in paths if path.endswith(CHECKED))
 
     def walk(self) -> list[fs.FileInfo]:
         """Every file at any depth. An object store gives a thousand names a request, one request after the other: folders
@@ -200,7 +234,10 @@ class Folder:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_bytes(name))
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise ValueError(f"{self.uri}/{name}: no valid JSON ({error})") from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline.cache import PARTIAL, AdapterCache
+from pipeline.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
 from pipeline.errors import AdapterError, InputError
 from pipeline.merge.adapter import CONFIG_FILE, FILES, WEIGHTS_FILE
 from pipeline.storage import Folder
@@ -87,6 +87,14 @@ def test_an_adapter_of_an_object_store_comes_without_its_other_files_and_once(
     assert cache.get(f"{bucket}/pool/a/") == folder
     assert len(downloads) == 1
     assert kept(cache) == [folder.name]
+
+
+def test_a_card_that_is_larger_than_any_is_not_fetched(store: Folder, cache: AdapterCache) -> None:
+    uri = put(store, "a")
+    store.write_bytes("a/README.md", b"-" * (MAX_CARD_BYTES + 1))
+    assert "README.md" not in {file.name for file in cache.get(uri).iterdir()}
+    store.write_bytes("a/README.md", b"-" * MAX_CARD_BYTES)
+    assert "README.md" in {file.name for file in cache.get(uri).iterdir()}
 
 
 def test_a_changed_adapter_is_fetched_anew(bucket: str, cache: AdapterCache) -> None:

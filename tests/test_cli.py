@@ -139,6 +139,13 @@ def test_no_write_permission(mashup: Any, config: dict[str, Any], tmp_path: Path
     assert_one_clear_line(mashup("run", write(config, tmp_path)), "file/run", "cannot write here")
 
 
+def test_a_store_that_cannot_be_written_is_said_first(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config["search"]["store"] = str(tmp_path / "file/store")
+    assert_one_clear_line(mashup("run", write(config, tmp_path)), "file/store", "cannot write here")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["merge", "train", "compare", "report"])
 def test_a_stage_without_a_run(mashup: Any, command: str, tmp_path: Path) -> None:
     assert_one_clear_line(mashup(command, "--run", str(tmp_path / "none")), "no run here", "mashup search")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, build_config, load_config
+from pipeline.config import MAX_BYTES, Config, build_config, load_config
 from pipeline.errors import InputError
 
 MINIMAL: dict[str, Any] = {"run": "runs/x", "base": "org/model", "pool": "adapters/", "target": {"train": "train.jsonl"}}
@@ -86,6 +86,18 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"train": {"learning_rates": [1e-4, -1.0]}}, "train.learning_rates: must be positive, got -1.0"),
         ({"train": {"learning_rates": [float("nan")]}}, "train.learning_rates: must be positive, got nan"),
         ({"train": {"steps": 0}}, "train.steps: .*got 0"),
+        ({"train": {"steps": 10**30}}, "train.steps: .*less than or equal to 1000000"),
+        ({"train": {"seeds": [0, 0]}}, "train.seeds: must not name one twice"),
+        ({"train": {"learning_rates": [1e-4, 1.00000001e-4]}}, "train.learning_rates: must not name one twice"),
+        ({"train": {"learning_rates": [True]}}, "train.learning_rates: must not be true or false"),
+        ({"search": {"budget": True}}, "search.budget: must not be true or false, got True"),
+        ({"search": {"store": ""}}, "search.store: must be a text of 1 to 4096 characters"),
+        ({"run": "a\nb"}, "run: must be a text .* that can be printed, got 'a.{1,2}nb'"),
+        ({"pool": " "}, "pool: must be a text"),
+        ({"base": "x" * 5000}, "base: must be a text"),
+        ({"run": "adapters/run"}, "run: adapters/run lies in the pool adapters/"),
+        ({"search": {"store": "adapters"}}, "search.store: adapters lies in the pool"),
+        ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),
         ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),
         ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),
     ],
@@ -114,12 +126,32 @@ def test_numbers_of_resources_are_not_negative(field: str) -> None:
         (b"- a\n- b\n", "expected keys such as run, base, pool and target, got list"),
         (b"", "got NoneType"),
         (b"1: 2\n", "config.yaml: "),
+        (b"run: a\nrun: b\n", "not valid YAML .key 'run' stands there twice"),
+        (b"run: a\ntrain: {steps: 1, seeds: [0], steps: 2}\n", "key 'steps' stands there twice"),
+        (b"run: " + b"[" * 5000, "not valid YAML"),
+        (b"run: " + b"9" * 5000, "not valid YAML"),
+        (b"# \n" * (MAX_BYTES // 2), "a config file has 1048576 bytes at most"),
     ],
 )
 def test_a_file_that_holds_no_keys(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_config(str(tmp_path / "config.yaml"))
+
+
+def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
+    text = "target: &t {train: a, test_rows: 5}\nrun: r\nbase: b\npool: p\n"
+    (tmp_path / "c.yaml").write_text(text.replace("target: &t", "x: &t") + "target: {<<: *t, train: c}\n")
+    with pytest.raises(InputError, match=r"^[^;]*unknown key 'x'[^;]*$"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "&a [*a]", "[" + "[1, 1, 1, 1, 1, 1, 1]," * 9 + "]"])
+def test_a_message_is_short_whatever_the_value(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"run: r\nbase: b\npool: p\ntarget: {text}\n")
+    with pytest.raises(InputError) as refusal:
+        load_config(str(tmp_path / "c.yaml"))
+    assert len(str(refusal.value)) < 1000
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

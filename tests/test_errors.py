@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from pipeline.errors import may_pass, one_line
+from pipeline.errors import CAUSED, may_pass, one_line
 from pipeline.pool import list_adapters
 from pipeline.storage import Folder
 
@@ -12,6 +12,14 @@ from pipeline.storage import Folder
 def test_the_last_line_of_an_error_is_what_went_wrong() -> None:
     assert one_line(RuntimeError("in\nthe end\n")) == "RuntimeError: the end"
     assert one_line(RuntimeError()) == "RuntimeError: "
+
+
+def test_what_ray_says_about_itself_is_left_out() -> None:
+    """The texts of Ray Data 2.60 for an error in our code and for one of its own readers."""
+    advice = "Failed to apply UDF transform after 1/1 attempts.\nTo change retry attempts, configure `DataContext`."
+    worker = f"ray::f()\nValueError: the reason\n\n{CAUSED}:\n\nUserCodeException: UDF failed.\n{advice}"
+    assert one_line(RuntimeError(worker)) == "RuntimeError: ValueError: the reason"
+    assert one_line(OSError(f"OSError: thrift\nFailed to read fragment a.parquet\n{advice}")).endswith("read fragment a.parquet")
 
 
 def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save
 
 from pipeline.ledger import Ledger, Outputs, digest
 from pipeline.storage import Folder
@@ -25,22 +27,28 @@ def test_a_stage_is_done_for_its_key_alone(tmp_path: Path) -> None:
     assert again.records["search"]["details"] == {"tokens": 3}
 
 
-@pytest.mark.parametrize("name", ["board.parquet", "about.json", "data/rows.parquet"])
-def test_a_stage_whose_table_is_cut_short_or_gone_is_not_done(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("name", ["board.parquet", "about.json", "data/rows.parquet", "mashup/weights.safetensors"])
+def test_a_stage_whose_result_is_cut_short_or_gone_is_not_done(name: str, gone: bool, tmp_path: Path) -> None:
     folder, stages = Folder.at(tmp_path), {"search": Outputs(["board.parquet", "about.json", "data", "mashup"])}
     with Ledger(folder, stages).perform("search", "a"):
         for table in ("board.parquet", "data/rows.parquet"):
             folder.write_table(table, pa.table({"n": [1, 2]}))
         folder.write_json("about.json", {"n": 1})
+        folder.write_bytes("mashup/weights.safetensors", save({"a": torch.ones(3)}))
     assert Ledger(folder, stages).done("search", "a")
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
+    cut = (tmp_path / name).read_bytes()[:-5]
+    (tmp_path / name).unlink()
+    if not gone:
+        (tmp_path / name).write_bytes(cut)
     assert not Ledger(folder, stages).done("search", "a")
 
 
-def test_a_ledger_that_is_cut_short_counts_as_empty(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"search": {"ke', "[]", "5"])
+def test_a_ledger_that_is_cut_short_counts_as_empty(content: str, tmp_path: Path) -> None:
     with ledger(tmp_path).perform("search", "a"):
         pass
-    (tmp_path / "stages.json").write_text('{"search": {"ke')
+    (tmp_path / "stages.json").write_text(content)
     assert not ledger(tmp_path).done("search")
 
 

@@ -1,6 +1,7 @@
 """Target data -> samples: masks against an independent rendering, the draw, the splits and what is refused."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline import samples
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
-from pipeline.samples import Splits, take_samples, tokenise
+from pipeline.samples import Splits, take_samples, target_paths, tokenise
 from pipeline.tables import SAMPLES
 
 Row = dict[str, Any]
@@ -120,6 +121,11 @@ BAD_ROWS: dict[str, tuple[Row, str]] = {
     "no messages": ({"messages": []}, "without text"),
     "message without content": ({"messages": [{"role": "assistant"}]}, "without text"),
     "message is a text": ({"messages": ["hello"]}, "without text"),
+    "number for a text": ({"prompt": 5, "completion": "x"}, "without text or role"),
+    "NaN for a text": ({"prompt": float("nan"), "completion": "x"}, "without text or role"),
+    "message without a role": ({"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}, "without text or role"),
+    "number for a role": ({"messages": [{"role": 5, "content": "a"}, {"role": "assistant", "content": "b"}]}, "text or role"),
+    "half a character": ({"prompt": "\ud800", "completion": "x"}, "not valid Unicode"),
     "other columns": ({"text": "hello"}, "neither messages nor prompt and completion"),
     "prompt alone": ({"prompt": "hello"}, "neither messages nor prompt and completion"),
 }
@@ -255,6 +261,15 @@ def test_rows_passed_over_are_counted(tmp_path: Path, config_for: Callable[..., 
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_rows_that_the_base_cannot_read_at_once_are_passed_over(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    """The tiny base reads 512 tokens."""
+    path = write_jsonl(tmp_path / "t.jsonl", [*rows(20), {"prompt": "fox " * 600, "completion": "x"}])
+    assert take_samples(config_for(path)).counts["train"]["longer than 511 tokens"] == 1
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_line_separators_of_unicode_do_not_end_a_json_line(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     data = [{"prompt": f"a\u2028b {i}", "completion": "c\x85d\u2029e"} for i in range(20)]
     path = tmp_path / "t.jsonl"
@@ -279,6 +294,7 @@ def fault(kind: str, folder: Path) -> str:
     texts = {
         "malformed line": "\n".join([*good[:3], '{"prompt": ', *good[3:]]),
         "list for an object": "\n".join([*good, "[1, 2]"]),
+        "endless nesting": "\n".join([*good, "[" * 100_000]),
         "empty": "",
         "only blank lines": "\n\n\n",
         "unusable": '{"text": "a"}\n{"prompt": "a", "completion": ""}\n',
@@ -297,11 +313,25 @@ def fault(kind: str, folder: Path) -> str:
         (path := folder / "t.csv").write_text("prompt,completion\na,b\n")
     elif kind == "empty folder":
         (path := folder / "empty").mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "folder of datasets without its data":
+        Dataset.from_list(rows(5)).save_to_disk(path := folder / "d")
+        next(path.glob("*.arrow")).write_bytes(b"x")
     elif kind == "split that is not there":
         DatasetDict({"other": Dataset.from_list(rows(5))}).save_to_disk(path := folder / "d")
     else:
         path = folder / "missing.jsonl"
     return str(path)
+
+
+def test_the_same_data_is_not_taken_for_two_splits(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", rows(20))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(InputError, match="the same data for two splits"):
+        target_paths(config_for(path, test=str(tmp_path / "link.jsonl")))
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -319,7 +349,10 @@ def fault(kind: str, folder: Path) -> str:
         ("not a Parquet file", "t.parquet"),
         ("empty Parquet", "t.parquet: the data set is empty"),
         ("other suffix", "t.csv: target.train must be"),
-        ("empty folder", "empty: target.train must be"),
+        ("empty folder", "empty: the data set is empty, or no file"),
+        ("endless nesting", "t.jsonl: line 21 is malformed JSON"),
+        ("named pipe", "t.jsonl: the data set is empty, or no file"),
+        ("folder of datasets without its data", "d: target.train is no folder that `datasets` saved whole"),
         ("split that is not there", "no split 'train'"),
         ("missing", "missing.jsonl: no such file or folder .target.train"),
     ],

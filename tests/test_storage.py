@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save
 
 from pipeline.errors import InputError
-from pipeline.storage import LISTED_APART, Folder, without_secret
+from pipeline.storage import LISTED_APART, Folder, lies_in, without_secret
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -156,3 +158,43 @@ def test_when_a_file_was_written(folder: Folder) -> None:
     when = folder.modified("a.txt")
     assert when is not None
     assert [time / 1e9 for _, _, time in folder.state()] == [when]
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///x", "hf://org/name", "http://host/x", "nope://x"])
+def test_a_location_that_is_none_is_an_input_error(uri: str) -> None:
+    with pytest.raises(InputError, match=f"^{uri}: cannot open this location"):
+        Folder.at(uri)
+
+
+def test_a_file_uri_is_a_local_path_and_an_unknown_user_a_folder_of_that_name(tmp_path: Path) -> None:
+    assert Folder.at(f"file://{tmp_path}").uri == str(tmp_path)
+    assert Folder.at("~no-such-user/x").path.endswith("/~no-such-user/x")
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "inside"),
+    [
+        ("a/b", "a", True),
+        ("a", "a/", True),
+        ("ab", "a", False),
+        ("a/../b", "a", False),
+        ("s3://b/a/x", "s3://b/a?region=x", True),
+    ],
+)
+def test_what_lies_in_a_folder(place: str, folder: str, inside: bool) -> None:
+    assert lies_in(place, folder) == inside
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_a_safetensors_file_that_is_cut_short_is_not_whole(folder: Folder, keep: int) -> None:
+    content = save({"a": torch.ones(3), "b": torch.zeros(0)}, metadata={"format": "pt"})
+    folder.write_bytes("mashup/weights.safetensors", content)
+    assert folder.is_whole("mashup/weights.safetensors")
+    folder.write_bytes("mashup/weights.safetensors", content[:keep])
+    assert not folder.is_whole("mashup")
+
+
+def test_a_document_that_is_cut_short_is_named(folder: Folder) -> None:
+    folder.write_text("a.json", '{"x": ')
+    with pytest.raises(ValueError, match=r"a\.json: no valid JSON"):
+        folder.read_json("a.json")

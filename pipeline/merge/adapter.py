@@ -6,7 +6,7 @@ there is the business of `pipeline/merge/declared.py`.
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -90,8 +90,8 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
 
 
 def for_engine(folder: Path, scratch: Path) -> Path:
-    """The folder of an adapter that an engine may read: itself, or where only patterns say what its ranks, alphas and modules
-    are, the same delta weights written to `scratch` without any.
+    """The folder of an adapter that an engine may read: itself, or where its config has patterns or unusual fields, the same
+    delta weights written to `scratch` with a plain one.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -157,19 +157,7 @@ def plain(adapter: Adapter) -> Adapter:
             torch.nn.functional.pad(delta.a_RI, (0, 0, 0, room)),
             torch.nn.functional.pad(delta.b_OR, (0, room)),
         )
-    config = replace(
-        adapter.config,
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern={},
-        alpha_pattern={},
-        use_rslora=False,
-        target_modules=adapter.modules,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-    return Adapter(config, tensors)
+    return Adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.modules, task_type="CAUSAL_LM"), tensors)
 
 
 def _target_modules(modules: list[str], shapes: Shapes) -> list[str]:

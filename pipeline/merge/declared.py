@@ -5,6 +5,7 @@ patterns are matched within a time limit.
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -20,16 +21,21 @@ from safetensors import SafetensorError, safe_open
 from pipeline.basemodel import Shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
+from pipeline.storage import MAX_HEADER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 16 << 20
-"""Of a safetensors file; a tensor takes some 150."""
 MAX_PATTERN = 2000
 """Characters of a regular expression."""
+MAX_REPEATED = 100_000
+"""Characters of a regular expression times what its counts, as in a{3}, multiply them by: a compiled one has as many nodes."""
+VERBOSE = re.compile(r"\(\?[\w-]*x")
+COUNT = re.compile(r"\{(\d+)", re.ASCII)
+MAX_NAME = 300
+"""Characters of the name of a base model."""
 MATCH_SECONDS = 1.0
 """For all patterns of an adapter together."""
 
@@ -56,8 +62,13 @@ UNSUPPORTED = {
     "kasa_config": "KaSA: not a plain low-rank delta",
 }
 
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations that subtract from the base's weights, so that B A alone is not the delta; PEFT does it again at each load."""
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations by name that leave the base's weights as they are. Others, such as PiSSA, subtract from them, so that B A alone
+is not the delta, and PEFT does it again at each load."""
+
+PLAIN_FIELDS = {"base_model_name_or_path", "inference_mode", "lora_alpha", "peft_type", "peft_version", "r", "target_modules"}
+PLAIN_FIELDS |= {"exclude_modules", "layers_pattern", "layers_to_transform", "lora_dropout", "use_rslora"}
+"""Fields of a config that an engine may see with other values than PEFT's own: they are checked here, or bear on nothing."""
 
 Size = tuple[int, ...]
 
@@ -76,9 +87,16 @@ class Declared:
 
     @property
     def uniform(self) -> bool:
-        """Whether one rank and one alpha hold for all modules, and these are named. vLLM reads no rank_pattern and no
-        alpha_pattern, and no engine is to run a stranger's regular expression."""
-        return not (self.own or isinstance(self.config.target_modules, str) or isinstance(self.config.exclude_modules, str))
+        """Whether one rank and one alpha hold for all modules, these are named, and the config says nothing else. vLLM reads no
+        rank_pattern and no alpha_pattern, and no engine is to run a stranger's regular expression or to act on a field that
+        nobody checked."""
+        config, usual = vars(self.config), vars(LoraConfig(task_type="CAUSAL_LM"))
+        return (
+            all(config[name] == usual[name] for name in usual.keys() - PLAIN_FIELDS)
+            and not self.own
+            and not isinstance(self.config.target_modules, str)
+            and not isinstance(self.config.exclude_modules, str)
+        )
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module."""
@@ -113,9 +131,11 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
                 f"wrong shapes: {module} has lora_A {found[0]}, lora_B {found[1]}; base and rank {rank} need "
                 f"{(rank, inner)} and {(out, rank)}"
             )
-    missing = sorted(_targets(declared.config, shapes, head) - declared.sizes.keys())
-    if missing:
+    targets = _targets(declared.config, shapes, head)
+    if missing := sorted(targets - declared.sizes.keys()):
         raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
+    if beyond := sorted(declared.sizes.keys() - targets):  # PEFT passes these over, and vLLM does not
+        raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
 
 
 def open_weights(path: Path) -> safe_open:
@@ -170,7 +190,7 @@ def _read_config(folder: Path) -> LoraConfig:
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
         raise AdapterError(f"corrupt config: {CONFIG_FILE} has {size} bytes; {MAX_CONFIG_BYTES} are allowed")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"corrupt config: {CONFIG_FILE} is not valid JSON ({error})") from error
     except OSError as error:
@@ -183,6 +203,13 @@ def _read_config(folder: Path) -> LoraConfig:
         return LoraConfig(**known)
     except Exception as error:  # of whatever kind: PEFT trusts its configs
         raise AdapterError(f"corrupt config: PEFT does not accept it ({error})") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that stands there twice, one reader takes the first value and another the last."""
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
 
 
 def _check_config(content: dict[str, Any]) -> None:
@@ -199,14 +226,19 @@ def _check_config(content: dict[str, Any]) -> None:
         raise AdapterError(f"corrupt config: r is {content.get('r')!r}, a whole number from 1 to {MAX_RANK} is needed")
     if not _is_number(alpha := content.get("lora_alpha")):
         raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number is needed")
+    if not (_is_number(dropout := content.get("lora_dropout", 0.0)) and 0 <= dropout < 1):
+        raise AdapterError(f"corrupt config: lora_dropout is {dropout!r}, a number from 0 to 1 is needed")
+    if not isinstance(rslora := content.get("use_rslora"), bool | None):
+        raise AdapterError(f"corrupt config: use_rslora is {rslora!r}, true or false is needed")
     _check_pattern(content, "rank_pattern", _is_rank, f"whole numbers from 1 to {MAX_RANK}")
     _check_pattern(content, "alpha_pattern", _is_number, "numbers")
     _check_modules(content)
     init = content.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+    if isinstance(init, str) and init.lower() not in KEEPS_BASE:
         raise AdapterError(f"init_lora_weights={init!r}: it changes the base weights; save it with PEFT's conversion to LoRA")
-    if not isinstance(content.get("base_model_name_or_path"), str | None):
-        raise AdapterError(f"corrupt config: base_model_name_or_path is {content['base_model_name_or_path']!r}")
+    base = content.get("base_model_name_or_path") or ""
+    if not (isinstance(base, str) and base.isprintable() and len(base) <= MAX_NAME):
+        raise AdapterError(f"corrupt config: base_model_name_or_path is {base!r}")
 
 
 def _check_pattern(content: dict[str, Any], field: str, is_right: Any, wanted: str) -> None:
@@ -313,6 +345,8 @@ class _Patterns:
             raise AdapterError(
                 f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
             )
+        if VERBOSE.search(pattern) or len(pattern) * math.prod(map(int, COUNT.findall(pattern))) > MAX_REPEATED:
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or is written in verbose mode")
         try:
             re.compile(pattern)  # what Python does not accept, PEFT would not
             return regex.compile(pattern)

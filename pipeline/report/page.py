@@ -55,7 +55,7 @@ def write_report(run: Folder) -> str:
 
 
 def read_run(run: Folder) -> RunFiles:
-    """Read every table and document that the page shows.
+    """Read every table and document that the page shows; one that is cut short counts as not there.
 
     Raises:
         ValueError: a table lacks a column; the message names it.
@@ -98,11 +98,11 @@ def render(files: RunFiles) -> str:
 
 
 def _table(run: Folder, name: str, schema: pa.Schema) -> pa.Table | None:
-    return require(run.read_table(name), schema, name) if run.exists(name) else None
+    return require(run.read_table(name), schema, name) if run.is_whole(name) else None
 
 
 def _json(run: Folder, name: str) -> Any:
-    return run.read_json(name) if run.exists(name) else None
+    return run.read_json(name) if run.is_whole(name) else None
 
 
 @cache

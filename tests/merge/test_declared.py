@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import MAX_REASON, AdapterError
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, for_engine, read_adapter
 from pipeline.merge.declared import MATCH_SECONDS, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, read_declared
 
 ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"
@@ -68,6 +68,19 @@ def test_a_pattern_that_matches_for_ever_is_stopped_in_time(
         ({"r": MAX_RANK + 1}, f"from 1 to {MAX_RANK}"),
         ({"rank_pattern": {"q_proj": 2**40}}, f"from 1 to {MAX_RANK}"),
         ({"rank_pattern": {"q_proj": 2.5}}, "whole numbers"),
+        ({"lora_dropout": 7}, "lora_dropout is 7"),
+        ({"lora_dropout": "x"}, "lora_dropout is 'x'"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
+        ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "a\x1b[31m"}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "x" * 301}, "base_model_name_or_path"),
+        ({"init_lora_weights": "OLoRA"}, "it changes the base weights"),
+        ({"init_lora_weights": "lora_ga"}, "it changes the base weights"),
+        ({"target_modules": ["q_proj"]}, "v_proj, which its config does not target"),
+        ({"layers_to_transform": [0]}, "layers.1.*, which its config does not target"),
+        ({"target_modules": "(a{10000}){10000}"}, "repeats too much"),
+        ({"target_modules": "(?x)(a{#\n9999}){ 9999 }"}, "verbose mode"),
+        ({"alpha_pattern": {"((a{99}){99}){99}": 1}}, "repeats too much"),
         ({"auto_mapping": {"parent_library": "os"}, "note": "x" * MAX_CONFIG_BYTES}, "bytes; .* are allowed"),
     ],
 )
@@ -75,6 +88,42 @@ def test_fields_are_bounded(changes: dict[str, Any], reason: str, good: Path, la
     edit_config(good, **changes)
     with pytest.raises(AdapterError, match=reason):
         read_adapter(good, *layers)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_in_another_encoding_is_refused(encoding: str, good: Path) -> None:
+    """Python's JSON reads it, PEFT and vLLM do not."""
+    (good / CONFIG_FILE).write_text((good / CONFIG_FILE).read_text(), encoding)
+    with pytest.raises(AdapterError, match="not valid JSON"):
+        read_declared(good)
+
+
+def test_a_key_that_stands_there_twice_is_refused(good: Path) -> None:
+    text = (good / CONFIG_FILE).read_text().rstrip()
+    (good / CONFIG_FILE).write_text(f'{text[:-1]}, "lora_alpha": 800}}')
+    with pytest.raises(AdapterError, match="a key stands there twice"):
+        read_declared(good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"lora_dropout": 0.05, "inference_mode": True}, True),
+        ({"init_lora_weights": "gaussian"}, False),
+        ({"task_type": "SEQ_CLS"}, False),
+        ({"runtime_config": {"ephemeral_gpu_offload": True}}, False),
+        ({"eva_config": {"rho": 2.0}}, False),
+    ],
+)
+def test_no_engine_sees_a_field_that_nobody_checked(
+    changes: dict[str, Any], seen: bool, good: Path, layers: tuple[Shapes, str | None], tmp_path: Path
+) -> None:
+    edit_config(good, **changes)
+    read_adapter(good, *layers)
+    given = for_engine(good, tmp_path / "scratch")
+    assert (given == good) == seen
+    content = json.loads((given / CONFIG_FILE).read_text())
+    assert seen or all(content.get(name) != value for name, value in changes.items())
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1])

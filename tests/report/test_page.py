@@ -11,6 +11,7 @@ import pytest
 from conftest import RunData
 
 from pipeline.report.page import VISIBLE_ROWS, write_report
+from pipeline.storage import Folder
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -129,6 +130,14 @@ def test_a_run_with_only_a_catalogue_says_what_was_not_run(run_data: RunData, tm
     for part in ("Training and comparison", "Selection and merge", "Search", "Sampling", "Stages"):
         assert f"{part}: not run yet." in text
     assert "40 adapters found in the pool; 6 adapters set aside." in text
+
+
+@pytest.mark.parametrize("name", ["selection.json", "stages.json", "leaderboard.parquet"])
+def test_what_is_cut_short_counts_as_missing(run_data: RunData, tmp_path: Path, name: str) -> None:
+    page_of(run_data, tmp_path)
+    (file,) = tmp_path.rglob(name)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert write_report(Folder.at(file.parent))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "samples.json", "selection.json", "stages.json", "summary.json"])
