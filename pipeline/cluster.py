@@ -139,6 +139,7 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
             # Where a network is not to be used, workers must know it too.
             **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
         }

@@ -4,6 +4,7 @@ The tokenised split is put into Ray's object store once an arm, where all worker
 not fit). A worker that starts anew streams from the step of its checkpoint on, so that no row comes twice and none is missed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +27,10 @@ def stream_steps(rows: ray.ObjectRef, share: Share, first: int, end: int) -> Ite
         return
 
     def made(numbers: pa.Table) -> pa.Table:
-        start, count = numbers["number"][0].as_py(), len(numbers)
+        start, count = numbers["item"][0].as_py(), len(numbers)
         return pa.Table.from_pylist(list(make_steps(ray.get(rows), share, start, start + count)), schema=STEP)
 
-    starts = range(first, end, STEPS_A_TASK)
-    blocks = ray.data.from_arrow([pa.table({"number": range(start, min(start + STEPS_A_TASK, end))}) for start in starts])
-    # One task at a time keeps the order; it takes no CPU of Ray's, as the training workers may hold all of them.
-    steps = blocks.map_batches(made, batch_size=None, batch_format="pyarrow", compute=TaskPoolStrategy(1), num_cpus=0)
+    # Nothing here takes a CPU of Ray's, as the training workers may hold all of them; one task at a time keeps the order.
+    numbers = ray.data.from_items(list(range(first, end)), override_num_blocks=math.ceil((end - first) / STEPS_A_TASK))
+    steps = numbers.map_batches(made, batch_size=None, batch_format="pyarrow", compute=TaskPoolStrategy(1), num_cpus=0)
     yield from steps.iter_rows()
