@@ -107,6 +107,8 @@ bench: setup
 	@$(BIN)/python -m examples.base_model >/dev/null
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.recall
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.simulation
 
 clean:
