@@ -297,6 +297,14 @@ class Config(Section):
                 raise ValueError(f"{name}: {place} lies in the pool {self.pool}, which it would change; choose another folder")
         return self
 
+    @model_validator(mode="after")
+    def a_probe_trains_on_one_device(self) -> "Config":
+        if self.merge.probe and self.train.shard:
+            raise ValueError(
+                "merge.probe trains on one device, and train.shard is for bases that fit none; leave one of them out"
+            )
+        return self
+
     @field_validator("base")
     @classmethod
     def local_folder_absolute(cls, value: str) -> str:

@@ -106,7 +106,8 @@ def training_resources(train: TrainConfig) -> cluster.Resources:
 def training_kind(train: TrainConfig) -> str:
     """What a measured speed of training holds for."""
     workers = f"{train.workers} x {cluster.describe(training_resources(train))}"
-    return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {workers}"
+    memory = f"{train.tokens_per_pass} tokens a pass, shared out: {train.shard}, checkpointing: {train.gradient_checkpointing}"
+    return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 
 
 def arms_at_once(train: TrainConfig) -> int:

@@ -187,13 +187,13 @@ def train_donor(
         settings = TrainConfig(steps=10 * seed, batch_size=16, evaluations=1, dtype="float32")
         lora = Lora(4 * seed, 8.0, ("q_proj", "v_proj", "up_proj"))
 
-        def keep(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-            assert checkpoint is not None
-            target.mkdir(parents=True, exist_ok=True)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                (target / name).write_bytes((checkpoint / name).read_bytes())
-
-        Finetuning(Job(Arm("base", 1e-2, seed), tiny_base, lora, settings, data, data, "donor"), 0, 1, keep).run()
+        training = Finetuning(Job(Arm("base", 1e-2, seed), tiny_base, lora, settings, data, data, "donor"), 0, 1, lambda *_: None)
+        training.run()
+        saved = tmp_path_factory.mktemp("saved")
+        training.trainable.save(saved, first=True)
+        target.mkdir(parents=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (target / name).write_bytes((saved / name).read_bytes())
 
     return train
 
