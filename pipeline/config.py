@@ -300,9 +300,7 @@ class Config(Section):
     @model_validator(mode="after")
     def a_probe_trains_on_one_device(self) -> "Config":
         if self.merge.probe and self.train.shard:
-            raise ValueError(
-                "merge.probe trains on one device, and train.shard is for bases that fit none; leave one of them out"
-            )
+            raise ValueError("merge.probe trains on one device, train.shard is for bases that fit none; leave one out")
         return self
 
     @field_validator("base")
