@@ -73,7 +73,7 @@ def completion_targets(batch: Batch) -> Tensor:
     return batch.ids_BT[:, 1:][batch.mask_BT[:, 1:]]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP keeps what it gathers, and training goes on with it
 def score_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p of each token that counts, and whether it was the model's first choice; each (N,)."""
     hidden_NH, target_N = _hidden(model, batch), completion_targets(batch)
