@@ -39,9 +39,9 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.peak import gemm_peak
 from examples.base_model import base_model
 from pipeline import cluster
-from pipeline.arms import Arm, Job, Lora, pass_tokens
+from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import device, load_tokenizer
-from pipeline.batches import Share, batch_places, make_steps
+from pipeline.batches import batch_places
 from pipeline.config import TrainConfig
 from pipeline.finetuning import WARMUP, Finetuning
 from pipeline.samples import tokenise
@@ -204,6 +204,7 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
     pairs = {kind: zip(found[kind], found["ours"], strict=True) for kind in kinds[1:]}
     ratio = {kind: statistics.median(a["seconds"] / b["seconds"] for a, b in both) for kind, both in pairs.items()}
     ours, trl = found["ours"][0], found["trl"][0]
+    seconds = statistics.median(one["seconds"] for one in found["ours"])
     return {
         **{f"over_{kind}": round(ratio[kind], 3) for kind in PEERS},
         "memory_over_trl": round(ours["peak"] / trl["peak"], 3),
@@ -211,8 +212,8 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
         "loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], trl["losses"], strict=True)),
         "gemm_peak_share": round(statistics.median(one["gemm_share"] for one in found["ours"]), 3),
         "allocator_gain": round(ratio["ours_plain"], 3) if "ours_plain" in ratio else None,
-        "seconds_a_step": round(statistics.median(one["seconds"] for one in found["ours"]), 3),
-        "tokens_a_second": round(ours["tokens"] / statistics.median(one["seconds"] for one in found["ours"])),
+        "seconds_a_step": round(seconds, 3),
+        "tokens_a_second": round(ours["tokens"] / seconds),
     }
 
 
@@ -246,8 +247,7 @@ def measure(kind: str, file: str) -> None:
 
 def _flops(done: Timed) -> float:
     """Of all training steps, counted while they are done once more."""
-    share = Share(done.job.train.batch_size, done.arm.seed, 0, 1, pass_tokens(done.job.train, gpu=device().type == "cuda"))
-    steps = make_steps(done.job.data.read_table("train.parquet"), share, 0, done.step)
+    steps = done.feed(done.share, 0, done.step)
     done.step = 0
     with FlopCounterMode(display=False) as counter:
         for step in steps:

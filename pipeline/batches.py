@@ -71,7 +71,7 @@ def share_out(lengths: Sequence[int], workers: int, tokens: int) -> list[list[li
 
 def padded_tokens(lengths: Sequence[int], workers: int, tokens: int) -> int:
     """Input tokens, padding included, that all workers together compute of a global batch."""
-    return sum(len(batch) * lengths[batch[0]] for share in share_out(lengths, workers, tokens) for batch in share if batch)
+    return _padded(lengths, share_out(lengths, workers, tokens))
 
 
 def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
     return {
         "number": number,
         "n_learned": sum(sum(row["learn"][1:]) for row in given),  # a row's first token has nothing before it
-        "n_padded": padded_tokens(lengths, share.workers, share.tokens),
+        "n_padded": _padded(lengths, shares),
         "passes": [[given[place] for place in places] or [nothing] for places in shares[share.rank]],
     }
 
@@ -96,6 +96,11 @@ def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
 def make_steps(rows: pa.Table, share: Share, first: int, end: int) -> Iterator[dict[str, Any]]:
     """The steps from `first` to before `end`, schema STEP."""
     return (make_step(rows, number, share) for number in range(first, end))
+
+
+def _padded(lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]]) -> int:
+    """A pass is as wide as its first row, which is its longest."""
+    return sum(len(batch) * lengths[batch[0]] for share in shares for batch in share if batch)
 
 
 @lru_cache(maxsize=2)

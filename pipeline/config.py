@@ -107,7 +107,7 @@ class Budget(Section):
 
 
 def _resources(value: float | str, info: ValidationInfo) -> float | str:
-    """A number of engines, CPUs or GPUs, of which last alone there may be none; or auto."""
+    """A number of engines, tokens, CPUs or GPUs, of which last alone there may be none; or auto."""
     least = 0 if str(info.field_name).startswith("gpus") else 1e-9
     if not isinstance(value, str) and not least <= value < math.inf:
         raise ValueError("must be positive")
@@ -221,13 +221,6 @@ class TrainConfig(Section):
             raise ValueError("must be from 0 to 2**32 - 1")
         return value
 
-    @field_validator("tokens_per_pass")
-    @classmethod
-    def tokens_positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be positive")
-        return value
-
     @model_validator(mode="after")
     def fewest_workers_first(self) -> "TrainConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
@@ -239,7 +232,7 @@ class TrainConfig(Section):
     def each_once(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         return _distinct(value)
 
-    @field_validator("cpus_per_worker", "gpus_per_worker")
+    @field_validator("tokens_per_pass", "cpus_per_worker", "gpus_per_worker")
     @classmethod
     def in_range(cls, value: float | str, info: ValidationInfo) -> float | str:
         return _resources(value, info)

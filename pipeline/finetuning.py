@@ -46,6 +46,8 @@ class Finetuning:
         started = time.perf_counter()
         self.job, self.arm = job, job.arm
         self.rank, self.workers, self.report = rank, workers, report
+        tokens = pass_tokens(job.train, gpu=device().type == "cuda")
+        self.share = Share(job.train.batch_size, job.arm.seed, rank, workers, tokens)
         self.feed = feed or _feed_from_memory(job)
         self.validation = Rows(job.data.read_table("validation.parquet"))
         self.trainable = Trainable(job, workers)
@@ -61,11 +63,9 @@ class Finetuning:
     def run(self) -> None:
         """Train to the last step; evaluate, checkpoint and report on the way."""
         end = self.job.last_step or self.job.train.steps
-        tokens = pass_tokens(self.job.train, gpu=device().type == "cuda")
-        share = Share(self.job.train.batch_size, self.arm.seed, self.rank, self.workers, tokens)
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
-        steps = self.feed(share, self.step, end)
+        steps = self.feed(self.share, self.step, end)
         with traced(self.job.trace, self.job.profile if self.rank == 0 else None) as tick:
             for stop in [stop for stop in evaluation_steps(end, self.job.train.evaluations) if stop > self.step]:
                 if self.diverged_at is not None or self._stalled():
@@ -133,11 +133,11 @@ class Finetuning:
 
     def _save(self, folder: Path) -> None:
         """Write a checkpoint; the first worker's is whole, the others have nothing to write."""
-        first = self.rank == 0
-        self.trainable.save(folder, first)
-        state = self.trainable.state(self.optimizer)
-        if not first:
+        trained = self.trainable.trained()
+        state = self.trainable.state(trained, self.optimizer)
+        if self.rank != 0:
             return
+        self.trainable.save(folder, trained)
         progress = {"schedule": self.schedule.state_dict(), "progress": (self.step, self.tokens, self.seconds)}
         torch.save(state | progress, folder / STATE_FILE)
         times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}

@@ -73,12 +73,13 @@ def target_paths(config: Config) -> dict[str, str]:
         InputError: there is nothing at a path.
     """
     paths = {role: path for role in ROLES if (path := getattr(config.target, role)) is not None}
-    for role, path in paths.items():
-        if not Folder.at(path).exists():
-            raise InputError(f"{path}: no such file or folder (target.{role})")
-        if not any(size for _, size, _ in Folder.at(path).state()):
-            raise InputError(f"{path}: the data set is empty, or no file (target.{role})")
-    places = {role: Folder.at(path).path for role, path in paths.items() if not Folder.at(path).exists("dataset_dict.json")}
+    folders = {role: Folder.at(path) for role, path in paths.items()}
+    for role, folder in folders.items():
+        if not folder.exists():
+            raise InputError(f"{paths[role]}: no such file or folder (target.{role})")
+        if not any(size for _, size, _ in folder.state()):
+            raise InputError(f"{paths[role]}: the data set is empty, or no file (target.{role})")
+    places = {role: folder.path for role, folder in folders.items() if not folder.exists("dataset_dict.json")}
     if twice := next((role for role in places if list(places.values()).count(places[role]) > 1), None):
         raise InputError(f"{paths[twice]}: the same data for two splits (target.{twice}); give each rows of its own")
     return paths

@@ -163,14 +163,13 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
 def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
     """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them."""
     config, lora = run.config, _trained_shape(run)
-    budget = _budget(config)
+    rows, budget = _rows(run), _budget(config)
     starts = {
         init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
         for init in {arm.init for arm in arms}
     }
     keys = {
-        init: digest(_rows(run), budget, lora.rank, lora.alpha, lora.target_modules, _weights(start))
-        for init, start in starts.items()
+        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start)) for init, start in starts.items()
     }
     return [
         Job(
@@ -189,7 +188,7 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
 
 def _rows(run: Run) -> str:
     """Digest of the rows that arms train on and are judged by, wherever they were read from."""
-    ids = {split: run.folder.read_table(f"data/{split}.parquet")["sample_id"].to_pylist() for split in ROLES}
+    ids = {split: run.folder.read_table(f"data/{split}.parquet", ["sample_id"])["sample_id"].to_pylist() for split in ROLES}
     return digest(fingerprint(run.config.base), ids)
 
 

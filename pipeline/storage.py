@@ -244,8 +244,9 @@ class Folder:
         pq.write_table(table, sink)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
-    def read_table(self, name: str) -> pa.Table:
-        return pq.read_table(self.join(name), filesystem=self.files)
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet table, or these columns of it."""
+        return pq.read_table(self.join(name), columns=columns, filesystem=self.files)
 
     def dataset(self, schema: pa.Schema, whole: bool = False) -> pads.Dataset:
         """The Parquet files in this folder as one lazily read data set; a missing folder gives an empty one.

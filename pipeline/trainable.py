@@ -87,12 +87,16 @@ class Trainable:
         """In which backward passes add to the gradients of this worker alone, unless it is `now` that workers sum them."""
         return nullcontext() if now or not isinstance(self._wrapped, DistributedDataParallel) else self._wrapped.no_sync()
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What going on needs, on the first worker; empty on the others. All of them must call it."""
-        weights = {} if self.job.full else get_model_state_dict(self.model, options=TRAINED)
+    def trained(self) -> dict[str, Any]:
+        """The weights that are trained, on the first worker; empty on the others. All of them must call it."""
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=TRAINED)
+        return weights
+
+    def state(self, trained: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What going on needs, on the first worker. All of them must call it."""
         # Before its first step an optimizer has none, and to be asked for it would count as a step.
         moments = get_optimizer_state_dict(self.model, optimizer, options=TRAINED) if optimizer.state else None
-        return {"weights": weights, "optimizer": moments}
+        return {"weights": {} if self.job.full else trained, "optimizer": moments}
 
     def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
         """Go on from what `state` gave; of all weights trained, those that `save` wrote to `folder`."""
@@ -101,17 +105,14 @@ class Trainable:
         if state["optimizer"] is not None:
             set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=TRAINED)
 
-    def save(self, folder: Path, first: bool) -> None:
-        """Write the adapter, or the model, as others read it. All workers must call it; the first writes."""
-        weights = get_model_state_dict(self.model, options=TRAINED)
-        if not first:
-            return
+    def save(self, folder: Path, trained: dict[str, Any]) -> None:
+        """Write the adapter, or the model, as others read it."""
         if self.start:
             with tempfile.TemporaryDirectory() as fresh:
-                self.model.save_pretrained(fresh, state_dict=weights)
+                self.model.save_pretrained(fresh, state_dict=trained)
                 write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(Path(fresh))))
             return
-        self.model.save_pretrained(str(folder), state_dict=weights)
+        self.model.save_pretrained(str(folder), state_dict=trained)
         if self.job.full:
             load_tokenizer(self.job.base).save_pretrained(str(folder))
 

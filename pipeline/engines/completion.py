@@ -60,11 +60,9 @@ def completion_nll(model: Any, batch: Batch) -> Tensor:
 
     Never more than LOGITS logits are held: where there are more, they are made in chunks, and anew for the gradient.
     """
-    hidden_NH, target_N = _hidden(model, batch), completion_targets(batch)
-    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
-    if len(target_N) <= size:
-        return _nll(model, hidden_NH, target_N)
-    chunks = zip(hidden_NH.split(size), target_N.split(size), strict=True)
+    chunks = _chunks(model, batch)
+    if len(chunks) == 1:
+        return _nll(model, *chunks[0])
     return torch.cat([checkpoint(_nll, model, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -76,13 +74,11 @@ def completion_targets(batch: Batch) -> Tensor:
 @torch.no_grad()  # not inference_mode: FSDP keeps what it gathers, and training goes on with it
 def score_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p of each token that counts, and whether it was the model's first choice; each (N,)."""
-    hidden_NH, target_N = _hidden(model, batch), completion_targets(batch)
-    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
     nll, hit = [], []
-    for chunk_NH, target in zip(hidden_NH.split(size), target_N.split(size), strict=True):
-        logits_NV = _logits(model, chunk_NH)
-        nll.append(cross_entropy(logits_NV, target, reduction="none").double())
-        hit.append(logits_NV.argmax(dim=-1) == target)
+    for hidden_NH, target_N in _chunks(model, batch):
+        logits_NV = _logits(model, hidden_NH)
+        nll.append(cross_entropy(logits_NV, target_N, reduction="none").double())
+        hit.append(logits_NV.argmax(dim=-1) == target_N)
     return torch.cat(nll), torch.cat(hit)
 
 
@@ -93,6 +89,12 @@ def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     ones_N = torch.ones_like(nll_N)
     nll_B, count_B, hit_B = (zero_B.index_add(0, batch.row_N, values) for values in (nll_N, ones_N, hit_N.double()))
     return nll_B.cpu(), count_B.cpu(), hit_B.cpu()
+
+
+def _chunks(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Last hidden states (N, H) and targets (N,), so many at a time that they make at most LOGITS logits."""
+    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    return list(zip(_hidden(model, batch).split(size), completion_targets(batch).split(size), strict=True))
 
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
