@@ -122,10 +122,17 @@ def require(resources: Resources, section: Literal["search", "train"], count: in
     logging.getLogger(__name__).warning("%s; waiting for the autoscaler to bring more", missing)
 
 
-def compute_task(function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto") -> Any:
-    """`function` as a Ray task with the resources and the environment of one compute worker."""
+def compute_task(
+    function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto", on_held_cpus: bool = False
+) -> Any:
+    """`function` as a Ray task with the resources and the environment of one compute worker.
+
+    Args:
+        on_held_cpus: workers of ours that are idle hold the CPUs, and Ray has none to give.
+    """
     resources = worker_resources(cpus, gpus)
-    return ray.remote(function).options(num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=worker_env(resources))
+    given = 0 if on_held_cpus else resources.cpus
+    return ray.remote(function).options(num_cpus=given, num_gpus=resources.gpus, runtime_env=worker_env(resources))
 
 
 def worker_env(resources: Resources) -> dict[str, Any]:

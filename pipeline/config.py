@@ -149,14 +149,14 @@ class MergeConfig(Section):
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
     method: Literal["auto", "exact", "concat", "fold", "ab_mean", "ties", "dare"] = Field(
         "auto",
-        description="auto: exact; fold: nothing is cut, and training adds the mashup to the frozen base's weights and trains "
-        "a fresh adapter on top",
+        description="auto: exact, with the paper's ab_mean of the best two as a rival; fold: nothing is cut, and training adds "
+        "the mashup to the frozen base's weights and trains a fresh adapter on top",
     )
     weights: Literal["auto", "equal", "gains", "greedy", "learned", "learned_by_module"] = Field(
         "auto",
-        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; besides "
-        "equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: by "
-        "gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
+        description="gains: in proportion to what each donor gains over the base; auto: equal, gains and learned are tried; "
+        "besides equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: "
+        "by gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
     )
     rank: int | Auto = Field(
         "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat, fold: without that limit"

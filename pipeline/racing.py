@@ -17,7 +17,7 @@ from pipeline.search.board import Progress, Work
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
-from pipeline.search.stream import engine_config, score_stream, scoring_dtype, scoring_kind
+from pipeline.search.stream import engine_config, scoring_dtype, scoring_kind
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
@@ -90,7 +90,7 @@ def race(
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
     board, began = Progress(), time.perf_counter()
-    for board in score_stream(work, engine, run.config.search, plan, limit):
+    for board in run.engines.race(work, engine, plan, limit):
         _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()

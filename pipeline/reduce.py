@@ -12,11 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
-from pipeline.merge.recipes import Recipe
+from pipeline.merge.recipes import SUMS, Recipe
 from pipeline.tables import BASE_ID
 
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
 MAX_AUTO_RANK = 64
+LEARNED_DONORS = 5
+"""Whose weights are learned where that is not asked for: with eight, no lower loss was found, at a rank of half as much again."""
 
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
@@ -46,9 +48,9 @@ def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
 def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:
     """Recipes worth scoring. Empty where no donor beats the base.
 
-    For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. Where
-    weights found on the samples are asked for, besides equal ones, one recipe of the most donors, for which they are yet to be
-    found.
+    For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. One
+    recipe more has weights that are yet to be found on the samples: those that are asked for, of the most donors; or else,
+    where the method is a weighted sum, learned ones. Where the method is left open too, the paper's recipe is a rival.
     """
     donors, ranks = _one_a_family(eligible_donors(leaderboard), catalogue), _ranks(catalogue)
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
@@ -57,16 +59,28 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
     weightings = ("equal", "gains") if config.weights == "auto" else ("equal",) if on_samples else (config.weights,)
     recipes = [_recipe(top, weighting, ranks, config) for top in tops for weighting in weightings]
     if config.weights == "auto":
-        return [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
+        recipes = [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
     if on_samples and recipes:
         recipes.append(replace(recipes[-1], weighting=config.weights))
+    elif tops and config.weights == "auto" and config.method in (*SUMS, "auto"):
+        recipes.append(replace(_recipe(tops[-1][:LEARNED_DONORS], "equal", ranks, config), weighting="learned"))
+    if len(donors) > 1 and config.method == config.k == config.weights == "auto" and _alike(donors[:2], catalogue):
+        recipes.append(_recipe(donors[:2], "equal", ranks, config.model_copy(update={"method": "ab_mean"})))
     return recipes
 
 
 def most_recipes(config: MergeConfig, n_candidates: int) -> int:
     """How many recipes `propose` gives of so many candidates at most."""
     sizes = sum(k <= n_candidates for k in CANDIDATE_SIZES) if config.k == "auto" else 1
-    return sizes * (2 if config.weights == "auto" else 1) + (config.weights in ON_SAMPLES)
+    if config.weights != "auto":
+        return sizes + (config.weights in ON_SAMPLES)
+    return 2 * sizes + (config.method in (*SUMS, "auto")) + (config.method == config.k == "auto")
+
+
+def largest_merge(ranks: Sequence[int], config: MergeConfig) -> int:
+    """The largest rank that a recipe of donors of these ranks can have."""
+    most = max(CANDIDATE_SIZES) if config.k == "auto" else config.k
+    return _rank(sorted(ranks)[-most:], "exact" if config.method == "auto" else config.method, config.rank)
 
 
 def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
@@ -159,6 +173,13 @@ def _one_a_family(donors: list[dict[str, Any]], catalogue: pa.Table) -> list[dic
     for donor in donors:
         best.setdefault(families[donor["adapter_id"]] or donor["adapter_id"], donor)
     return list(best.values())
+
+
+def _alike(donors: list[dict[str, Any]], catalogue: pa.Table) -> bool:
+    """Whether A and B of these donors can be averaged apart, by what the catalogue says of them."""
+    names = {donor["adapter_id"] for donor in donors}
+    rows = (row for row in catalogue.to_pylist() if row["adapter_id"] in names)
+    return len({(row["rank"], row["alpha"], row["use_rslora"], tuple(row["target_modules"])) for row in rows}) == 1
 
 
 def _ranks(catalogue: pa.Table) -> dict[str, int]:

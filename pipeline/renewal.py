@@ -43,10 +43,11 @@ def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Cal
     _take_index(run, pool)
     stages.samples(run)
     key, before = _searched(run)
-    stages.search(run)
-    stages.merge_donors(run)
-    check()
-    outcome, current = publish(run, place, threshold)
+    with run.engines.kept():
+        stages.search(run)
+        stages.merge_donors(run)
+        check()
+        outcome, current = publish(run, place, threshold)
     key_now, spent = _searched(run)
     return _columns(run) | {
         "adapter_samples": spent - (before if key == key_now else 0),

@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 from pipeline.ledger import Ledger, Outputs
 from pipeline.observe import tell_stage
 from pipeline.progress import Progress
+from pipeline.search.stream import Engines
 from pipeline.storage import Folder
 from pipeline.tables import VERSION
 
@@ -38,6 +39,7 @@ class Run:
         self.folder.create()
         self.ledger = Ledger(self.folder, STAGES, tell_stage)
         self.progress = Progress()
+        self.engines = Engines(config.search)
 
     @classmethod
     def open(cls, uri: str) -> "Run":

@@ -68,10 +68,12 @@ def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
         places = _uris(catalogue)
         uris = [places[donor] for donor in recipe.donors]
         run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
+        held = run.engines.leave_room()
         if greedy:
-            task = compute_task(greedy_donors).remote(run.config.base, uris, search)
+            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, uris, search)
         else:
-            task = compute_task(learn_weights).remote(run.config.base, uris, search, recipe.weighting == "learned_by_module")
+            by_module = recipe.weighting == "learned_by_module"
+            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, uris, search, by_module)
         candidates.write_json(file, {"found": ray.get(task)})
     found = candidates.read_json(file)["found"]
     if greedy:
@@ -90,6 +92,7 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
     write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
     train = config.train.model_copy(update={"evaluations": 1})
     last = min(config.merge.probe, train.steps)
+    run.engines.close()  # whose place the probe needs
     folded = not _trained_on(config, "mashup")
     best = run.folder.sub("candidates", short_list[0].recipe.name)
     shape = _usual_shape(run) if folded else _shape_at(best)  # the base's, too: a larger rank alone learns faster

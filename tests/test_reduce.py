@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import MergeConfig
 from pipeline.merge.recipes import Recipe
-from pipeline.reduce import Scored, choose, control_recipes, eligible_donors, most_recipes, propose, selection
+from pipeline.reduce import Scored, choose, control_recipes, eligible_donors, largest_merge, most_recipes, propose, selection
 from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD
 
 
@@ -24,9 +24,9 @@ def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:
 
 
 def catalogue(**ranks: int) -> pa.Table:
+    plain = {"base_model": None, "alpha": 16.0, "use_rslora": False, "target_modules": ["q_proj"], "status": "ok"}
     rows = [
-        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "base_model": None, "rank": rank, "status": "ok"}
-        for name, rank in ranks.items()
+        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "rank": rank, **plain} for name, rank in ranks.items()
     ]
     return pa.Table.from_pylist(rows, schema=CATALOGUE)
 
@@ -63,11 +63,12 @@ def test_a_given_k_is_one_recipe_of_as_many_donors_as_there_are(k: int, donors: 
 
 
 def test_weights_by_gain_are_tried_where_they_differ_from_equal_ones() -> None:
-    recipes = propose(BOARD, POOL, MergeConfig())
+    *recipes, learned = propose(BOARD, POOL, MergeConfig())
     assert [recipe.name for recipe in recipes] == ["exact-1", "exact-2", "exact-2-gains", "exact-3", "exact-3-gains"]
     assert recipes[4].weights == pytest.approx((5 / 9, 3 / 9, 1 / 9))
+    assert (learned.name, learned.donors) == ("exact-3-learned", ("a", "c", "d"))
     alike = leaderboard(("a", -0.5, -0.4), ("c", -0.49, -0.2))
-    assert [recipe.name for recipe in propose(alike, POOL, MergeConfig())] == ["exact-1", "exact-2"]
+    assert [recipe.name for recipe in propose(alike, POOL, MergeConfig())] == ["exact-1", "exact-2", "exact-2-learned"]
     (asked,) = propose(alike, POOL, MergeConfig(k=2, weights="gains"))
     assert asked.weights == pytest.approx((50 / 99, 49 / 99))
 
@@ -89,6 +90,34 @@ def test_the_rank_of_a_recipe(config: dict[str, Any], ranks: dict[str, int], exp
     assert recipe.rank == expected
 
 
+def test_learned_weights_are_a_rival_of_five_donors_where_the_method_is_a_sum() -> None:
+    board = leaderboard(*((name, -0.9 + 0.1 * place, -0.1) for place, name in enumerate("abcdefgh")))
+    pool = catalogue(**dict.fromkeys("abcdefgh", 8))
+    learned = propose(board, pool, MergeConfig())[-2]
+    assert (learned.name, learned.donors, learned.rank) == ("exact-5-learned", tuple("abcde"), 40)
+    assert propose(board, pool, MergeConfig(method="fold", k=2))[-1].name == "fold-2-learned"
+    assert all(recipe.weighting != "learned" for recipe in propose(board, pool, MergeConfig(method="ties")))
+
+
+def test_the_papers_recipe_is_a_rival_where_its_donors_are_alike() -> None:
+    board = leaderboard(("a", -0.5, -0.4), ("e", -0.4, -0.4), ("b", -0.3, -0.4))
+    (paper,) = (recipe for recipe in propose(board, POOL, MergeConfig()) if recipe.method == "ab_mean")
+    assert (paper.donors, paper.weights, paper.rank) == (("a", "e"), (0.5, 0.5), 4)
+    unlike = leaderboard(("a", -0.5, -0.4), ("b", -0.4, -0.4))
+    for config in (MergeConfig(k=2), MergeConfig(method="exact"), MergeConfig(weights="equal")):
+        assert "ab_mean" not in {recipe.method for recipe in propose(board, POOL, config)}
+    assert "ab_mean" not in {recipe.method for recipe in propose(unlike, POOL, MergeConfig())}
+
+
+def test_engines_that_stay_for_the_merge_hold_the_largest_of_its_recipes() -> None:
+    ranks = [4, 8, 16, 2, 4]
+    assert largest_merge(ranks, MergeConfig()) == 34
+    assert largest_merge([64, 8], MergeConfig()) == 64
+    assert largest_merge(ranks, MergeConfig(k=2)) == 24
+    assert largest_merge([60, 60], MergeConfig(method="concat")) == 120
+    assert largest_merge(ranks, MergeConfig(rank=99)) == 99
+
+
 def test_learned_weights_are_for_the_most_donors_and_rival_equal_ones() -> None:
     recipes = propose(BOARD, POOL, MergeConfig(weights="learned"))
     assert [recipe.name for recipe in recipes] == ["exact-1", "exact-2", "exact-3", "exact-3-learned"]
@@ -99,7 +128,7 @@ def test_learned_weights_are_for_the_most_donors_and_rival_equal_ones() -> None:
 @pytest.mark.parametrize("k", ["auto", 2])
 def test_no_more_recipes_are_proposed_than_is_said(weights: Any, k: Any) -> None:
     config = MergeConfig(k=k, weights=weights)
-    assert 0 < len(propose(BOARD, POOL, config)) <= most_recipes(config, len(POOL)) <= 11
+    assert 0 < len(propose(BOARD, POOL, config)) <= most_recipes(config, len(POOL)) <= 12
 
 
 def test_controls_are_the_papers_recipe_the_best_donor_and_random_ones() -> None:

@@ -21,13 +21,25 @@ from pipeline.basemodel import fast_dtype
 from pipeline.engines import vllm_cpu
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.vllm_head import START
-from pipeline.merge.adapter import for_engine
+from pipeline.merge.adapter import WEIGHTS_FILE, for_engine
 from pipeline.tables import SCORES
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
 
 MAX_SEQUENCES = 64
+
+KEPT_BYTES, MOST_KEPT = 1 << 30, 512
+"""Weights of adapters that an engine keeps at hand, and how many, beside those of the batch: a race comes back to them on its
+next rung, and reading one takes as long as scoring it on several samples."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter in vLLM's memory, and the size of its weights."""
+
+    request: LoRARequest
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,11 @@ class Row:
 
 
 class VllmScorer:
-    """One vLLM engine. It holds the adapters of one batch; those used longest ago make room for others."""
+    """One vLLM engine. It holds the adapters of a batch and as many others as fit; those used longest ago make room."""
 
     def __init__(self, config: EngineConfig):
         self._places = config.adapters_per_batch
-        self._held: dict[str, LoRARequest] = {}  # the one used longest ago first
+        self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
         self._numbers = itertools.count(1)
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
             vllm_cpu.register()
@@ -98,19 +110,26 @@ class VllmScorer:
 
     def _hold(self, candidates: Sequence[Candidate]) -> list[LoRARequest | None]:
         """What vLLM knows each candidate by. An adapter that it still holds is not read again."""
-        adapters = [(candidate.adapter_id, candidate.folder) for candidate in candidates if candidate.folder is not None]
-        for name, folder in sorted(adapters, key=lambda adapter: adapter[0] not in self._held):
-            self._held[name] = self._held.pop(name, None) or self._load(name, folder)
-        return [self._held.get(candidate.adapter_id) for candidate in candidates]
+        folders = dict.fromkeys(candidate.folder for candidate in candidates if candidate.folder is not None)
+        for folder in sorted(folders, key=lambda folder: folder not in self._held):
+            self._held[folder] = self._held.pop(folder) if folder in self._held else self._load(folder)
+        return [self._held[candidate.folder].request if candidate.folder else None for candidate in candidates]
 
-    def _load(self, name: str, folder: Path) -> LoRARequest:
+    def _load(self, folder: Path) -> Held:
         """Have vLLM read an adapter, before there are requests for it: one that it refuses then leaves nothing behind."""
-        while len(self._held) >= self._places:
-            self.llm.llm_engine.remove_lora(self._held.pop(next(iter(self._held))).lora_int_id)
         with tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
-            request = LoRARequest(name, next(self._numbers), str(for_engine(folder, Path(scratch))))
-            self.llm.llm_engine.add_lora(request)
-        return request
+            plain = for_engine(folder, Path(scratch))
+            # Not under the adapter's id: an engine serves several races, whose ids may be alike.
+            held = Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)
+            self._make_room(held.bytes)
+            self.llm.llm_engine.add_lora(held.request)
+        return held
+
+    def _make_room(self, size: int) -> None:
+        """Let adapters go, those used longest ago first, until one of so many bytes fits; those of a batch always do."""
+        held = self._held
+        while len(held) >= self._places and (len(held) >= MOST_KEPT or size + sum(h.bytes for h in held.values()) > KEPT_BYTES):
+            self.llm.llm_engine.remove_lora(held.pop(next(iter(held))).request.lora_int_id)
 
 
 def _empty_cache(worker: Any) -> None:
@@ -133,7 +152,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "disable_log_stats": True,
         "enable_lora": config.max_rank > 0,
         "max_loras": config.adapters_per_batch,
-        "max_cpu_loras": config.adapters_per_batch,
+        "max_cpu_loras": max(MOST_KEPT, config.adapters_per_batch),
         "max_lora_rank": next(rank for rank in RANKS if rank >= config.max_rank),
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),

@@ -1,22 +1,26 @@
 """The Ray Data plan of the search: a stream of tickets through a pool of actors, each with one scoring engine.
 
 A ticket stands for one batch of work; which, the scoreboard says when the ticket is used, as who goes on depends on the scores so
-far. So one engine start serves the whole race. Ray Data grows and shrinks the pool with the cluster, and gives the ticket of
-an actor that died to another. An actor stores the scores of a batch, whole or not at all, before it reports them.
+far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
+grows and shrinks the pool with the cluster, and gives the ticket of an actor that died to another. An actor stores the scores
+of a batch, whole or not at all, before it reports them.
 """
 
+import asyncio
 import faulthandler
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
@@ -93,21 +97,116 @@ def require_engine(search: SearchConfig) -> None:
 def score_stream(
     work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
 ) -> Iterator[Progress]:
-    """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
+    """One race with engines of its own; as `Engines.race`."""
+    return Engines(search).race(work, engine, plan, seconds)
 
-    Args:
-        seconds: the time that it may take, engine start apart, in place of the plan's budget.
 
-    Raises:
-        InputError: no node of the cluster can hold an engine.
-    """
-    board = _on_this_node(Scoreboard).remote(work, plan, seconds)
-    try:
-        if not ray.get(board.progress.remote()).over:
-            yield from _follow(_tickets(work, engine, search, board), board)
-        yield ray.get(board.progress.remote())
-    finally:
-        ray.kill(board)
+class Engines:
+    """A pool of scoring engines: of each race its own, or `kept` up from one race to the next."""
+
+    def __init__(self, search: SearchConfig):
+        self._search = search
+        self.keeping = False
+        self._engine: EngineConfig | None = None
+        self._lobby: Any = None
+        self._running: Future[int] | None = None
+        self._races = 0
+
+    def race(self, work: Work, engine: EngineConfig, plan: Plan, seconds: float | None = None) -> Iterator[Progress]:
+        """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
+
+        Args:
+            engine: what the race needs; engines that are up and can hold it serve it.
+            seconds: the time that it may take, engine start apart, in place of the plan's budget.
+
+        Raises:
+            InputError: no node of the cluster can hold an engine.
+        """
+        board = _on_this_node(Scoreboard).remote(work, plan, seconds)
+        try:
+            if not ray.get(board.progress.remote()).over:
+                running = self._up(engine, len(work.candidates))
+                yield from self._follow(ray.put(Race(work, board)), board, running)
+            yield ray.get(board.progress.remote())
+        finally:
+            ray.kill(board)
+            if not self.keeping:
+                self.close()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within, the engines that a race started stay up for the next one."""
+        self.keeping = True
+        try:
+            yield
+        finally:
+            self.keeping = False
+            self.close()
+
+    def leave_room(self) -> bool:
+        """Let something else compute until the next race. On GPUs, whose memory the engines hold, they are ended; on CPUs they
+        idle meanwhile. Whether they still hold their CPUs."""
+        if scoring_resources(self._search).gpus:
+            self.close()
+        return self._running is not None
+
+    def close(self) -> None:
+        """End the engines that are up, such as where something else needs their place; a race starts others."""
+        if self._running:
+            ray.kill(self._lobby)
+            self._engine = self._running = None
+
+    def _up(self, engine: EngineConfig, candidates: int) -> "Future[int]":
+        """Engines that can hold what `engine` says, which run until the future ends."""
+        if self._running and not _serves(self._engine, engine):
+            self.close()
+        if not self._running:
+            require_engine(self._search)
+            self._engine, self._lobby = engine, _on_this_node(Lobby).remote()
+            tickets = _tickets(engine, self._search, self._lobby, candidates)
+            pool = ThreadPoolExecutor(max_workers=1)
+            self._running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
+            pool.shutdown(wait=False)  # who is interrupted goes on to take the lobby away, which ends the plan
+        return self._running
+
+    def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[Progress]:
+        """Wait for the end of a race; what fails in the plan is raised here."""
+        self._races += 1
+        while not (progress := ray.get(board.progress.remote())).over:
+            if running.done():
+                running.result()
+                raise RuntimeError("the engines ended before the race")
+            ray.get(self._lobby.call.remote(self._races, [race]))  # again and again: a lobby that starts anew knows of none
+            yield progress
+            time.sleep(POLL)
+
+
+@dataclass(frozen=True)
+class Race:
+    """What an engine needs for taking part: the work and the scoreboard that shares it out."""
+
+    work: Work
+    board: Any
+
+
+class Lobby:
+    """Where engines wait for the next race. Runs as a Ray actor; knows no Ray itself."""
+
+    def __init__(self) -> None:
+        self._number, self._race = 0, None
+        self._changed = asyncio.Condition()
+
+    async def call(self, number: int, race: Any) -> None:
+        """Call all engines to the race of this number; the first is 1."""
+        async with self._changed:
+            self._number, self._race = number, race
+            self._changed.notify_all()
+
+    async def wait(self, number: int) -> tuple[int, Any]:
+        """The present race with its number, once that is above `number`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._number > number)
+            return self._number, self._race
 
 
 def _on_this_node(actor: type) -> Any:
@@ -116,10 +215,19 @@ def _on_this_node(actor: type) -> Any:
     return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
 
 
-def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any) -> ray.data.Dataset:
-    require_engine(search)
+def _serves(up: EngineConfig | None, asked: EngineConfig) -> bool:
+    """Whether an engine that is up can hold what is asked of one."""
+    return (
+        up is not None
+        and replace(up, max_rank=asked.max_rank, target_modules=asked.target_modules) == asked
+        and up.max_rank >= asked.max_rank
+        and set(up.target_modules) >= set(asked.target_modules)
+    )
+
+
+def _tickets(engine: EngineConfig, search: SearchConfig, lobby: Any, candidates: int) -> ray.data.Dataset:
     resources = scoring_resources(search)
-    batches = math.ceil(len(work.candidates) / engine.adapters_per_batch)
+    batches = math.ceil(candidates / engine.adapters_per_batch)
     most = batches if search.actors == "auto" else search.actors
     jobs = [math.ceil(batches / MAX_TICKETS)] * min(batches, MAX_TICKETS) + [0] * min(MAX_TICKETS, IN_FLIGHT * most)
     return ray.data.from_arrow([pa.table({"jobs": [number]}) for number in jobs]).map_batches(
@@ -127,24 +235,11 @@ def _tickets(work: Work, engine: EngineConfig, search: SearchConfig, board: Any)
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
-        fn_constructor_args=(search.engine, engine, work, board),
+        fn_constructor_args=(search.engine, engine, lobby),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         runtime_env=cluster.worker_env(resources),
     )
-
-
-def _follow(tickets: ray.data.Dataset, board: Any) -> Iterator[Progress]:
-    """Run the plan in a thread beside; what fails there is raised here."""
-    pool = ThreadPoolExecutor(max_workers=1)
-    try:
-        running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
-        while not running.done():
-            yield ray.get(board.progress.remote())
-            time.sleep(POLL)
-        running.result()
-    finally:
-        pool.shutdown(wait=False)  # who is interrupted goes on to take the scoreboard away, which ends the plan
 
 
 class ScoringActor:
@@ -153,27 +248,52 @@ class ScoringActor:
     patience = 600.0
     """Seconds that a batch may take beyond ten times what it should."""
 
-    def __init__(self, engine: str, config: EngineConfig, work: Work, board: Any):
+    def __init__(self, engine: str, config: EngineConfig, lobby: Any):
         started = time.perf_counter()
-        self.work, self.board, self.batch = work, board, config.adapters_per_batch
+        self.lobby, self.number, self.batch = lobby, 0, config.adapters_per_batch
         self.adapters, self.ahead = AdapterCache(ahead=2 * self.batch), set[str]()
         self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
-        ray.get(board.hello.remote(self.name))
+        if not self._enter():
+            raise RuntimeError("the search was broken off before this engine came to it")
+        self._tell(self.board.hello, self.name)
         self.scorer: Scorer = build_scorer(engine, config)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
         startup = time.perf_counter() - started
         self._log().info("engine up in %.1f s", startup)
-        ray.get(board.ready.remote(startup))
+        self._tell(self.board.ready, startup)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Do the ticket's jobs; with `jobs` 0, all that there are until the race is over."""
-        jobs = batch["jobs"][0].as_py()
-        while job := ray.get(self.board.take.remote(self.name, self.batch)):
+        """Do the ticket's jobs; with `jobs` 0, all that there are until no further race is to come."""
+        left = batch["jobs"][0].as_py() or math.inf
+        while left > 0 and (job := self._next_job()):
             self._do(job)
-            jobs -= 1
-            if jobs == 0:
-                break
+            left -= 1
         return batch
+
+    def _next_job(self) -> Job | None:
+        """Of this race, or where it is over of the next one; None: there is none to come."""
+        while True:
+            job: Job | None = self._tell(self.board.take, self.name, self.batch)
+            if job or not self._enter():
+                return job
+            self._tell(self.board.ready, 0.0)
+
+    def _enter(self) -> bool:
+        """Wait for a race to take part in; False: none is to come."""
+        try:
+            self.number, [race] = ray.get(self.lobby.wait.remote(self.number))
+        except RayActorError:
+            return False
+        entered: Race = ray.get(race)
+        self.work, self.board = entered.work, entered.board
+        return True
+
+    def _tell(self, method: Any, *told: Any) -> Any:
+        """Call the scoreboard. None: it is gone, as its race is over."""
+        try:
+            return ray.get(method.remote(*told))
+        except RayActorError:
+            return None
 
     def _do(self, job: Job) -> None:
         rows = self.work.candidates.take(job.candidates)
@@ -189,7 +309,7 @@ class ScoringActor:
         if len(scores):
             self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
         nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
-        ray.get(self.board.report.remote(self.name, nll, tokens))
+        self._tell(self.board.report, self.name, nll, tokens)
 
     def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
         """Bring the next adapters onto this node while these are scored; give up those that went to other engines."""

@@ -51,6 +51,12 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
             """Adapters in vLLM's memory."""
             return len(self.scorer.llm.llm_engine.list_loras())
 
+        def limit(self, size: int) -> None:
+            """Of what it keeps beside a batch, in bytes."""
+            from pipeline.engines import vllm
+
+            vllm.KEPT_BYTES = size
+
         def wrapper(self) -> str:
             """The code that multiplies by A and B."""
             from vllm.platforms import current_platform
@@ -104,6 +110,15 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_working(
     assert_alike(vllm_score(candidates[:2], samples), TransformersScorer(engine_config).score(candidates[:2], samples))
 
 
+def test_a_name_that_comes_again_for_another_adapter_is_another_adapter(
+    vllm_score: Callable[..., pa.Table], engine_config: EngineConfig, candidates: list[Candidate], samples: pa.Table
+) -> None:
+    """An engine serves several races, each with names of its own."""
+    for other in candidates[1:3]:
+        batch = [Candidate("exact-1", other.folder)]
+        assert_alike(vllm_score(batch, samples), TransformersScorer(engine_config).score(batch, samples))
+
+
 def test_further_samples_of_a_known_adapter(
     vllm_score: Callable[..., pa.Table], engine_config: EngineConfig, candidates: list[Candidate], samples: pa.Table
 ) -> None:
@@ -114,10 +129,15 @@ def test_further_samples_of_a_known_adapter(
 def test_adapters_leave_nothing_behind(
     engine: Callable[..., Any], candidates: list[Candidate], samples: pa.Table, engine_config: EngineConfig, scratch: Path
 ) -> None:
-    """Neither in vLLM's memory nor, of those that are rewritten for it, on disk."""
-    for start in (1, 3, 1):
+    """In vLLM's memory no more than may be kept; of those that are rewritten for it, nothing on disk."""
+    for start in (1, 3):
         engine("score", candidates[start : start + 2], samples.slice(0, 2))
-        assert engine("loaded") == engine_config.adapters_per_batch
+    assert engine("loaded") == len(candidates) - 1
+    engine("limit", 1)
+    for start in (1, 2):
+        engine("score", candidates[start : start + 2], samples.slice(0, 2))
+    assert engine("loaded") == engine_config.adapters_per_batch
+    engine("limit", 1 << 30)
     assert not list(scratch.glob("mashup-plain-*"))
 
 
