@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.basemodel import Shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.declared import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_declared, open_weights, read_declared, split_name
-from pipeline.merge.delta import Factors, as_fresh, pad
+from pipeline.merge.delta import Factors, pad, without_nothing
 
 FILES = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]
 
@@ -125,14 +125,15 @@ def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.flo
 
 
 def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float, shapes: Shapes, seed: int) -> Adapter:
-    """A plain PEFT adapter of one rank from delta weights, in the form in which it learns as fast as a fresh one.
+    """A plain PEFT adapter of one rank from delta weights; both factors carry the same share of the scale alpha / rank.
 
     A delta weight of a smaller rank is filled up with fresh rank, drawn with `seed`, that leaves it as it is.
     """
     generator = torch.Generator().manual_seed(seed)
+    root = (alpha / rank) ** 0.5
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     for module, delta in deltas.items():
-        full = pad(as_fresh(Factors(delta.a_RI, delta.b_OR / (alpha / rank))), rank, generator)
+        full = pad(without_nothing(Factors(delta.a_RI / root, delta.b_OR / root)), rank, generator)
         tensors[module] = (full.a_RI, full.b_OR)
     config = LoraConfig(
         r=rank,

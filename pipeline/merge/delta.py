@@ -15,9 +15,6 @@ from torch import Tensor
 DENSITY = 0.5
 """Share of a delta weight's values that TIES and DARE keep."""
 
-FRESH_ROW = 3**-0.5
-"""Length of a row of a fresh A: I values of U(-1, 1) / sqrt(I)."""
-
 NOTHING = 1e-6
 """Share of the largest singular value below which one is rounding."""
 
@@ -122,17 +119,12 @@ def factorise(delta_OI: Tensor, rank: int) -> tuple[Factors, float]:
     return Factors(root[:, None] * v[:, :kept].T, u[:, :kept] * root), float((s[:kept] ** 2).sum()) / energy if energy else 1.0
 
 
-def as_fresh(delta: Factors) -> Factors:
-    """The same delta weight with rows of A as long as PEFT draws them (see `pad`), and what adds nothing to it left out.
-
-    A step of training moves the delta weight by dB A + B dA: where both factors of a direction are small, as in a balanced SVD,
-    the direction hardly learns, and where both are zero never.
-    """
+def without_nothing(delta: Factors) -> Factors:
+    """The same delta weight without the rank that adds nothing to it. A training step moves it by dB A + B dA: where both factors
+    are zero, that rank would never learn."""
     strength_R = delta.a_RI.norm(dim=1) * delta.b_OR.norm(dim=0)
     kept_R = strength_R > NOTHING * strength_R.max()
-    a_RI, b_OR = delta.a_RI[kept_R], delta.b_OR[:, kept_R]
-    length_R = a_RI.norm(dim=1) / FRESH_ROW
-    return Factors(a_RI / length_R[:, None], b_OR * length_R)
+    return Factors(delta.a_RI[kept_R], delta.b_OR[:, kept_R])
 
 
 def pad(delta: Factors, rank: int, generator: torch.Generator) -> Factors:

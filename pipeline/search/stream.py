@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +40,9 @@ IN_FLIGHT = 2
 
 POLL = 1.0
 """Seconds between two looks at the scoreboard."""
+
+PATIENCE = 60.0
+"""Seconds that engines which are told to go may take for it."""
 
 MAX_TICKETS = 512
 """Of the first rung, and of those that end the race, each good for all the work that is left: Ray Data keeps a record of each in
@@ -111,6 +114,7 @@ class Engines:
         self._lobby: Any = None
         self._running: Future[int] | None = None
         self._races = 0
+        self._idle = True
 
     def race(self, work: Work, engine: EngineConfig, plan: Plan, seconds: float | None = None) -> Iterator[Progress]:
         """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
@@ -154,6 +158,8 @@ class Engines:
         """End the engines that are up, such as where something else needs their place; a race starts others."""
         if self._running:
             ray.kill(self._lobby)
+            if self._idle:  # who broke a race off does not wait for engines at work
+                wait([self._running], timeout=PATIENCE)
             self._engine = self._running = None
 
     def _up(self, engine: EngineConfig, candidates: int) -> "Future[int]":
@@ -172,6 +178,7 @@ class Engines:
     def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[Progress]:
         """Wait for the end of a race; what fails in the plan is raised here."""
         self._races += 1
+        self._idle = False
         while not (progress := ray.get(board.progress.remote())).over:
             if running.done():
                 running.result()
@@ -179,6 +186,7 @@ class Engines:
             ray.get(self._lobby.call.remote(self._races, [race]))  # again and again: a lobby that starts anew knows of none
             yield progress
             time.sleep(POLL)
+        self._idle = True
 
 
 @dataclass(frozen=True)

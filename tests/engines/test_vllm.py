@@ -127,15 +127,20 @@ def test_further_samples_of_a_known_adapter(
 
 
 def test_adapters_leave_nothing_behind(
-    engine: Callable[..., Any], candidates: list[Candidate], samples: pa.Table, engine_config: EngineConfig, scratch: Path
+    engine: Callable[..., Any],
+    candidates: list[Candidate],
+    samples: pa.Table,
+    engine_config: EngineConfig,
+    scratch: Path,
+    tmp_path: Path,
 ) -> None:
     """In vLLM's memory no more than may be kept; of those that are rewritten for it, nothing on disk."""
     for start in (1, 3):
         engine("score", candidates[start : start + 2], samples.slice(0, 2))
     assert engine("loaded") == len(candidates) - 1
     engine("limit", 1)
-    for start in (1, 2):
-        engine("score", candidates[start : start + 2], samples.slice(0, 2))
+    shutil.copytree(str(candidates[1].folder), tmp_path / "another")
+    engine("score", [candidates[2], Candidate("another", tmp_path / "another")], samples.slice(0, 2))
     assert engine("loaded") == engine_config.adapters_per_batch
     engine("limit", 1 << 30)
     assert not list(scratch.glob("mashup-plain-*"))

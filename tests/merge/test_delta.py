@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.merge.delta import DENSITY, Factors, ab_mean, as_fresh, dare, factorise, pad, ties, truncate, weighted_sum
+from pipeline.merge.delta import DENSITY, Factors, ab_mean, dare, factorise, pad, ties, truncate, weighted_sum, without_nothing
 
 SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**31)
@@ -134,19 +134,12 @@ def test_factorise_at_a_smaller_rank_is_nearly_the_truncated_svd() -> None:
     assert float(left) == pytest.approx(1 - energy, rel=0.01)
 
 
-def test_as_fresh_changes_the_factors_and_not_the_delta_weight() -> None:
-    drawn = factors(5, 20, 30, seed=1)
-    delta = Factors(drawn.a_RI * torch.logspace(-2, 2, 5)[:, None], drawn.b_OR)
-    found = as_fresh(delta)
-    torch.testing.assert_close(found.dense(), delta.dense())
-    peft_draws = torch.nn.init.kaiming_uniform_(torch.empty(1000, 30), a=5**0.5).norm(dim=1)
-    assert found.a_RI.norm(dim=1).tolist() == pytest.approx([float(peft_draws.mean())] * 5, rel=0.02)
-
-
-def test_as_fresh_leaves_out_what_would_never_learn() -> None:
+def test_rank_that_adds_nothing_is_left_out() -> None:
+    """It would stay so in training; `pad` puts fresh rank in its place."""
     donor = factors(3, 20, 30, seed=2)
     cut, _ = truncate(weighted_sum([donor, donor], [0.5, 0.5]), 6)
     assert cut.rank == 6
-    assert as_fresh(cut).rank == 3
-    torch.testing.assert_close(as_fresh(cut).dense(), donor.dense())
-    assert as_fresh(Factors(donor.a_RI, torch.zeros(20, 3))).rank == 0
+    assert without_nothing(cut).rank == 3
+    torch.testing.assert_close(without_nothing(cut).dense(), donor.dense())
+    assert without_nothing(donor).rank == 3
+    assert without_nothing(Factors(donor.a_RI, torch.zeros(20, 3, dtype=torch.float64))).rank == 0
