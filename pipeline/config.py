@@ -154,12 +154,14 @@ class MergeConfig(Section):
     )
     weights: Literal["auto", "equal", "gains", "greedy", "learned", "learned_by_module"] = Field(
         "auto",
-        description="gains: in proportion to what each donor gains over the base; auto: equal, gains and learned are tried; "
-        "besides equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: "
-        "by gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
+        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; besides "
+        "equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: by "
+        "gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
     )
     rank: int | Auto = Field(
-        "auto", description="rank of the mashup; auto: the sum of its donors' ranks, 64 at most; concat, fold: without that limit"
+        "auto",
+        description="rank of the mashup and of what is trained; auto: 32, or the largest donor's rank above that; concat always "
+        "has the sum of the donors' ranks",
     )
     probe: int = Field(
         0,

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
-from pipeline.merge.recipes import SUMS, Recipe
+from pipeline.merge.recipes import Recipe
 from pipeline.tables import BASE_ID
 
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
-MAX_AUTO_RANK = 64
-LEARNED_DONORS = 5
-"""Whose weights are learned where that is not asked for: with eight, no lower loss was found, at a rank of half as much again."""
+AUTO_RANK = 32
+"""Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
+has rank that is not taken by them, in which it learns faster than in theirs."""
 
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
@@ -36,6 +36,14 @@ class Scored:
     nll_minus_base: float
     stderr: float
     kept_energy: float
+    nll_minus_best: float
+    """The paired difference to the candidate of the lowest loss, with its standard error."""
+    stderr_to_best: float
+
+    @property
+    def surely_behind(self) -> bool:
+        """Whether the lowest loss is more than a standard error away."""
+        return self.nll_minus_best > self.stderr_to_best
 
 
 def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
@@ -48,9 +56,9 @@ def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:
 def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> list[Recipe]:
     """Recipes worth scoring. Empty where no donor beats the base.
 
-    For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. One
-    recipe more has weights that are yet to be found on the samples: those that are asked for, of the most donors; or else,
-    where the method is a weighted sum, learned ones. Where the method is left open too, the paper's recipe is a rival.
+    For each k asked for: the top k donors in equal parts, and in proportion to their gains where that makes a difference. Where
+    weights found on the samples are asked for, besides equal ones, one recipe of the most donors, for which they are yet to be
+    found. Where nothing is asked for, the paper's recipe is a rival.
     """
     donors, ranks = _one_a_family(eligible_donors(leaderboard), catalogue), _ranks(catalogue)
     sizes = CANDIDATE_SIZES if config.k == "auto" else (min(config.k, len(donors)),)
@@ -62,8 +70,6 @@ def propose(leaderboard: pa.Table, catalogue: pa.Table, config: MergeConfig) -> 
         recipes = [recipe for recipe in recipes if recipe.weighting == "equal" or _spread(recipe) > SAME_WEIGHTS]
     if on_samples and recipes:
         recipes.append(replace(recipes[-1], weighting=config.weights))
-    elif tops and config.weights == "auto" and config.method in (*SUMS, "auto"):
-        recipes.append(replace(_recipe(tops[-1][:LEARNED_DONORS], "equal", ranks, config), weighting="learned"))
     if len(donors) > 1 and config.method == config.k == config.weights == "auto" and _alike(donors[:2], catalogue):
         recipes.append(_recipe(donors[:2], "equal", ranks, config.model_copy(update={"method": "ab_mean"})))
     return recipes
@@ -74,7 +80,7 @@ def most_recipes(config: MergeConfig, n_candidates: int) -> int:
     sizes = sum(k <= n_candidates for k in CANDIDATE_SIZES) if config.k == "auto" else 1
     if config.weights != "auto":
         return sizes + (config.weights in ON_SAMPLES)
-    return 2 * sizes + (config.method in (*SUMS, "auto")) + (config.method == config.k == "auto")
+    return 2 * sizes + (config.method == config.k == "auto")
 
 
 def largest_merge(ranks: Sequence[int], config: MergeConfig) -> int:
@@ -109,13 +115,19 @@ def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, r
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:
-    """The candidates that beat the base on the hold-out samples, the lowest loss first."""
-    return sorted((one for one in scored if one.nll_minus_base < 0), key=lambda one: one.nll_minus_base)
+    """The candidates that beat the base on the hold-out samples: first those within a standard error of the lowest loss, the
+    fewest donors first (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3),
+    then the others, the lowest loss first."""
+
+    def place(one: Scored) -> tuple[bool, int, float]:
+        return one.surely_behind, 0 if one.surely_behind else len(one.recipe.donors), one.nll_minus_base
+
+    return sorted((one for one in scored if one.nll_minus_base < 0), key=place)
 
 
 def choose(scored: Sequence[Scored], probed: Probed | None = None) -> Scored | None:
-    """The candidate of the lowest hold-out loss, after a few finetuning steps where these were made, if it is below the base's.
-    None: start from the base."""
+    """The first of `ranked`, or where a few finetuning steps were made the one of the lowest hold-out loss after them, if it is
+    below the base's. None: start from the base."""
     if not probed:
         return next(iter(ranked(scored)), None)
     after = {name: nll for name, nll in probed.items() if nll is not None}
@@ -150,6 +162,8 @@ def selection(
                 "holdout_nll": candidate.nll,
                 "holdout_nll_minus_base": candidate.nll_minus_base,
                 "stderr": candidate.stderr,
+                "holdout_nll_minus_best": candidate.nll_minus_best,
+                "stderr_to_best": candidate.stderr_to_best,
                 "kept_energy": candidate.kept_energy,
                 "probe_nll": probed.get(candidate.recipe.name),
             }
@@ -187,13 +201,13 @@ def _ranks(catalogue: pa.Table) -> dict[str, int]:
 
 
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:
-    """auto: the sum of the donors' ranks loses nothing; above MAX_AUTO_RANK, that or the largest donor's rank. ab_mean adds no
-    rank; lossless methods always have the sum."""
-    if method in LOSSLESS:
-        return sum(ranks)
-    if isinstance(asked, int):
-        return asked
-    return max(ranks) if method == "ab_mean" else max(max(ranks), min(sum(ranks), MAX_AUTO_RANK))
+    """Lossless methods always have the sum of the donors' ranks."""
+    return sum(ranks) if method in LOSSLESS else trained_rank(max(ranks), asked)
+
+
+def trained_rank(largest: int, asked: int | str) -> int:
+    """auto: AUTO_RANK, or the largest donor's rank above that."""
+    return asked if isinstance(asked, int) else max(largest, AUTO_RANK)
 
 
 def _spread(recipe: Recipe) -> float:
@@ -205,10 +219,11 @@ def _why(best: Scored | None, scored: Sequence[Scored], n_donors: int, probed: P
         first = f"{best.recipe.name} has" if best else "the base has"
         return f"{first} the lowest hold-out loss after a few finetuning steps from each of {len(probed)} starts"
     if best:
-        return (
-            f"{best.recipe.name} has the lowest hold-out loss of {len(scored)} candidates: "
-            f"{best.nll_minus_base:+.4f} nats a token against the base"
-        )
+        which = "the lowest hold-out loss"
+        if any(one.nll_minus_base < best.nll_minus_base for one in scored):
+            which = "the fewest donors within a standard error of the lowest hold-out loss"
+        gain = f"{best.nll_minus_base:+.4f} nats a token against the base"
+        return f"{best.recipe.name} has {which} of {len(scored)} candidates: {gain}"
     if not scored:
         return f"none of {n_donors} scored donors beats the base on the search and on the hold-out samples"
     return f"none of {len(scored)} candidate merges beats the base on the hold-out samples"

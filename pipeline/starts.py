@@ -28,7 +28,7 @@ from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
-from pipeline.reduce import Scored, control_recipes, of_fewer
+from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
 from pipeline.samples import ROLES, split_of
 from pipeline.search.scoreboard import paired_difference, unsound
@@ -51,10 +51,21 @@ def score_recipes(
     for name, reason in unsound([BASE_ID, *built], known, seen).items():
         run.progress.say(f"refused: {name}: {reason}")
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
-    scored = [
-        Scored(recipe, mean_per_token(nll, tokens).mean, *paired_difference(nll, base, tokens), built[recipe.name].kept)
+    sound = [
+        (recipe, nll)
         for recipe, nll, end in zip([r for r in recipes if r.name in built], known.nll_NS[1:], seen[1:], strict=True)
         if end and np.isfinite(nll).all()
+    ]
+    best = min((nll for _, nll in sound), key=np.sum, default=base)
+    scored = [
+        Scored(
+            recipe,
+            mean_per_token(nll, tokens).mean,
+            *paired_difference(nll, base, tokens),
+            built[recipe.name].kept,
+            *paired_difference(nll, best, tokens),
+        )
+        for recipe, nll in sound
     ]
     return scored, mean_per_token(base, tokens).mean
 
@@ -225,7 +236,7 @@ def _trained_shape(run: Run) -> Lora:
 
 
 def _start_shape(run: Run) -> Lora:
-    """The mashup's shape, or without one that of most donors."""
+    """The mashup's shape, or without one the usual one."""
     return _shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else _usual_shape(run)
 
 
@@ -235,10 +246,12 @@ def _shape_at(adapter: Folder) -> Lora:
 
 
 def _usual_shape(run: Run) -> Lora:
-    """The shape of most donors."""
+    """What is trained where no mashup has a shape: modules, and alpha / rank, of most donors."""
     rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
     shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
-    return Lora(*shapes.most_common(1)[0][0])
+    rank, alpha, modules = shapes.most_common(1)[0][0]
+    trained = trained_rank(rank, run.config.merge.rank)
+    return Lora(trained, trained * alpha / rank, modules)
 
 
 def _uris(catalogue: pa.Table) -> dict[str, str]:

@@ -24,9 +24,6 @@ METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tens
 weights, cut to the wished rank; `concat` the same at the sum of the donors' ranks, which loses nothing; `fold` is `concat`, and
 training puts a fresh adapter on top."""
 
-SUMS = tuple(name for name, method in METHODS.items() if method is weighted_sum)
-"""Methods for which weights can be learned."""
-
 
 @dataclass(frozen=True)
 class Recipe:

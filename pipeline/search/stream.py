@@ -42,7 +42,7 @@ POLL = 1.0
 """Seconds between two looks at the scoreboard."""
 
 PATIENCE = 60.0
-"""Seconds that engines which are told to go may take for it."""
+"""Seconds that engines which are let go may take for it."""
 
 MAX_TICKETS = 512
 """Of the first rung, and of those that end the race, each good for all the work that is left: Ray Data keeps a record of each in
@@ -156,11 +156,13 @@ class Engines:
 
     def close(self) -> None:
         """End the engines that are up, such as where something else needs their place; a race starts others."""
-        if self._running:
-            ray.kill(self._lobby)
-            if self._idle:  # who broke a race off does not wait for engines at work
-                wait([self._running], timeout=PATIENCE)
-            self._engine = self._running = None
+        if not self._running:
+            return
+        if self._idle:  # who broke a race off does not wait for engines at work
+            self._lobby.close.remote()
+            wait([self._running], timeout=PATIENCE)
+        ray.kill(self._lobby)
+        self._engine = self._running = None
 
     def _up(self, engine: EngineConfig, candidates: int) -> "Future[int]":
         """Engines that can hold what `engine` says, which run until the future ends."""
@@ -201,7 +203,7 @@ class Lobby:
     """Where engines wait for the next race. Runs as a Ray actor; knows no Ray itself."""
 
     def __init__(self) -> None:
-        self._number, self._race = 0, None
+        self._number, self._race, self._closed = 0, None, False
         self._changed = asyncio.Condition()
 
     async def call(self, number: int, race: Any) -> None:
@@ -210,11 +212,17 @@ class Lobby:
             self._number, self._race = number, race
             self._changed.notify_all()
 
-    async def wait(self, number: int) -> tuple[int, Any]:
-        """The present race with its number, once that is above `number`."""
+    async def close(self) -> None:
+        """Let the engines go."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._number > number)
-            return self._number, self._race
+            self._closed = True
+            self._changed.notify_all()
+
+    async def wait(self, number: int) -> tuple[int, Any] | None:
+        """The present race with its number, once that is above `number`; None: no further race is to come."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or self._number > number)
+            return None if self._closed else (self._number, self._race)
 
 
 def _on_this_node(actor: type) -> Any:
@@ -288,16 +296,15 @@ class ScoringActor:
 
     def _enter(self) -> bool:
         """Wait for a race to take part in; False: none is to come."""
-        try:
-            self.number, [race] = ray.get(self.lobby.wait.remote(self.number))
-        except RayActorError:
+        if (called := self._tell(self.lobby.wait, self.number)) is None:
             return False
+        self.number, [race] = called
         entered: Race = ray.get(race)
         self.work, self.board = entered.work, entered.board
         return True
 
     def _tell(self, method: Any, *told: Any) -> Any:
-        """Call the scoreboard. None: it is gone, as its race is over."""
+        """Call the lobby or the scoreboard. None: it is gone, as all is over."""
         try:
             return ray.get(method.remote(*told))
         except RayActorError:

@@ -148,7 +148,9 @@ def _candidates(leaderboard: pa.Table) -> list[Scored]:
     found = []
     for k, difference in ((1, -0.91), (2, -1.02), (3, -1.08), (5, -0.97), (8, -0.66)):
         recipe = Recipe(tuple(donors[:k]), (1 / k,) * k, "exact", min(64, 16 * k))
-        found.append(Scored(recipe, BASE_HOLDOUT_NLL + difference, difference, 0.031, 1.0 if k < 5 else 0.981))
+        found.append(
+            Scored(recipe, BASE_HOLDOUT_NLL + difference, difference, 0.031, 1.0 if k < 5 else 0.981, 1.08 + difference, 0.02)
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 """The search on Ray with the transformers engine: the race's work, each piece once, whatever happens to some of it."""
 
+import asyncio
 import re
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate
@@ -18,7 +20,7 @@ from pipeline.search import stream
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import Plan, make_plan
 from pipeline.search.store import ScoreStore, read_failures
-from pipeline.search.stream import engine_config, score_stream, scoring_dtype
+from pipeline.search.stream import Engines, Lobby, engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
@@ -136,6 +138,59 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     assert last.adapter_samples == sum(last.seen)
     again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
     assert again.seen == last.seen
+
+
+def test_engines_that_are_kept_serve_the_next_race(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], worker_logs: Callable[[], str]
+) -> None:
+    """Each race has its own work and may use the ids of another's; the lobby in which the engines wait is lost in between."""
+    search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1, actors=1)
+    engines = Engines(search)
+
+    def race(names: dict[str, str], place: str, max_rank: int) -> tuple[Work, Progress]:
+        work = work_on(names, samples, Folder.at(tmp_path / place))
+        everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
+        *_, last = engines.race(work, engine_config(tiny_base, max_rank, ["q_proj", "v_proj"], search, 64), everything)
+        return work, last
+
+    def started() -> int:
+        return worker_logs().count("engine up")
+
+    before = started()
+    with engines.kept():
+        first, last = race({"one": str(pool["a0"]), "two": str(pool["a1"])}, "first", max_rank=5)
+        assert (last.seen, last.engines, last.startup > 0) == ([4, 4, 4], 1, True)
+        ray.kill(engines._lobby, no_restart=False)
+        second, last = race({"one": str(pool["a2"])}, "second", max_rank=4)
+        assert (last.seen, last.engines, last.startup) == ([4, 4], 1, 0)
+        assert started() == before + 1
+        _, last = race({"three": str(pool["a3"])}, "third", max_rank=6)
+        assert (last.seen, last.startup > 0) == ([4, 4], True)
+        assert started() == before + 2
+    assert engines._running is None
+    oracle = TransformersScorer(engine_config(tiny_base, 5, ["q_proj", "v_proj"], search, 64))
+    for work, adapter in ((first, "a0"), (second, "a2")):
+        found = work.store.load(["one"], samples).nll_NS.flatten().tolist()
+        assert found == pytest.approx(oracle.score([Candidate("one", pool[adapter])], samples)["nll_sum"].to_pylist(), abs=1e-3)
+
+
+def test_engines_wait_in_the_lobby_until_they_are_called_or_let_go() -> None:
+    async def scenario() -> None:
+        lobby = Lobby()
+        waiting = asyncio.create_task(lobby.wait(0))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        for _ in range(2):  # the driver repeats itself
+            await lobby.call(1, "race")
+        assert await waiting == await lobby.wait(0) == (1, "race")
+        late = asyncio.create_task(lobby.wait(1))
+        await asyncio.sleep(0.01)
+        assert not late.done()
+        await lobby.close()
+        assert await late is None
+        assert await lobby.wait(0) is None
+
+    asyncio.run(scenario())
 
 
 def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]) -> None:
