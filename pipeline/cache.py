@@ -40,6 +40,8 @@ from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
 
 MAX_CARD_BYTES = 1 << 20
+MAX_ADAPTER_BYTES = 8 << 30
+"""Of one that is fetched: rank 64 on all linear layers of a model of 70 billion weights takes 3.3 GB."""
 
 PARTIAL = ".partial"
 NAMES = "[0-9a-f]" * 32 + "-*"
@@ -139,6 +141,8 @@ class AdapterCache:
     def _lock_entry(self, store: Folder) -> tuple[Path, int]:
         infos = _infos(store)
         sizes = {info.base_name: info.size for info in infos}
+        if (size := sum(sizes.values())) > MAX_ADAPTER_BYTES:
+            raise AdapterError(f"cannot be fetched from {store.uri} (it has {size} bytes; {MAX_ADAPTER_BYTES} are allowed)")
         entry = self.folder / _name(store.uri, infos)
         if entry.exists() and not all((entry / name).is_file() for name in sizes):
             _remove(entry)  # cleaners of temporary folders take single files

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from pipeline.basemodel import fingerprint
 from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.errors import InputError
+from pipeline.ledger import digest
 from pipeline.observe import tell
 from pipeline.rates import Rates
 from pipeline.run_folder import Run
@@ -57,9 +58,12 @@ def count_entrants(run: Run, catalogue: pa.Table) -> int:
 
 def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
     """The adapters in the order of scoring. Those of like rank share a batch, as vLLM computes with the largest rank in it; of
-    these, the ones that earlier runs found to be good come first, then those of which nothing is known, in the order given. It
-    matters where time ends the search."""
+    these, the ones that earlier runs found to be good come first, then those of which nothing is known. It matters where time
+    ends the search; runs that start together on one store begin at different places of the pool, so that each finds scores that
+    the others made."""
     known = _store(run).mean_losses(drawn)
+    start = int(digest(run.folder.uri), 16) % max(1, len(catalogue))
+    catalogue = pa.concat_tables([catalogue.slice(start), catalogue.slice(0, start)])
     place = pc.index_in(catalogue["adapter_hash"], known["adapter_hash"].combine_chunks())
     losses = known["known_nll"].take(place)
     keyed = pa.table([catalogue["rank"], losses], ["rank", "known_nll"])

@@ -38,7 +38,7 @@ from pipeline.run_folder import Run
 from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
-from pipeline.search.stream import require_engine
+from pipeline.search.stream import require_engine, warm_up
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
@@ -55,9 +55,9 @@ def run_all(config: Config) -> dict[str, Any]:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
     run = open_run(config, require_room)
-    index(run)
-    samples(run)
     with run.engines.kept():
+        index(run)
+        samples(run)
         search(run)
         merge_donors(run)
     compare(run)
@@ -135,6 +135,8 @@ def index(run: Run) -> None:
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
+    if run.engines.keeping:  # for a search to come
+        warm_up(config.search)
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731

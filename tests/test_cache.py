@@ -72,6 +72,16 @@ def in_fork(work: Callable[[], object]) -> multiprocessing.process.BaseProcess:
     return process
 
 
+def test_an_adapter_that_is_too_large_is_refused_before_it_is_fetched(
+    store: Folder, cache: AdapterCache, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cache.MAX_ADAPTER_BYTES", 20)
+    with pytest.raises(AdapterError, match="it has 22 bytes; 20 are allowed"):
+        cache.get(put(store, "huge", "w" * 20))
+    assert downloads == []
+    cache.get(put(store, "small"))
+
+
 def kept(cache: AdapterCache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir())
 

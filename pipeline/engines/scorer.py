@@ -3,7 +3,7 @@
 Both engines give the same table, so that the slow and plain one (`transformers`) is the oracle of the fast one (`vllm`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -63,7 +63,16 @@ def too_large(engine: str, rank: int) -> str | None:
 
 
 def build_scorer(engine: str, config: EngineConfig) -> Scorer:
-    """Start an engine by its name. Engines are imported here, so that each needs its own libraries alone.
+    """Start an engine by its name.
+
+    Raises:
+        RuntimeError: as `import_scorer`.
+    """
+    return import_scorer(engine)(config)
+
+
+def import_scorer(engine: str) -> Callable[[EngineConfig], Scorer]:
+    """The class of an engine by its name. Engines are imported here, so that each needs its own libraries alone.
 
     Raises:
         RuntimeError: vLLM is wanted and not installed.
@@ -71,7 +80,7 @@ def build_scorer(engine: str, config: EngineConfig) -> Scorer:
     if engine == "transformers":
         from pipeline.engines.transformers import TransformersScorer
 
-        return TransformersScorer(config)
+        return TransformersScorer
     try:
         from pipeline.engines.vllm import VllmScorer
     except ImportError as error:
@@ -79,4 +88,4 @@ def build_scorer(engine: str, config: EngineConfig) -> Scorer:
             f"search.engine is vllm and it cannot be imported ({error}); pip install 'mashup-learning[cpu]' or "
             "'mashup-learning[gpu]', or set search.engine: transformers"
         ) from error
-    return VllmScorer(config)
+    return VllmScorer

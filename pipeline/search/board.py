@@ -133,8 +133,13 @@ class Scoreboard:
             self._changed.notify_all()
         return None
 
-    async def report(self, engine: str, nll: dict[int, Sequence[float]], tokens: int) -> None:
-        """The scores of a job, in the order of its samples; a candidate without any is set aside."""
+    async def report(self, engine: str, nll: dict[int, Sequence[float]], tokens: int, found: int = 0) -> None:
+        """The scores of a job, in the order of its samples; a candidate without any is set aside.
+
+        Args:
+            tokens: input tokens that the engine read for them.
+            found: candidates whose scores it found in the store.
+        """
         async with self._changed:
             lease = self._held.pop(engine, None)
             if lease is None:  # this process took a dead one's place, and gives the work out again if it is not in the store
@@ -143,7 +148,7 @@ class Scoreboard:
             self._jobs += 1
             self._tell.seconds += seconds
             self._tell.tokens += tokens
-            self._tell.adapter_samples += len(nll) * len(lease.job.samples)
+            self._tell.adapter_samples += (len(nll) - found) * len(lease.job.samples)
             for candidate in lease.job.candidates:
                 if candidate in nll:
                     self.race.report(candidate, np.array(lease.job.samples), nll[candidate])

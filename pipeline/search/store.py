@@ -6,7 +6,8 @@ other; a row that two of them wrote is read once.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,10 +52,16 @@ class ScoreStore:
     def at(cls, uri: str, fingerprint: str, engine: str, dtype: str) -> "ScoreStore":
         return cls(Folder.at(uri).sub(f"v{SCORING_VERSION}-{fingerprint}-{engine}-{dtype}"))
 
-    def write(self, scores: pa.Table, hashes: dict[str, str]) -> None:
-        """Keep scores of schema SCORES; `hashes`: adapter_id -> adapter_hash."""
+    def write(self, scores: pa.Table, hashes: dict[str, str]) -> str:
+        """Keep scores of schema SCORES; `hashes`: adapter_id -> adapter_hash. Gives the name of their file."""
         column = pa.array([hashes[adapter] for adapter in scores["adapter_id"].to_pylist()], pa.string())
-        self.folder.write_table(f"{uuid.uuid4().hex}.parquet", scores.append_column("adapter_hash", column).cast(STORED))
+        name = f"{uuid.uuid4().hex}.parquet"
+        self.folder.write_table(name, scores.append_column("adapter_hash", column).cast(STORED))
+        return name
+
+    def files(self) -> list[str]:
+        """Names of the files that there are."""
+        return self.folder.list_files(".parquet")
 
     def load(self, hashes: Sequence[str], samples: pa.Table) -> Known:
         """What is known of these adapters on these samples (schema SAMPLES), read file by file."""
@@ -88,7 +95,7 @@ class ScoreStore:
 
     def merge_files(self) -> None:
         """Make one file of many. What another run merges at the same time is then there twice, and read once."""
-        names = self.folder.list_files(".parquet")
+        names = self.files()
         if len(names) < MANY_FILES:
             return
         try:
@@ -113,6 +120,39 @@ class ScoreStore:
             except pa.ArrowInvalid:  # a file is cut short: its scores are lost, and made again
                 whole = True
         return read(self.folder.dataset(STORED, whole=True))
+
+
+class News:
+    """What other runs add to a store while a race goes on, so that what one has just made no other makes again."""
+
+    def __init__(self, store: ScoreStore, samples: pa.Table, old: Iterable[str]):
+        """
+        Args:
+            samples: of the race.
+            old: names of the files that the race began with.
+        """
+        self._store, self._samples = store, samples["sample_id"].combine_chunks()
+        self._read = set(old)
+        self._nll: dict[tuple[str, str], float] = {}
+
+    def known(self, hashes: Sequence[str], sample_ids: Sequence[str]) -> dict[str, list[float]]:
+        """adapter_hash -> summed NLL of each of these samples, of those adapters that have all of them by now."""
+        for name in set(self._store.files()) - self._read:
+            self._take(name)
+        pairs = {adapter: [(adapter, sample) for sample in sample_ids] for adapter in hashes}
+        return {one: [self._nll[pair] for pair in wanted] for one, wanted in pairs.items() if self._nll.keys() >= set(wanted)}
+
+    def skip(self, name: str) -> None:
+        """Pass over a file: its scores are this race's own."""
+        self._read.add(name)
+
+    def _take(self, name: str) -> None:
+        self._read.add(name)
+        with suppress(FileNotFoundError, pa.ArrowInvalid):  # another run has just merged it, or it is cut short
+            stored = self._store.folder.read_table(name)
+            rows = stored.filter(pc.is_in(stored["sample_id"], self._samples))
+            pairs = zip(rows["adapter_hash"].to_pylist(), rows["sample_id"].to_pylist(), strict=True)
+            self._nll |= zip(pairs, rows["nll_sum"].to_pylist(), strict=True)
 
 
 def record_failures(folder: Folder, failures: dict[str, str]) -> None:

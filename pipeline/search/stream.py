@@ -6,34 +6,27 @@ grows and shrinks the pool with the cluster, and gives the ticket of an actor th
 of a batch, whole or not at all, before it reports them.
 """
 
-import asyncio
-import faulthandler
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype
-from pipeline.cache import AdapterCache
 from pipeline.config import SearchConfig
-from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
-from pipeline.errors import AdapterError
-from pipeline.observe import WorkerLog, worker_log
-from pipeline.search.board import Job, Progress, Scoreboard, Work
+from pipeline.engines.scorer import EngineConfig, import_scorer
+from pipeline.search.actor import ScoringActor
+from pipeline.search.board import Progress, Scoreboard, Work
+from pipeline.search.lobby import Lobby, Race
 from pipeline.search.race import Plan
-from pipeline.search.store import record_failures
-from pipeline.tables import BASE_ID, SCORES
 
 IN_FLIGHT = 2
 """Tickets that an actor has at hand: the one that it works on and the next."""
@@ -104,6 +97,23 @@ def score_stream(
     return Engines(search).race(work, engine, plan, seconds)
 
 
+def warm_up(search: SearchConfig) -> None:
+    """Let a worker import what an engine needs while something else is done: Ray starts the engine in the process that has it.
+
+    On CPUs alone; what is imported where no GPU was given sees none later.
+    """
+    resources = scoring_resources(search)
+    if not resources.gpus:
+        ray.remote(_import_engine).options(num_cpus=0, max_retries=0, runtime_env=cluster.worker_env(resources)).remote(
+            search.engine
+        )
+
+
+def _import_engine(engine: str) -> None:
+    with suppress(RuntimeError):  # who starts it says so
+        import_scorer(engine)
+
+
 class Engines:
     """A pool of scoring engines: of each race its own, or `kept` up from one race to the next."""
 
@@ -126,11 +136,12 @@ class Engines:
         Raises:
             InputError: no node of the cluster can hold an engine.
         """
+        files = frozenset(work.store.files())
         board = _on_this_node(Scoreboard).remote(work, plan, seconds)
         try:
             if not ray.get(board.progress.remote()).over:
                 running = self._up(engine, len(work.candidates))
-                yield from self._follow(ray.put(Race(work, board)), board, running)
+                yield from self._follow(ray.put(Race(work, board, files)), board, running)
             yield ray.get(board.progress.remote())
         finally:
             ray.kill(board)
@@ -191,40 +202,6 @@ class Engines:
         self._idle = True
 
 
-@dataclass(frozen=True)
-class Race:
-    """What an engine needs for taking part: the work and the scoreboard that shares it out."""
-
-    work: Work
-    board: Any
-
-
-class Lobby:
-    """Where engines wait for the next race. Runs as a Ray actor; knows no Ray itself."""
-
-    def __init__(self) -> None:
-        self._number, self._race, self._closed = 0, None, False
-        self._changed = asyncio.Condition()
-
-    async def call(self, number: int, race: Any) -> None:
-        """Call all engines to the race of this number; the first is 1."""
-        async with self._changed:
-            self._number, self._race = number, race
-            self._changed.notify_all()
-
-    async def close(self) -> None:
-        """Let the engines go."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    async def wait(self, number: int) -> tuple[int, Any] | None:
-        """The present race with its number, once that is above `number`; None: no further race is to come."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or self._number > number)
-            return None if self._closed else (self._number, self._race)
-
-
 def _on_this_node(actor: type) -> Any:
     """Other nodes come and go; the scoreboard lives as long as the driver's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -256,146 +233,3 @@ def _tickets(engine: EngineConfig, search: SearchConfig, lobby: Any, candidates:
         num_gpus=resources.gpus,
         runtime_env=cluster.worker_env(resources),
     )
-
-
-class ScoringActor:
-    """Holds one engine; called by Ray Data with a ticket."""
-
-    patience = 600.0
-    """Seconds that a batch may take beyond ten times what it should."""
-
-    def __init__(self, engine: str, config: EngineConfig, lobby: Any):
-        started = time.perf_counter()
-        self.lobby, self.number, self.batch = lobby, 0, config.adapters_per_batch
-        self.adapters, self.ahead = AdapterCache(ahead=2 * self.batch), set[str]()
-        self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
-        if not self._enter():
-            raise RuntimeError("the search was broken off before this engine came to it")
-        self._tell(self.board.hello, self.name)
-        self.scorer: Scorer = build_scorer(engine, config)
-        self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
-        startup = time.perf_counter() - started
-        self._log().info("engine up in %.1f s", startup)
-        self._tell(self.board.ready, startup)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Do the ticket's jobs; with `jobs` 0, all that there are until no further race is to come."""
-        left = batch["jobs"][0].as_py() or math.inf
-        while left > 0 and (job := self._next_job()):
-            self._do(job)
-            left -= 1
-        return batch
-
-    def _next_job(self) -> Job | None:
-        """Of this race, or where it is over of the next one; None: there is none to come."""
-        while True:
-            job: Job | None = self._tell(self.board.take, self.name, self.batch)
-            if job or not self._enter():
-                return job
-            self._tell(self.board.ready, 0.0)
-
-    def _enter(self) -> bool:
-        """Wait for a race to take part in; False: none is to come."""
-        if (called := self._tell(self.lobby.wait, self.number)) is None:
-            return False
-        self.number, [race] = called
-        entered: Race = ray.get(race)
-        self.work, self.board = entered.work, entered.board
-        return True
-
-    def _tell(self, method: Any, *told: Any) -> Any:
-        """Call the lobby or the scoreboard. None: it is gone, as all is over."""
-        try:
-            return ray.get(method.remote(*told))
-        except RayActorError:
-            return None
-
-    def _do(self, job: Job) -> None:
-        rows = self.work.candidates.take(job.candidates)
-        samples = self.work.samples.take(job.samples)
-        with ExitStack() as leases:
-            candidates, failures = _fetch(rows, self.adapters, leases)
-            self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
-            tokens = len(candidates) * sum(len(ids) for ids in samples["input_ids"])
-            scores, failed = self._watched(candidates, samples, tokens)
-        record_failures(self.work.failures, failures | failed)
-        names = rows["adapter_id"].to_pylist()
-        self._note(names, failures | failed, len(samples))
-        if len(scores):
-            self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True)))
-        nll = _by_place(scores, dict(zip(names, job.candidates, strict=True)))
-        self._tell(self.board.report, self.name, nll, tokens)
-
-    def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
-        """Bring the next adapters onto this node while these are scored; give up those that went to other engines."""
-        for uri in self.ahead - upcoming - current:
-            self.adapters.release(uri)
-        self.adapters.prefetch(upcoming)
-        self.ahead = upcoming
-
-    def _watched(self, candidates: Sequence[Candidate], samples: pa.Table, tokens: int) -> tuple[pa.Table, dict[str, str]]:
-        """Score a batch. A process that hangs in it is ended, wherever it hangs, so that Ray starts another one."""
-        started = time.perf_counter()
-        faulthandler.dump_traceback_later(self.patience + 10 * tokens * self.token_seconds, exit=True)
-        try:
-            return self._score(candidates, samples)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            self.token_seconds = (time.perf_counter() - started) / max(1, tokens)
-
-    def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-        """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other."""
-        if not candidates:
-            return SCORES.empty_table(), {}
-        try:
-            return self.scorer.score(candidates, samples), {}
-        except Exception as error:  # engines raise what they like; the reason is kept
-            self._log(*(candidate.adapter_id for candidate in candidates)).warning("scoring failed", exc_info=True)
-            if len(candidates) == 1:
-                self._require_engine(samples)
-                return SCORES.empty_table(), {candidates[0].adapter_id: _first_line(error)}
-        parts = [self._score([candidate], samples) for candidate in candidates]
-        failures = {name: reason for _, failed in parts for name, reason in failed.items()}
-        return pa.concat_tables([table for table, _ in parts]), failures
-
-    def _require_engine(self, samples: pa.Table) -> None:
-        """An engine that cannot score the base any more is dead, whatever killed it; Ray starts another process."""
-        try:
-            self.scorer.score([Candidate(BASE_ID, None)], samples.slice(0, 1))
-        except Exception:
-            self._log(BASE_ID).exception("the engine is dead")
-            os._exit(1)
-
-    def _note(self, names: Sequence[str], failures: dict[str, str], n_samples: int) -> None:
-        for name, reason in failures.items():
-            self._log(name).warning("set aside: %s", reason)
-        if scored := [name for name in names if name not in failures]:
-            self._log(*scored).info("scored on %d samples, %.3g s a token", n_samples, self.token_seconds)
-
-    def _log(self, *adapters: str) -> WorkerLog:
-        return worker_log(self.work.stage, ",".join(adapters) or "-")
-
-
-def _by_place(scores: pa.Table, places: dict[str, int]) -> dict[int, list[float]]:
-    """Candidate's place -> its losses, sample after sample."""
-    found: dict[int, list[float]] = {}
-    for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
-        found.setdefault(places[name], []).append(nll)
-    return found
-
-
-def _fetch(rows: pa.Table, adapters: AdapterCache, leases: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
-    candidates: list[Candidate] = []
-    failures: dict[str, str] = {}
-    for row in rows.to_pylist():
-        try:
-            folder = None if row["adapter_id"] == BASE_ID else leases.enter_context(adapters.lease(row["uri"]))
-            candidates.append(Candidate(row["adapter_id"], folder))
-        except AdapterError as error:
-            failures[row["adapter_id"]] = str(error)
-    return candidates, failures
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"scoring failed: {type(error).__name__}: {lines[0]}"

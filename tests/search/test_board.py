@@ -46,6 +46,19 @@ def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
     assert progress.seen == [4, 4, 4, 4]
 
 
+def test_scores_that_were_found_count_for_the_race_and_not_as_made(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+        for found in (0, 1):
+            job = await board.take("one", 2)
+            assert job is not None
+            await board.report("one", losses(job), tokens=3, found=found)
+        assert board.progress().seen == [4, 4, 4]
+        assert board.progress().adapter_samples == 8
+
+    asyncio.run(scenario())
+
+
 def test_a_job_names_what_comes_next_so_that_it_can_be_fetched_ahead(tmp_path: Path) -> None:
     async def scenario() -> None:
         board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.search.store import MANY_FILES, ScoreStore, read_failures, record_failures
+from pipeline.search.store import MANY_FILES, News, ScoreStore, read_failures, record_failures
 from pipeline.storage import Folder
 from pipeline.tables import SCORES, STORED
 
@@ -67,6 +67,27 @@ def test_a_file_that_is_cut_short_is_passed_over(
     known = store.load(["hash-a", "hash-b"], samples)
     assert np.isnan(known.nll_NS).all(axis=1).tolist() == [kept != "hash-a", kept != "hash-b"]
     assert store.mean_losses(samples)["adapter_hash"].to_pylist() == [kept]
+
+
+def test_news_are_what_others_add_while_a_race_goes_on(
+    store: ScoreStore, samples: pa.Table, drawn_scores: Draw, tmp_path: Path
+) -> None:
+    def write(name: str, ids: list[str]) -> tuple[str, list[float]]:
+        table = drawn_scores([name], ids)
+        return store.write(table, by_name(table)), table["nll_sum"].to_pylist()
+
+    write("old", SAMPLE_IDS)
+    news, two = News(store, samples.slice(0, 4), store.files()), SAMPLE_IDS[:2]
+    assert news.known(["hash-old"], two) == {}
+    _, other = write("other", SAMPLE_IDS)
+    own, _ = write("own", SAMPLE_IDS)
+    news.skip(own)
+    write("half", SAMPLE_IDS[:1])
+    (tmp_path / "v2-base-vllm-float32" / "cut.parquet").write_bytes(b"PAR1")
+    assert news.known(["hash-other", "hash-own", "hash-half"], two) == {"hash-other": other[:2]}
+    write("half", SAMPLE_IDS[1:2])
+    assert news.known(["hash-half"], two).keys() == {"hash-half"}
+    assert news.known(["hash-other"], SAMPLE_IDS[4:]) == {}  # not samples of the race
 
 
 def test_another_base_engine_or_type_knows_nothing_of_it(tmp_path: Path, samples: pa.Table, drawn_scores: Draw) -> None:

@@ -22,7 +22,7 @@ from pipeline.search.race import Plan, make_plan
 from pipeline.search.store import ScoreStore, read_failures
 from pipeline.search.stream import Engines, Lobby, engine_config, score_stream, scoring_dtype
 from pipeline.storage import Folder
-from pipeline.tables import BASE_ID
+from pipeline.tables import BASE_ID, SCORES
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -215,6 +215,22 @@ def test_a_search_that_is_broken_off_can_be_taken_up_again(
     assert not next(broken_off).over
     broken_off.close()
     assert run(tiny_base, work).seen == [4] * 5
+
+
+def test_what_another_run_has_scored_meanwhile_is_not_scored_again(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
+) -> None:
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    race = start(tiny_base, work)
+    next(race)  # it has begun, and no engine is up yet
+    ids = samples["sample_id"].to_pylist()
+    scores = pa.table([["another's"] * 4, ids, [7.0, 7.5, 8.0, 8.5], [2] * 4, [0] * 4], schema=SCORES)
+    work.store.write(scores, {"another's": "a1"})
+    *_, last = race
+    assert last.seen == [4] * 5
+    assert last.adapter_samples == 4 * 4
+    assert len(stored(work)) == 5 * 4
+    assert work.store.load(["a1"], samples).nll_NS.tolist() == [[7.0, 7.5, 8.0, 8.5]]
 
 
 def test_adapters_and_scores_in_an_object_store(
