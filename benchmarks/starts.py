@@ -4,7 +4,7 @@
 
 A start is RECIPE-DONORS@RANK, or base@RANK, with the recipes exact (equal weights), gains, learned and paper (A and B averaged
 apart). Donors are ranked on the search rows of each task; adapters that are named like it are left out. The trained adapter
-has the rank of the start, with fresh rank where the donors leave room, and alpha / rank of the first donor. Data as in
+has the rank of the start, with fresh rank where the donors leave room, and the alpha of `recipes.alpha_at`. Data as in
 `benchmarks.study`: validation and search rows come out of train.jsonl, the other file is the test split. Each line is a start
 that is done; what stands in the file `--out` is not trained again.
 """
@@ -28,7 +28,7 @@ from pipeline.evaluation import Rows, as_metrics, evaluate
 from pipeline.finetuning import Finetuning
 from pipeline.merge.adapter import CONFIG_FILE, read_adapter, write_adapter
 from pipeline.merge.learn import learn_weights
-from pipeline.merge.recipes import Recipe, merge
+from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.samples import tokenise_text
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, SAMPLES
@@ -119,7 +119,8 @@ def _make(start: str, base: str, donors: dict[Path, float], sample: pa.Table, ta
         recipe = Recipe(tuple(map(str, top)), weights, "ab_mean" if kind == "paper" else "exact", int(rank))
         write_adapter(target, merge(recipe, adapters, base, linear_shapes(base)[0]).adapter)
     first = adapters[0]
-    return Lora(int(rank), int(rank) * first.scale(first.modules[0]), tuple(first.target_leaves))
+    alpha = alpha_at(int(rank), first.max_rank, first.scale(first.modules[0]))
+    return Lora(int(rank), alpha, tuple(first.target_leaves))
 
 
 def _measure(finetuning: Finetuning, rows: Rows) -> dict[str, float]:

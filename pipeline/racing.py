@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.ledger import digest
 from pipeline.observe import tell
 from pipeline.rates import Rates
+from pipeline.reduce import largest_merge
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
@@ -82,6 +83,13 @@ def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) ->
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
     level = budget.confidence or CONFIDENCE
     return work, make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+
+
+def largest_rank(run: Run, catalogue: pa.Table, merges: bool) -> int:
+    """Of what the engines of a search are to hold: these adapters, and where engines stay up for it what the merge may make."""
+    ranks: list[int] = catalogue["rank"].to_pylist()
+    merged = largest_merge(ranks, run.config.merge) if merges else 0
+    return max(*ranks, 0 if too_large(run.config.search.engine, merged) else merged)
 
 
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:

@@ -25,13 +25,12 @@ from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
 from pipeline.config import SHORT_LIST, Config
 from pipeline.contamination import find_contamination
-from pipeline.engines.scorer import too_large
 from pipeline.errors import InputError
 from pipeline.ledger import digest
 from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.racing import line_up, make_engine, race, screened, servable
-from pipeline.reduce import largest_merge, propose, ranked, selection
+from pipeline.racing import largest_rank, line_up, make_engine, race, screened, servable
+from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
@@ -183,7 +182,7 @@ def search(run: Run) -> None:
         _tell_contamination(run, catalogue, drawn)
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
         work, plan = line_up(run, catalogue, drawn, failures)
-        engine = make_engine(run, catalogue, _largest_rank(run, catalogue))
+        engine = make_engine(run, catalogue, largest_rank(run, catalogue, merges=run.engines.keeping))
         known, seen = race(run, work, engine, plan, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
@@ -283,13 +282,6 @@ def _tell_contamination(run: Run, catalogue: pa.Table, drawn: pa.Table) -> None:
     run.folder.write_json("contamination.json", found)
     for name, sentences in found.items():
         run.progress.say(f"{name}: {'; '.join(sentences)}")
-
-
-def _largest_rank(run: Run, catalogue: pa.Table) -> int:
-    """Of what the engines of a search are to hold: where they stay up for the merge, its recipes too."""
-    ranks: list[int] = catalogue["rank"].to_pylist()
-    merged = largest_merge(ranks, run.config.merge) if run.engines.keeping else 0
-    return max(*ranks, 0 if too_large(run.config.search.engine, merged) else merged)
 
 
 def _search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:

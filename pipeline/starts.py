@@ -23,7 +23,7 @@ from pipeline.ledger import digest
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.merge.build import Built, build, store
 from pipeline.merge.learn import greedy_donors, learn_weights
-from pipeline.merge.recipes import Recipe, random_like
+from pipeline.merge.recipes import Recipe, alpha_at, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
@@ -246,12 +246,12 @@ def _shape_at(adapter: Folder) -> Lora:
 
 
 def _usual_shape(run: Run) -> Lora:
-    """What is trained where no mashup has a shape: modules, and alpha / rank, of most donors."""
+    """What is trained where no mashup has a shape: modules of most donors, and what learns as fast as they do."""
     rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
     shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
     rank, alpha, modules = shapes.most_common(1)[0][0]
     trained = trained_rank(rank, run.config.merge.rank)
-    return Lora(trained, trained * alpha / rank, modules)
+    return Lora(trained, alpha_at(trained, rank, alpha / rank), modules)
 
 
 def _uris(catalogue: pa.Table) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A merge as a recipe: which donors, with which weights, by which method, at which rank."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,8 +59,7 @@ def merge(
 ) -> Merged:
     """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it.
 
-    Unless `alpha` is given, the result has alpha / rank of the first donor, so that a learning rate means what it meant for
-    the donors.
+    Unless `alpha` is given, the result has that of `alpha_at` for the first donor.
 
     Raises:
         AdapterError: the method cannot merge these donors exactly, with the reason.
@@ -76,8 +76,14 @@ def merge(
         deltas[module], energy = cut
         kept = min(kept, energy)
     first = donors[0]
-    alpha = alpha or recipe.rank * (abs(first.scale(first.modules[0])) or 1.0)
+    alpha = alpha or alpha_at(recipe.rank, first.max_rank, abs(first.scale(first.modules[0])) or 1.0)
     return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
+
+
+def alpha_at(rank: int, usual_rank: int, usual_scale: float) -> float:
+    """The alpha with which an adapter of this rank learns about as fast as one of the usual rank and scale (alpha / r), so that a
+    learning rate means what it meant there: the scale falls with the root of the rank (rsLoRA, arXiv 2312.03732)."""
+    return rank * usual_scale * math.sqrt(usual_rank / rank)
 
 
 def random_like(adapter: Adapter, base: str, shapes: Shapes, seed: int = 0) -> Adapter:

@@ -14,7 +14,7 @@ from pipeline.basemodel import linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.delta import ab_mean
-from pipeline.merge.recipes import METHODS, Merged, Recipe, merge, random_like
+from pipeline.merge.recipes import METHODS, Merged, Recipe, alpha_at, merge, random_like
 
 MIXED: list[dict[str, Any]] = [
     {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
@@ -183,3 +183,17 @@ def test_a_recipe_is_named_by_method_size_and_weighting() -> None:
     }
     assert recipe.as_dict() == {"name": "exact-2", **about}
     assert Recipe(("a", "b"), (0.7, 0.3), "ties", 8, "gains").name == "ties-2-gains"
+
+
+def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
+    assert alpha_at(8, 8, 2.0) == 16
+    assert alpha_at(32, 8, 2.0) == 32
+    assert alpha_at(2, 8, 2.0) == pytest.approx(8)
+
+
+def test_a_merge_learns_as_fast_as_its_first_donor(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:
+    donors = donors_of([{"rank": 2, "alpha": 6}, {"rank": 4, "alpha": 4}])
+    shapes = linear_shapes(tiny_base)[0]
+    for rank, alpha in ((2, 6), (8, 12)):
+        merged = merge(Recipe(("a", "b"), (0.5, 0.5), "exact", rank), donors, tiny_base, shapes).adapter
+        assert (merged.config.r, merged.config.lora_alpha) == (rank, alpha)
