@@ -18,7 +18,7 @@ from pipeline.tables import BASE_ID
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
 AUTO_RANK = 32
 """Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
-has rank that is not taken by them, in which it learns faster than in theirs."""
+has rank beside them in which it can learn."""
 
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
@@ -42,8 +42,8 @@ class Scored:
 
     @property
     def surely_behind(self) -> bool:
-        """Whether the lowest loss is more than a standard error away."""
-        return self.nll_minus_best > self.stderr_to_best
+        """Whether the lowest loss is more than a standard error away; a single sample has none."""
+        return not self.nll_minus_best <= self.stderr_to_best
 
 
 def eligible_donors(leaderboard: pa.Table) -> list[dict[str, Any]]:

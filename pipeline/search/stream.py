@@ -177,7 +177,7 @@ class Engines:
 
     def _up(self, engine: EngineConfig, candidates: int) -> "Future[int]":
         """Engines that can hold what `engine` says, which run until the future ends."""
-        if self._running and not _serves(self._engine, engine):
+        if self._running and (self._running.done() or not _serves(self._engine, engine)):
             self.close()
         if not self._running:
             require_engine(self._search)
