@@ -79,7 +79,7 @@ class ScoringActor:
         samples = self.work.samples.take(job.samples)
         found = self._found(job, samples)
         places = [place for place in job.candidates if place not in found]
-        rows = self.work.candidates.take(places)
+        rows = self.work.candidates.take(pa.array(places, pa.int64()))  # there may be none
         with ExitStack() as leases:
             candidates, failures = _fetch(rows, self.adapters, leases)
             self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))

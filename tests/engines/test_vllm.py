@@ -147,6 +147,7 @@ def test_adapters_leave_nothing_behind(
 
 
 def test_an_adapter_is_read_once_while_it_is_held(
+    engine: Callable[..., Any],
     vllm_score: Callable[..., pa.Table],
     engine_config: EngineConfig,
     candidates: list[Candidate],
@@ -161,7 +162,10 @@ def test_an_adapter_is_read_once_while_it_is_held(
     shutil.rmtree(tmp_path / "mine")
     parts.append(vllm_score([candidates[1], mine], samples.slice(5)).slice(len(samples) - 5))
     assert_alike(pa.concat_tables(parts), expected)
-    vllm_score(candidates[1:3], samples.slice(0, 1))
+    engine("limit", 1)
+    shutil.copytree(str(candidates[2].folder), tmp_path / "another")
+    vllm_score([candidates[1], Candidate("another", tmp_path / "another")], samples.slice(0, 1))
+    engine("limit", 1 << 30)
     with pytest.raises(Exception, match=r"adapter_config\.json is missing"):
         vllm_score([mine], samples)
 

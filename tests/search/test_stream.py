@@ -223,14 +223,15 @@ def test_what_another_run_has_scored_meanwhile_is_not_scored_again(
     work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
     race = start(tiny_base, work)
     next(race)  # it has begun, and no engine is up yet
-    ids = samples["sample_id"].to_pylist()
-    scores = pa.table([["another's"] * 4, ids, [7.0, 7.5, 8.0, 8.5], [2] * 4, [0] * 4], schema=SCORES)
-    work.store.write(scores, {"another's": "a1"})
+    ids, losses = samples["sample_id"].to_pylist(), [7.0, 7.5, 8.0, 8.5]
+    for name in ("a0", "a1", "a2"):  # a whole batch, and half of one
+        scores = pa.table([["another's"] * 4, ids, losses, [2] * 4, [0] * 4], schema=SCORES)
+        work.store.write(scores, {"another's": name})
     *_, last = race
     assert last.seen == [4] * 5
-    assert last.adapter_samples == 4 * 4
+    assert last.adapter_samples == 2 * 4
     assert len(stored(work)) == 5 * 4
-    assert work.store.load(["a1"], samples).nll_NS.tolist() == [[7.0, 7.5, 8.0, 8.5]]
+    assert work.store.load(["a1", "a2"], samples).nll_NS.tolist() == [losses] * 2
 
 
 def test_adapters_and_scores_in_an_object_store(
