@@ -78,7 +78,8 @@ def _train_all(base: str, pool: Path, task: Path, starts: Sequence[str], seed: i
             finetuning = Finetuning(Job(arm, base, lora, TRAIN, data, data.sub(name), name), 0, 1, lambda metrics, save: None)
             finetuning.run()
             curve = [(point["step"], round(point["eval_nll"], 4)) for point in finetuning.curve]
-            found = {key.removeprefix("eval_"): round(v, 4) for key, v in _measure(finetuning, held).items()}
+            metrics = as_metrics(evaluate(finetuning.trainable.score, held))
+            found = {key.removeprefix("eval_"): round(value, 4) for key, value in metrics.items()}
             yield {"task": task.name, "start": name, "seed": seed, "validation_nll": curve, "test": found}
 
 
@@ -121,10 +122,6 @@ def _make(start: str, base: str, donors: dict[Path, float], sample: pa.Table, ta
     first = adapters[0]
     alpha = alpha_at(int(rank), first.max_rank, first.scale(first.modules[0]))
     return Lora(int(rank), alpha, tuple(first.target_leaves))
-
-
-def _measure(finetuning: Finetuning, rows: Rows) -> dict[str, float]:
-    return as_metrics(evaluate(finetuning.trainable.score, rows))
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, int]:
