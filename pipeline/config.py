@@ -1,20 +1,17 @@
 """What a run is asked to do: one YAML file, every key but the first four with a default.
 
-A key that is not known is an error, never ignored. `load_config` gives messages that name the file, the key and its value.
+`pipeline/section.py` reads the file and says what is wrong in it.
 """
 
 import math
 import os
-from collections import Counter
 from pathlib import Path
-from reprlib import Repr
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.errors import InputError
-from pipeline.storage import NO_SECRET, has_secret, lies_in, without_secret
+from pipeline.section import Section, checked, read_yaml
+from pipeline.storage import lies_in
 
 Auto = Literal["auto"]
 SHORT_LIST = 3
@@ -23,49 +20,11 @@ SHORT_LIST = 3
 ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 """Merge weights that are found on the search sample by running the model."""
 
-MAX_BYTES = 1 << 20
-"""Of a config file."""
-
-MAX_TEXT = 4096
-"""Characters of a text in a config; Linux has no longer paths."""
-
 MAX_RANK = 1024
 """Of a mashup, and of donors that are merged."""
 
 LOSSLESS = ("concat", "fold")
 """Merge methods that keep the sum of the donors' ranks."""
-
-MAX_SHOWN = 200
-"""Characters of a wrong key or text in a message."""
-
-SHORT = Repr()
-"""Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = MAX_SHOWN
-SHORT.maxlevel = 2
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*")
-    @classmethod
-    def a_text_is_a_name_and_no_secret(cls, value: Any) -> Any:
-        if isinstance(value, str) and not (value.strip() and value.isprintable() and len(value) <= MAX_TEXT):
-            raise ValueError(f"must be a text of 1 to {MAX_TEXT} characters that can be printed")
-        if isinstance(value, str) and has_secret(value):
-            raise ValueError(NO_SECRET)
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(part, bool) for part in parts) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("must not be true or false")
-        return value
-
-
-Asked = TypeVar("Asked", bound=Section)
 
 
 class TargetConfig(Section):
@@ -316,38 +275,6 @@ def load_config(path: str, **overrides: Any) -> Config:
     return build_config({**content, **{key: value for key, value in overrides.items() if value is not None}}, path)
 
 
-def read_yaml(path: str, keys: str) -> dict[str, Any]:
-    """The content of a config file; `keys` names some that it should have, for the message.
-
-    Raises:
-        InputError: no such file, not YAML, or no keys in it.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the config file ({getattr(error, 'strerror', error)})") from error
-    if len(text) > MAX_BYTES:
-        raise InputError(f"{path}: a config file has {MAX_BYTES} bytes at most; this is another file")
-    try:
-        content = yaml.load(text.decode(), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys such as {keys}, got {type(content).__name__}")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice: the first value would be ignored."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, times in keys.items() if times > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def build_config(content: dict[str, Any], source: str) -> Config:
     """Validate `content`; `source` names it in messages.
 
@@ -355,33 +282,3 @@ def build_config(content: dict[str, Any], source: str) -> Config:
         InputError: a key or value that is not right, named with its place.
     """
     return checked(Config, content, source)
-
-
-def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
-    """`content` as a section of this kind; else as `build_config`."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{source}: " + "; ".join(_describe(problem, kind) for problem in error.errors())) from error
-
-
-def _describe(problem: Any, kind: type[Section]) -> str:
-    place = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
-    if problem["type"] == "missing":
-        return f"key {place!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return without_secret(f"{place}: {message}, got {SHORT.repr(problem['input'])}") if place else message
-
-
-def _known_keys(place: tuple[str | int, ...], kind: type[Section]) -> list[str]:
-    section: Any = kind
-    for part in place[:-1]:
-        named = get_origin(section) is dict  # of sections, under names that the user gives
-        section = get_args(section)[-1] if named else section.model_fields[str(part)].annotation
-    return list(section.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

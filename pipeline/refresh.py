@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from pipeline.config import Config, MergeConfig, SearchConfig, Section, TargetConfig, checked, read_yaml
+from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig
 from pipeline.errors import InputError, one_line
 from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
 from pipeline.progress import Progress
 from pipeline.record import FAILURES, History, Seen
+from pipeline.section import Section, checked, read_yaml
 from pipeline.storage import Folder, lies_in
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import MAX_BYTES, Config, build_config, load_config
+from pipeline.config import Config, build_config, load_config
 from pipeline.errors import InputError
 
 MINIMAL: dict[str, Any] = {"run": "runs/x", "base": "org/model", "pool": "adapters/", "target": {"train": "train.jsonl"}}
@@ -119,47 +119,6 @@ def test_what_is_wrong_is_named_with_its_place_and_value(
 def test_numbers_of_resources_are_not_negative(field: str) -> None:
     with pytest.raises(InputError, match=f"search.{field}"):
         build_config({**MINIMAL, "search": {field: -1}}, "test")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"run: [", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
-        (b"- a\n- b\n", "expected keys such as run, base, pool and target, got list"),
-        (b"", "got NoneType"),
-        (b"1: 2\n", "config.yaml: "),
-        (b"run: a\nrun: b\n", "not valid YAML .key 'run' stands there twice"),
-        (b"run: a\ntrain: {steps: 1, seeds: [0], steps: 2}\n", "key 'steps' stands there twice"),
-        (b"run: " + b"[" * 5000, "not valid YAML"),
-        (b"run: " + b"9" * 5000, "not valid YAML"),
-        (b"# \n" * (MAX_BYTES // 2), "a config file has 1048576 bytes at most"),
-    ],
-)
-def test_a_file_that_holds_no_keys(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        load_config(str(tmp_path / "config.yaml"))
-
-
-def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
-    text = "target: &t {train: a, test_rows: 5}\nrun: r\nbase: b\npool: p\n"
-    (tmp_path / "c.yaml").write_text(text.replace("target: &t", "x: &t") + "target: {<<: *t, train: c}\n")
-    with pytest.raises(InputError, match=r"^[^;]*unknown key 'x'[^;]*$"):
-        load_config(str(tmp_path / "c.yaml"))
-
-
-@pytest.mark.parametrize("text", ["x" * 100_000, "&a [*a]", "[" + "[1, 1, 1, 1, 1, 1, 1]," * 9 + "]"])
-def test_a_message_is_short_whatever_the_value(text: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(f"run: r\nbase: b\npool: p\ntarget: {text}\n")
-    with pytest.raises(InputError) as refusal:
-        load_config(str(tmp_path / "c.yaml"))
-    assert len(str(refusal.value)) < 1000
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read the config file"):
-        load_config(str(tmp_path / "none.yaml"))
 
 
 def test_every_field_but_the_plain_ones_says_what_it_is() -> None:

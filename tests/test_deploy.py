@@ -11,8 +11,9 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.config import build_config, checked
+from pipeline.config import build_config
 from pipeline.refresh import RefreshConfig
+from pipeline.section import checked
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = sorted((ROOT / "kuberay").glob("*.yaml"))

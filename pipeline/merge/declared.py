@@ -1,26 +1,21 @@
 """What a stranger's adapter declares of itself: its config, and the header of its weights file.
 
-Read before memory is taken for weights. Nothing here runs a stranger's code: no pickle is opened, sizes are bounded, and
-patterns are matched within a time limit.
+Read before memory is taken for weights. Nothing here runs a stranger's code: no pickle is opened, and sizes are bounded.
 """
 
 import json
-import math
 import re
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
 from pipeline.basemodel import Shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
+from pipeline.merge.patterns import own_scales, targets
 from pipeline.storage import MAX_HEADER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,16 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_PATTERN = 2000
-"""Characters of a regular expression."""
-MAX_REPEATED = 100_000
-"""Characters of a regular expression times what its counts, as in a{3}, multiply them by: a compiled one has as many nodes."""
-VERBOSE = re.compile(r"\(\?[\w-]*x")
-COUNT = re.compile(r"\{(\d+)", re.ASCII)
 MAX_NAME = 300
 """Characters of the name of a base model."""
-MATCH_SECONDS = 1.0
-"""For all patterns of an adapter together."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -111,7 +98,7 @@ def read_declared(folder: Path) -> Declared:
     """
     config = _read_config(folder)
     sizes = _read_sizes(folder)
-    return Declared(config, sizes, _own(config, sizes))
+    return Declared(config, sizes, own_scales(config, sizes))
 
 
 def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None:
@@ -131,10 +118,10 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
                 f"wrong shapes: {module} has lora_A {found[0]}, lora_B {found[1]}; base and rank {rank} need "
                 f"{(rank, inner)} and {(out, rank)}"
             )
-    targets = _targets(declared.config, shapes, head)
-    if missing := sorted(targets - declared.sizes.keys()):
+    targeted = targets(declared.config, shapes, head)
+    if missing := sorted(targeted - declared.sizes.keys()):
         raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
-    if beyond := sorted(declared.sizes.keys() - targets):  # PEFT passes these over, and vLLM does not
+    if beyond := sorted(declared.sizes.keys() - targeted):  # PEFT passes these over, and vLLM does not
         raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
 
 
@@ -302,84 +289,3 @@ def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:
 def _pickle(folder: Path) -> str | None:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
     return f"pickle: {pickles[0]} is never opened; save it as safetensors" if pickles else None
-
-
-def _own(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of the modules that a pattern names, by PEFT's rule: the first key that matches the end of the path."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    if not (ranks or alphas):
-        return {}
-    rank_of = _Patterns("rank_pattern", {rf"(.*\.)?({key})": rank for key, rank in ranks.items()})
-    alpha_of = _Patterns("alpha_pattern", {rf"(.*\.)?({key})": alpha for key, alpha in alphas.items()})
-    return {
-        module: (int(rank_of.first(module, config.r)), float(alpha_of.first(module, config.lora_alpha))) for module in modules
-    }
-
-
-class _Patterns:
-    """A stranger's regular expressions, for full matches, within MATCH_SECONDS of CPU time altogether."""
-
-    def __init__(self, field: str, table: Mapping[str, Any]):
-        self._field, self._ends = field, time.thread_time() + MATCH_SECONDS
-        self._table = [(self._compile(pattern), value) for pattern, value in table.items()]
-
-    def first(self, name: str, default: Any) -> Any:
-        """The value of the first pattern that matches."""
-        for pattern, value in self._table:
-            try:
-                if pattern.fullmatch(name, timeout=self._left(pattern.pattern)):
-                    return value
-            except TimeoutError as error:
-                raise self._too_slow(pattern.pattern) from error
-        return default
-
-    def _left(self, pattern: str) -> float:
-        left = self._ends - time.thread_time()
-        if left <= 0:
-            raise self._too_slow(pattern)
-        return left
-
-    def _compile(self, pattern: str) -> Any:
-        self._left(pattern)
-        if len(pattern) > MAX_PATTERN:
-            raise AdapterError(
-                f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
-            )
-        if VERBOSE.search(pattern) or len(pattern) * math.prod(map(int, COUNT.findall(pattern))) > MAX_REPEATED:
-            raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or is written in verbose mode")
-        try:
-            re.compile(pattern)  # what Python does not accept, PEFT would not
-            return regex.compile(pattern)
-        except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"corrupt config: {self._field} {pattern!r} is no regular expression ({error})") from error
-
-    def _too_slow(self, pattern: str) -> AdapterError:
-        return AdapterError(f"corrupt config: {self._field} {pattern!r} takes more than {MATCH_SECONDS:g} s to match")
-
-
-def _targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
-    """The linear layers that a config's target_modules name, by PEFT's own rules."""
-    names = set(shapes) - {head}
-    found = names if config.target_modules == "all-linear" else _matching("target_modules", config.target_modules, names)
-    if config.exclude_modules:
-        found = found - _matching("exclude_modules", config.exclude_modules, names)
-    if config.layers_to_transform is None:
-        return found
-    used = set(config.target_modules) & {tail for name in found for tail in _tails(name)}
-    layers = replace(config, target_modules=used, exclude_modules=None)
-    return {name for name in found if check_target_module_exists(layers, name)}
-
-
-def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
-    """Those that a regular expression matches, or that end in one of several names."""
-    if isinstance(asked, str):
-        patterns = _Patterns(field, {asked: True})
-        return {name for name in names if patterns.first(name, False)}
-    wanted = set(asked)
-    return {name for name in names if not wanted.isdisjoint(_tails(name))}
-
-
-def _tails(name: str) -> list[str]:
-    """a.b.c -> a.b.c, b.c, c."""
-    parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(len(parts))]

@@ -1,0 +1,113 @@
+"""Which modules a config means: names and a stranger's regular expressions, by PEFT's rules and within a time limit."""
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import regex
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from pipeline.basemodel import Shapes
+from pipeline.errors import AdapterError
+
+MAX_PATTERN = 2000
+"""Characters of a regular expression."""
+MAX_REPEATED = 100_000
+"""Characters of a regular expression times what its counts, as in a{3}, multiply them by: a compiled one has as many nodes."""
+VERBOSE = re.compile(r"\(\?[\w-]*x")
+COUNT = re.compile(r"\{(\d+)", re.ASCII)
+MATCH_SECONDS = 1.0
+"""For all patterns of an adapter together."""
+
+
+def own_scales(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each module, where any pattern names one: by PEFT's rule, the first key that matches the end of the path.
+
+    Raises:
+        AdapterError: a pattern is none, is too large, or takes too long.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    if not (ranks or alphas):
+        return {}
+    rank_of = _Patterns("rank_pattern", {rf"(.*\.)?({key})": rank for key, rank in ranks.items()})
+    alpha_of = _Patterns("alpha_pattern", {rf"(.*\.)?({key})": alpha for key, alpha in alphas.items()})
+    return {
+        module: (int(rank_of.first(module, config.r)), float(alpha_of.first(module, config.lora_alpha))) for module in modules
+    }
+
+
+def targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
+    """The linear layers that a config's target_modules name, by PEFT's own rules; not the output head.
+
+    Raises:
+        AdapterError: a pattern is none, is too large, or takes too long.
+    """
+    names = set(shapes) - {head}
+    found = names if config.target_modules == "all-linear" else _matching("target_modules", config.target_modules, names)
+    if config.exclude_modules:
+        found = found - _matching("exclude_modules", config.exclude_modules, names)
+    if config.layers_to_transform is None:
+        return found
+    used = set(config.target_modules) & {tail for name in found for tail in _tails(name)}
+    layers = replace(config, target_modules=used, exclude_modules=None)
+    return {name for name in found if check_target_module_exists(layers, name)}
+
+
+def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
+    """Those that a regular expression matches, or that end in one of several names."""
+    if isinstance(asked, str):
+        patterns = _Patterns(field, {asked: True})
+        return {name for name in names if patterns.first(name, False)}
+    wanted = set(asked)
+    return {name for name in names if not wanted.isdisjoint(_tails(name))}
+
+
+def _tails(name: str) -> list[str]:
+    """a.b.c -> a.b.c, b.c, c."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts))]
+
+
+class _Patterns:
+    """A stranger's regular expressions, for full matches, within MATCH_SECONDS of CPU time altogether."""
+
+    def __init__(self, field: str, table: Mapping[str, Any]):
+        self._field, self._ends = field, time.thread_time() + MATCH_SECONDS
+        self._table = [(self._compile(pattern), value) for pattern, value in table.items()]
+
+    def first(self, name: str, default: Any) -> Any:
+        """The value of the first pattern that matches."""
+        for pattern, value in self._table:
+            try:
+                if pattern.fullmatch(name, timeout=self._left(pattern.pattern)):
+                    return value
+            except TimeoutError as error:
+                raise self._too_slow(pattern.pattern) from error
+        return default
+
+    def _left(self, pattern: str) -> float:
+        left = self._ends - time.thread_time()
+        if left <= 0:
+            raise self._too_slow(pattern)
+        return left
+
+    def _compile(self, pattern: str) -> Any:
+        self._left(pattern)
+        if len(pattern) > MAX_PATTERN:
+            raise AdapterError(
+                f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
+            )
+        if VERBOSE.search(pattern) or len(pattern) * math.prod(map(int, COUNT.findall(pattern))) > MAX_REPEATED:
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or is written in verbose mode")
+        try:
+            re.compile(pattern)  # what Python does not accept, PEFT would not
+            return regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} is no regular expression ({error})") from error
+
+    def _too_slow(self, pattern: str) -> AdapterError:
+        return AdapterError(f"corrupt config: {self._field} {pattern!r} takes more than {MATCH_SECONDS:g} s to match")
