@@ -16,12 +16,12 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import cluster, track
 from pipeline.arms import Job
-from pipeline.config import Config, TrackConfig
+from pipeline.config import TrackConfig
 from pipeline.errors import one_line
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
-from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers
+from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -49,15 +49,18 @@ def train_arms(
     return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
 
 
-def compare(config: Config, outcomes: Sequence[Outcome], run: Folder) -> tuple[pa.Table, dict[str, Any]]:
+def compare(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
     """The table of all curves, and what it comes to: per init the chosen rate and its test metrics, and the parity.
+
+    Args:
+        storage: where `train_arms` left the outcomes.
 
     Raises:
         RuntimeError: every arm of an init diverged.
     """
     inits = list(dict.fromkeys(outcome["init"] for outcome in outcomes))
     chosen = {init: _chosen([outcome for outcome in outcomes if outcome["init"] == init]) for init in inits}
-    tested = _test(config, [outcome for arms in chosen.values() for outcome in arms], run)
+    tested = _test(jobs[0], [outcome for arms in chosen.values() for outcome in arms], storage)
     summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
     if "base" in inits:
         parities = {init: parity(chosen["base"], arms) for init, arms in chosen.items()}
@@ -172,12 +175,15 @@ def _best_nll(arm: Outcome) -> float:
     return float(min(point["eval_nll"] for point in arm["curve"]))
 
 
-def _test(config: Config, arms: Sequence[Outcome], run: Folder) -> dict[str, dict[str, float]]:
+def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, dict[str, float]]:
+    """Of the chosen checkpoints; `job` is that of any arm."""
     from pipeline.evaluation import evaluate_on_test  # not above: see pipeline/train.py
 
-    task = cluster.compute_task(evaluate_on_test, config.train.cpus_per_worker, config.train.gpus_per_worker)
-    checkpoints = {arm["name"]: run.sub("train", *arm["checkpoint"].split("/")) for arm in arms}
-    found: dict[str, dict[str, float]] = ray.get(task.remote(config.base, config.train.dtype, run.sub("data"), checkpoints))
+    checkpoints = {arm["name"]: storage.sub(*arm["checkpoint"].split("/")) for arm in arms}
+    if job.train.shard:
+        return score_on_test(job, checkpoints, storage)
+    task = cluster.compute_task(evaluate_on_test, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    found: dict[str, dict[str, float]] = ray.get(task.remote(job.base, job.train.dtype, job.data, checkpoints))
     return found
 
 

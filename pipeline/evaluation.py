@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
@@ -87,14 +88,27 @@ def as_metrics(sums: Tensor) -> dict[str, float]:
     }
 
 
+def sum_over_workers(values: Tensor, workers: int) -> Tensor:
+    """What the workers of one training run have together; all of them must call it."""
+    if workers == 1:
+        return values
+    shared = values.to(device())
+    dist.all_reduce(shared)
+    return shared.cpu()
+
+
+def on_test(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics by the names that they have on the test split."""
+    return {key.replace("eval_", "test_"): value for key, value in metrics.items()}
+
+
 def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoints: dict[str, Folder]) -> dict[str, dict[str, float]]:
     """Metrics on the test split of each of several checkpoints. Runs as one Ray task."""
     rows = Rows(data.read_table("test.parquet"))
     found: dict[str, dict[str, float]] = {}
     for name, checkpoint in checkpoints.items():
         model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
-        metrics = as_metrics(evaluate(partial(score_tokens, model), rows))
-        found[name] = {key.replace("eval_", "test_"): value for key, value in metrics.items()}
+        found[name] = on_test(as_metrics(evaluate(partial(score_tokens, model), rows)))
     return found
 
 

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from pipeline.arms import CURVE_FILE, STATE_FILE, Job, pass_tokens
 from pipeline.basemodel import device
 from pipeline.batches import Share, make_steps
 from pipeline.engines.completion import collate
-from pipeline.evaluation import Rows, as_metrics, evaluate
+from pipeline.evaluation import Rows, as_metrics, evaluate, sum_over_workers
 from pipeline.profiler import traced
 from pipeline.trainable import Trainable
 
@@ -114,7 +112,7 @@ class Finetuning:
                 # DDP and FSDP average gradients over workers; the loss is a mean over the tokens of all of them.
                 (loss * self.workers / step["n_learned"]).backward()
             total += loss.detach().double().cpu()
-        nll = float(self._sum(total)) / step["n_learned"]
+        nll = float(sum_over_workers(total, self.workers)) / step["n_learned"]
         if math.isfinite(nll):
             torch.nn.utils.clip_grad_norm_(self.trainable.weights, 1.0)
             self.optimizer.step()
@@ -125,7 +123,8 @@ class Finetuning:
 
     def _evaluate(self, train_nll: float) -> None:
         started = time.perf_counter()
-        metrics = as_metrics(self._sum(evaluate(self.trainable.score, self.validation, self.rank, self.workers)))
+        sums = evaluate(self.trainable.score, self.validation, self.rank, self.workers)
+        metrics = as_metrics(sum_over_workers(sums, self.workers))
         self.evaluating += time.perf_counter() - started
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
@@ -143,14 +142,6 @@ class Finetuning:
         times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
         outcome = {"curve": self.curve, "diverged_at": self.diverged_at, **times}
         (folder / CURVE_FILE).write_text(json.dumps(outcome))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """Sum over all workers."""
-        if self.workers == 1:
-            return values
-        shared = values.to(device())
-        dist.all_reduce(shared)
-        return shared.cpu()
 
 
 def _feed_from_memory(job: Job) -> Feed:

@@ -252,8 +252,9 @@ def compare(run: Run) -> None:
     if choice["verdict"] == "base" and "mashup" in config.compare.inits:
         run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
     with run.ledger.perform("compare", key) as details:
-        outcomes = train_arms(jobs, run.folder.sub("train"), _said_and_timed(run), config.track)
-        curves, result = compare_arms(config, outcomes, run.folder)
+        trained = run.folder.sub("train")
+        outcomes = train_arms(jobs, trained, _said_and_timed(run), config.track)
+        curves, result = compare_arms(jobs, outcomes, trained)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.folder.write_table("comparison.parquet", curves)
         run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))

@@ -44,28 +44,9 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     """
     # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    resources = training_resources(job.train)
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job, "rows": ray.put(job.data.read_table("train.parquet"))},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(job.train.min_workers, job.train.workers) if job.train.min_workers else job.train.workers,
-            use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=job.name,
-            storage_path=storage.path,
-            storage_filesystem=storage.files,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="eval_nll", checkpoint_score_order="min"
-            ),
-            worker_runtime_env=cluster.worker_env(resources),
-            callbacks=list(callbacks),
-        ),
-    )
+    given = {"job": job, "rows": ray.put(job.data.read_table("train.parquet"))}
+    kept = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="eval_nll", checkpoint_score_order="min")
+    trainer = _trainer(train_loop, given, job, storage, job.name, checkpoint_config=kept, callbacks=list(callbacks))
     started = time.perf_counter()
     result = trainer.fit()
     seconds = time.perf_counter() - started
@@ -83,6 +64,14 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     }
 
 
+def score_on_test(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> dict[str, dict[str, float]]:
+    """Metrics on the test split of each of several checkpoints, by workers such as trained them: for a base that no single
+    device holds. `job` is that of any of the arms."""
+    given = {"job": job, "checkpoints": checkpoints}
+    found: dict[str, dict[str, float]] = _trainer(scoring_loop, given, job, storage, name=f"test-{job.key}").fit().return_value
+    return found
+
+
 def train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     from pipeline.finetuning import Finetuning
@@ -96,6 +85,22 @@ def train_loop(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
     finetuning.run()
+
+
+def scoring_loop(config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What each Ray Train worker runs for `score_on_test`."""
+    from pipeline.evaluation import Rows, as_metrics, evaluate, on_test, sum_over_workers
+    from pipeline.trainable import trained
+
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    rows = Rows(job.data.read_table("test.parquet"))
+    found: dict[str, dict[str, float]] = {}
+    for name, checkpoint in config["checkpoints"].items():
+        sums = evaluate(trained(job, checkpoint, workers).score, rows, rank, workers)
+        found[name] = on_test(as_metrics(sum_over_workers(sums, workers)))
+    return found
 
 
 def training_resources(train: TrainConfig) -> cluster.Resources:
@@ -127,6 +132,31 @@ def require_workers(train: TrainConfig) -> None:
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
     """The curves of all arms, schema COMPARISON."""
     return pa.Table.from_pylist([row for outcome in outcomes for row in outcome["curve"]], schema=COMPARISON)
+
+
+def _trainer(
+    loop: Callable[[dict[str, Any]], Any], given: dict[str, Any], job: Job, storage: Folder, name: str, **settings: Any
+) -> TorchTrainer:
+    """A Ray Train run of `loop` by the workers that an arm asks for; the other settings are those of RunConfig."""
+    resources, train = training_resources(job.train), job.train
+    return TorchTrainer(
+        loop,
+        train_loop_config=given,
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=bool(resources.gpus),
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=storage.files,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            worker_runtime_env=cluster.worker_env(resources),
+            **settings,
+        ),
+    )
 
 
 def _report_to_ray(log: WorkerLog, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:

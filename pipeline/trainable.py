@@ -8,6 +8,7 @@ they share the weights out (FSDP2).
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.arms import Job
+from pipeline.arms import STATE_FILE, Job
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.engines.completion import Batch, completion_nll, score_tokens
 from pipeline.evaluation import causal
@@ -33,6 +34,7 @@ from pipeline.fetch import fetch_adapter
 from pipeline.lora import fuse
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Recipe, merge
+from pipeline.storage import Folder
 
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
@@ -115,6 +117,15 @@ class Trainable:
         self.model.save_pretrained(str(folder), state_dict=trained)
         if self.job.full:
             load_tokenizer(self.job.base).save_pretrained(str(folder))
+
+
+def trained(job: Job, checkpoint: Folder, workers: int) -> Trainable:
+    """What an arm left at `checkpoint`, spread over the workers as it was in training; `job` is that of any arm."""
+    if not job.full:
+        return Trainable(replace(job, arm=replace(job.arm, init="trained"), start=checkpoint, folded=False), workers)
+    with tempfile.TemporaryDirectory() as local:
+        checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], Path(local))
+        return Trainable(replace(job, arm=replace(job.arm, init="base"), base=local), workers)
 
 
 def _shard(completions: Completions, workers: int) -> None:

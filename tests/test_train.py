@@ -10,9 +10,10 @@ import psutil
 import pytest
 
 from pipeline.arms import Job
+from pipeline.evaluation import evaluate_on_test
 from pipeline.finetuning import Finetuning
 from pipeline.storage import Folder
-from pipeline.train import fit
+from pipeline.train import fit, score_on_test
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -37,18 +38,20 @@ UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens
     "settings",
     [
         {"workers": 2},
+        {"workers": 4, "cpus_per_worker": 0.25},
         {"workers": 2, "shard": True, "gradient_checkpointing": True, "dtype": "bfloat16"},
         {"workers": 2, "shard": True, "method": "full"},
         {"workers": 3, "min_workers": 1, "cpus_per_worker": 2},
     ],
-    ids=["replicated", "shared out, bfloat16", "all weights shared out", "as many as there is room for"],
+    ids=["replicated", "four", "shared out, bfloat16", "all weights shared out", "as many as there is room for"],
 )
 def test_any_number_of_workers_gives_the_curve_of_one(
     settings: dict[str, Any], job: Callable[..., Job], alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.train.MAX_FAILURES", 0)  # a second attempt would hide what only the first meets
     storage = Folder.at(tmp_path)
-    found = fit(job(**{"cpus_per_worker": 0.5, **UNEVEN, **settings}), storage)
+    arm = job(**{"cpus_per_worker": 0.5, **UNEVEN, **settings})
+    found = fit(arm, storage)
     kind = {name: settings[name] for name in ("method", "dtype") if name in settings}
     one, near = alone(**UNEVEN, **kind), 1e-2 if "dtype" in kind else 1e-4
     assert [row["step"] for row in found["curve"]] == [row["step"] for row in one] == [0, 3, 6]
@@ -57,6 +60,10 @@ def test_any_number_of_workers_gives_the_curve_of_one(
         assert row["train_nll"] == pytest.approx(expected["train_nll"], abs=near, nan_ok=True)
     weights = "model.safetensors" if settings.get("method") else "adapter_model.safetensors"
     assert storage.exists(f"{found['checkpoint']}/{weights}")
+    if settings.get("shard"):
+        left = {"arm": storage.sub(*found["checkpoint"].split("/"))}
+        plain = evaluate_on_test(arm.base, arm.train.dtype, arm.data, left)
+        assert score_on_test(arm, left, storage)["arm"] == pytest.approx(plain["arm"], abs=near)
 
 
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
