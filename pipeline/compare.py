@@ -72,27 +72,24 @@ def compare(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -
 
 
 def parity(base: Sequence[Outcome], mashup: Sequence[Outcome]) -> dict[str, Any]:
-    """When the mashup's validation NLL reaches the base run's final one, seed by seed, linearly interpolated.
+    """When the mashup's validation NLL comes down to the base runs' final one, linearly interpolated; both are means over seeds.
 
     Returns:
-        Means over seeds of the steps and of the training seconds at parity, None unless every seed reaches it; the base's
-        steps, training seconds and target.
+        The steps and the training seconds at parity, None where it is not reached; the same steps of each seed by itself
+        against the base run of that seed; the base's steps, training seconds and target.
     """
-    pairs = [_parity(one["curve"], other["curve"]) for one, other in zip(base, mashup, strict=True)]
-    reached = [pair for pair in pairs if pair is not None]
-    all_reached = len(reached) == len(pairs)
-    last = [outcome["curve"][-1] for outcome in base]
-    steps = fmean(step for step, _ in reached) if all_reached else None
-    base_steps = fmean(point["step"] for point in last)
+    ours, theirs = _mean_curve(mashup), _mean_curve(base)
+    base_steps, target = theirs["step"][-1], theirs["eval_nll"][-1]
+    steps = steps_to_parity(ours["step"], ours["eval_nll"], target)
     return {
-        "reached": all_reached,
-        "seeds_reached": f"{len(reached)} of {len(pairs)}",
+        "reached": steps is not None,
         "steps": steps,
+        "steps_by_seed": [_steps_of_seed(one["curve"], other["curve"]) for one, other in zip(base, mashup, strict=True)],
         "base_steps": base_steps,
         "steps_saved": None if steps is None else 1 - steps / base_steps,
-        "train_seconds": fmean(seconds for _, seconds in reached) if all_reached else None,
-        "base_seconds": fmean(point["seconds"] for point in last),
-        "target_nll": fmean(point["eval_nll"] for point in last),
+        "train_seconds": None if steps is None else interpolate(ours["step"], ours["seconds"], steps),
+        "base_seconds": theirs["seconds"][-1],
+        "target_nll": target,
     }
 
 
@@ -210,10 +207,17 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
 
 
-def _parity(base: Sequence[dict[str, Any]], mashup: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """Step and training seconds at which one mashup curve reaches the final loss of one base curve."""
-    steps = [point["step"] for point in mashup]
-    step = steps_to_parity(steps, [point["eval_nll"] for point in mashup], base[-1]["eval_nll"])
-    if step is None:
-        return None
-    return step, interpolate(steps, [point["seconds"] for point in mashup], step)
+def _mean_curve(arms: Sequence[Outcome]) -> dict[str, list[float]]:
+    """Step -> validation NLL and training seconds, mean over seeds. An arm that ended early stays where it ended."""
+    curves = [arm["curve"] for arm in arms]
+    longest = max(curves, key=len)
+    held = [curve + [curve[-1]] * (len(longest) - len(curve)) for curve in curves]
+    means = {
+        name: [fmean(point[name] for point in points) for points in zip(*held, strict=True)] for name in ("eval_nll", "seconds")
+    }
+    return {"step": [float(point["step"]) for point in longest], **means}
+
+
+def _steps_of_seed(base: Sequence[dict[str, Any]], mashup: Sequence[dict[str, Any]]) -> float | None:
+    """Step at which one mashup curve reaches the final loss of one base curve."""
+    return steps_to_parity([point["step"] for point in mashup], [point["eval_nll"] for point in mashup], base[-1]["eval_nll"])

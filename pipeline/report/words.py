@@ -178,12 +178,17 @@ def _time_clause(parity: Json) -> str:
 def _steps(parity: Json) -> Headline:
     name = "Steps to parity"
     if not parity["reached"]:
-        seeds = f" ({parity['seeds_reached']} seeds did)" if "seeds_reached" in parity else ""
         target = f"the base ends at a validation NLL of {nll(parity['target_nll'])}"
-        return Headline(name, "not reached", f"in {steps(parity['base_steps'])}{seeds}; {target}")
+        return Headline(name, "not reached", f"in {steps(parity['base_steps'])}{_by_seed(parity)}; {target}")
     saved = parity["steps_saved"]
-    detail = f"{percent(saved)} fewer steps to the base's final validation NLL" if saved is not None else ""
+    detail = f"{percent(saved)} fewer steps to the base's final validation NLL{_by_seed(parity)}"
     return Headline(name, f"{step(parity['steps'])} of {step(parity['base_steps'])}", detail)
+
+
+def _by_seed(parity: Json) -> str:
+    """Where there are several seeds, when each got there by itself."""
+    alone = parity.get("steps_by_seed", [])
+    return f" (each seed alone: {', '.join('not' if one is None else step(one) for one in alone)})" if len(alone) > 1 else ""
 
 
 def _wall_clock(parity: Json, summary: Json) -> Headline:

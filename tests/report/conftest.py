@@ -223,8 +223,8 @@ def _summary(chosen: dict[str, Any]) -> dict[str, Any]:
     }
     parity = {
         "reached": True,
-        "seeds_reached": "2 of 2",
         "steps": 29.3,
+        "steps_by_seed": [27.9, 31.1],
         "base_steps": 100.0,
         "steps_saved": 0.707,
         "target_nll": 0.5068,
@@ -258,7 +258,7 @@ def summary(run_data: RunData) -> dict[str, Any]:
 def lose_parity() -> Callable[[dict[str, Any]], None]:
     """Change a summary to one whose mashup never got to the base's loss."""
     nothing = dict.fromkeys(("steps", "steps_saved", "seconds", "seconds_saved"))
-    return lambda summary: summary["parity"].update(nothing, reached=False, seeds_reached="1 of 2")
+    return lambda summary: summary["parity"].update(nothing, reached=False, steps_by_seed=[88.2, None])
 
 
 @pytest.fixture
