@@ -74,6 +74,12 @@ def pass_tokens(train: TrainConfig, gpu: bool) -> int:
     return (8192 if gpu else 1024) if train.tokens_per_pass == "auto" else train.tokens_per_pass
 
 
+def row_ids(data: Folder, split: str) -> list[str]:
+    """Digests of the rows of a split, in order."""
+    ids: list[str] = data.read_table(f"{split}.parquet", ["sample_id"])["sample_id"].to_pylist()
+    return ids
+
+
 def copy_weights(source: Folder, target: Folder) -> None:
     """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
     for file in source.list_files():

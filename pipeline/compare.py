@@ -5,7 +5,7 @@ learning rate of an init, and the checkpoint of an arm, are those of the lowest 
 by the chosen checkpoints alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,9 +15,10 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import cluster, track
-from pipeline.arms import Job
+from pipeline.arms import Job, row_ids
 from pipeline.config import TrackConfig
 from pipeline.errors import one_line
+from pipeline.ledger import digest
 from pipeline.metrics import interpolate, steps_to_parity
 from pipeline.observe import tell_training
 from pipeline.storage import Folder
@@ -172,16 +173,29 @@ def _best_nll(arm: Outcome) -> float:
     return float(min(point["eval_nll"] for point in arm["curve"]))
 
 
-def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, dict[str, float]]:
-    """Of the chosen checkpoints; `job` is that of any arm."""
+def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, Any]:
+    """Metrics on the test split of the chosen checkpoints, each kept beside its arm's result; `job` is that of any arm."""
+    file = f"test-{digest(row_ids(job.data, 'test'))}.json"
+    todo = {
+        arm["name"]: storage.sub(*arm["checkpoint"].split("/")) for arm in arms if not storage.is_whole(f"{arm['name']}/{file}")
+    }
+    for name, metrics in _tested(job, todo, storage):
+        storage.write_json(f"{name}/{file}", metrics)
+    return {arm["name"]: storage.read_json(f"{arm['name']}/{file}") for arm in arms}
+
+
+def _tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, dict[str, float]]]:
+    """Name and metrics of each checkpoint, as they come."""
     from pipeline.evaluation import evaluate_on_test  # not above: see pipeline/train.py
 
-    checkpoints = {arm["name"]: storage.sub(*arm["checkpoint"].split("/")) for arm in arms}
-    if job.train.shard:
-        return score_on_test(job, checkpoints, storage)
+    if checkpoints and job.train.shard:
+        yield from score_on_test(job, checkpoints, storage).items()
+        return
     task = cluster.compute_task(evaluate_on_test, job.train.cpus_per_worker, job.train.gpus_per_worker)
-    found: dict[str, dict[str, float]] = ray.get(task.remote(job.base, job.train.dtype, job.data, checkpoints))
-    return found
+    coming = {task.remote(job.base, job.train.dtype, job.data, checkpoint): name for name, checkpoint in checkpoints.items()}
+    while coming:
+        done = ray.wait(list(coming))[0][0]
+        yield coming.pop(done), ray.get(done)
 
 
 def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict[str, dict[str, float]]) -> dict[str, Any]:

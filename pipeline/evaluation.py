@@ -102,14 +102,10 @@ def on_test(metrics: dict[str, float]) -> dict[str, float]:
     return {key.replace("eval_", "test_"): value for key, value in metrics.items()}
 
 
-def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoints: dict[str, Folder]) -> dict[str, dict[str, float]]:
-    """Metrics on the test split of each of several checkpoints. Runs as one Ray task."""
-    rows = Rows(data.read_table("test.parquet"))
-    found: dict[str, dict[str, float]] = {}
-    for name, checkpoint in checkpoints.items():
-        model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
-        found[name] = on_test(as_metrics(evaluate(partial(score_tokens, model), rows)))
-    return found
+def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoint: Folder) -> dict[str, float]:
+    """Metrics of a checkpoint on the test split."""
+    model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
+    return on_test(as_metrics(evaluate(partial(score_tokens, model), Rows(data.read_table("test.parquet")))))
 
 
 def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:

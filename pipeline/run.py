@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import track
-from pipeline.arms import Arm, Job, copy_weights
+from pipeline.arms import Arm, Job, copy_weights, row_ids
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.calibrate import calibrate
 from pipeline.compare import RESULT_FILE, train_arms, with_overhead
@@ -246,7 +246,7 @@ def compare(run: Run) -> None:
     n_donors = len(choice["donors"])
     arms = list_arms(config, ["base", *(["mashup"] if n_donors else []), *make_controls(run, n_donors)])
     jobs = make_jobs(run, arms)
-    key = digest([job.name for job in jobs])
+    key = digest([job.name for job in jobs], row_ids(run.folder.sub("data"), "test"))
     if run.ready("compare", key):
         return
     if choice["verdict"] == "base" and "mashup" in config.compare.inits:

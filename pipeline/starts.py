@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.arms import Arm, Job, Lora
+from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.cluster import compute_task
 from pipeline.config import ON_SAMPLES, Config
@@ -30,7 +30,7 @@ from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
-from pipeline.samples import ROLES, split_of
+from pipeline.samples import split_of
 from pipeline.search.scoreboard import paired_difference, unsound
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
@@ -201,9 +201,9 @@ def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
 
 
 def _rows(run: Run) -> str:
-    """Digest of the rows that arms train on and are judged by, wherever they were read from."""
-    ids = {split: run.folder.read_table(f"data/{split}.parquet", ["sample_id"])["sample_id"].to_pylist() for split in ROLES}
-    return digest(fingerprint(run.config.base), ids)
+    """Digest of the rows that arms train on and are chosen by, wherever they were read from."""
+    data = run.folder.sub("data")
+    return digest(fingerprint(run.config.base), [row_ids(data, split) for split in ("train", "validation")])
 
 
 def probed_training(config: Config) -> dict[str, Any] | None:

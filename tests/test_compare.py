@@ -1,10 +1,16 @@
 """What the comparison concludes from curves: the chosen learning rate, parity, and wall-clock with its overhead."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import compare
+from pipeline.arms import Job
 from pipeline.compare import _chosen, parity, with_overhead
+from pipeline.storage import Folder
 
 
 def arm(init: str, losses: list[float], *, lr: float = 1e-4, seed: int = 0, diverged_at: int | None = None) -> dict[str, Any]:
@@ -79,3 +85,32 @@ def test_a_rate_that_diverged_is_never_picked() -> None:
 def test_an_init_that_diverged_everywhere_is_an_error_with_the_way_out() -> None:
     with pytest.raises(RuntimeError, match="add a lower one"):
         _chosen([arm("base", [3.0], lr=1.0, diverged_at=1)])
+
+
+def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But on other rows it is."""
+    asked: list[str] = []
+
+    def tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, dict[str, float]]]:
+        asked.extend(checkpoints)
+        yield from ((name, {"test_nll": 1.0, "test_token_accuracy": 0.5, "test_exact_match": 0.25}) for name in checkpoints)
+
+    monkeypatch.setattr(compare, "_tested", tested)
+    one, data, storage = job(), Folder.at(tmp_path / "data"), Folder.at(tmp_path / "train")
+    for split in ("train", "validation", "test"):
+        data.write_bytes(f"{split}.parquet", one.data.read_bytes(f"{split}.parquet"))
+    one = replace(one, data=data)
+    outcomes = [{**arm("base", [3.0, 1.0], seed=seed), "startup_seconds": 1.0, "best_step": 10} for seed in (0, 1)]
+    outcomes = [{**outcome, "checkpoint": f"{outcome['name']}/last"} for outcome in outcomes]
+    names = [outcome["name"] for outcome in outcomes]
+
+    def tested_now(count: int) -> list[str]:
+        asked.clear()
+        summary = compare.compare([one], outcomes[:count], storage)[1]
+        assert summary["inits"]["base"]["test_exact_match"]["mean"] == 0.25
+        return list(asked)
+
+    assert tested_now(1) == names[:1]
+    assert tested_now(2) == names[1:]
+    data.write_table("test.parquet", data.read_table("test.parquet").slice(1))
+    assert tested_now(2) == names

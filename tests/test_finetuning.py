@@ -112,9 +112,9 @@ def test_a_folded_start_trains_a_fresh_adapter_and_leaves_the_sum_of_both(
     rows = Rows(data.read_table("validation.parquet"))
     before = PeftModel.from_pretrained(base, str(start)).get_base_model()
     assert as_metrics(evaluate(scoring(before), rows))["eval_nll"] == pytest.approx(kept.points[0]["eval_nll"], abs=1e-4)
-    after = evaluate_on_test(job().base, "float32", data, {"sum": Folder.at(tmp_path / "kept" / "4")})
+    after = evaluate_on_test(job().base, "float32", data, Folder.at(tmp_path / "kept" / "4"))
     test = Rows(data.read_table("test.parquet"))
-    assert after["sum"]["test_nll"] == pytest.approx(as_metrics(evaluate(finetuning.trainable.score, test))["eval_nll"], abs=1e-4)
+    assert after["test_nll"] == pytest.approx(as_metrics(evaluate(finetuning.trainable.score, test))["eval_nll"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("settings", "folded"), [(FULL, True), (FULL, False), ({"steps": 4, "evaluations": 2}, True)])
@@ -136,11 +136,9 @@ def test_all_weights_learn_and_are_saved_as_a_model(job: Callable[..., Job], dat
     finetuning.run()
     assert final_nll(kept) < kept.points[0]["eval_nll"] - 0.1
     assert all(weight.requires_grad for weight in finetuning.trainable.model.parameters())
-    found = evaluate_on_test(job().base, "float32", data, {"full": Folder.at(tmp_path / "kept" / "4")})
+    found = evaluate_on_test(job().base, "float32", data, Folder.at(tmp_path / "kept" / "4"))
     rows = Rows(data.read_table("test.parquet"))
-    assert found["full"]["test_nll"] == pytest.approx(
-        as_metrics(evaluate(finetuning.trainable.score, rows))["eval_nll"], abs=1e-5
-    )
+    assert found["test_nll"] == pytest.approx(as_metrics(evaluate(finetuning.trainable.score, rows))["eval_nll"], abs=1e-5)
 
 
 def test_a_job_that_stops_early_is_the_first_part_of_the_whole(

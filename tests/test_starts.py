@@ -23,8 +23,8 @@ def run(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> Ru
     return run
 
 
-def write_data(run: Run, train_id: str) -> None:
-    for split, sample_id in {"train": train_id, "validation": "b", "test": "c"}.items():
+def write_data(run: Run, train_id: str, test_id: str = "c") -> None:
+    for split, sample_id in {"train": train_id, "validation": "b", "test": test_id}.items():
         row = {"sample_id": sample_id, "split": split, "input_ids": [1], "completion_mask": [True], "learn_mask": [True]}
         run.folder.write_table(f"data/{split}.parquet", pa.Table.from_pylist([row], schema=SAMPLES))
 
@@ -47,9 +47,9 @@ def test_an_arm_is_known_by_the_weights_that_it_starts_from(run: Run, tmp_path: 
 
 
 def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
-    """Not by the file that they were read from."""
+    """Not by the file that they were read from, nor by what it is tested on in the end."""
     before = names(run)
-    write_data(run, "a")
+    write_data(run, "a", test_id="another")
     assert names(run) == before
     write_data(run, "other")
     assert not set(names(run)) & set(before)

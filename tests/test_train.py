@@ -61,9 +61,9 @@ def test_any_number_of_workers_gives_the_curve_of_one(
     weights = "model.safetensors" if settings.get("method") else "adapter_model.safetensors"
     assert storage.exists(f"{found['checkpoint']}/{weights}")
     if settings.get("shard"):
-        left = {"arm": storage.sub(*found["checkpoint"].split("/"))}
+        left = storage.sub(*found["checkpoint"].split("/"))
         plain = evaluate_on_test(arm.base, arm.train.dtype, arm.data, left)
-        assert score_on_test(arm, left, storage)["arm"] == pytest.approx(plain["arm"], abs=near)
+        assert score_on_test(arm, {"arm": left}, storage)["arm"] == pytest.approx(plain, abs=near)
 
 
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
