@@ -218,10 +218,15 @@ def _table(rows: Sequence[Row]) -> str:
         steps = "not reached" if row["steps_saved"] is None else f"{1 - row['steps_saved']:.2f}"
         cells = [row["task"], row["recipe"] or "base", steps, f"{row['overhead_seconds']:.0f} s / {row['base_seconds']:.0f} s"]
         for init in inits:
-            found = row["inits"].get(init)
-            cells.append(f"{found['nll']:.3f}, {100 * found['exact_match']:.1f}" if found else "")
+            cells.append(_cell(row["inits"][init]) if init in row["inits"] else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: Row) -> str:
+    """Test NLL and exact match in %, this with its spread over seeds where there are several."""
+    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
+    return f"{found['nll']:.3f}, {100 * found['exact_match']:.1f}{spread}"
 
 
 def _draw(work: Path, rows: Sequence[Row]) -> Figure:
