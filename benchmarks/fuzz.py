@@ -146,7 +146,7 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
         (folder / WEIGHTS_FILE).write_bytes(rest if kind == b"w" else other if kind == b"h" else weights)
         adapter = read_adapter(folder, shapes, head)
         spectrum(adapter)
-        sketch(adapter)
+        sketch(adapter, 0)
 
     patterns = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {".*v_proj": 2}, "target_modules": r".*\.(q|v)_proj", "r": 1}
     other = json.dumps(json.loads(config) | patterns).encode()

@@ -20,6 +20,9 @@ SHORT_LIST = 3
 ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 """Merge weights that are found on the search sample by running the model."""
 
+MAX_COUNT = 1 << 31
+"""Of whatever is counted: rows, workers, tokens."""
+
 MAX_RANK = 1024
 """Of a mashup, and of donors that are merged."""
 
@@ -33,9 +36,9 @@ class TargetConfig(Section):
     train: str
     validation: str | None = Field(None, description="a tenth of train where absent")
     test: str | None = Field(None, description="a tenth of train where absent")
-    max_tokens: int = Field(1024, ge=8, description="longer rows are left out and counted")
-    validation_rows: int = Field(128, ge=1, description="rows used of the validation split, a seeded draw")
-    test_rows: int = Field(500, ge=1, description="rows used of the test split, a seeded draw")
+    max_tokens: int = Field(1024, ge=8, le=MAX_COUNT, description="longer rows are left out and counted")
+    validation_rows: int = Field(128, ge=1, le=MAX_COUNT, description="rows used of the validation split, a seeded draw")
+    test_rows: int = Field(500, ge=1, le=MAX_COUNT, description="rows used of the test split, a seeded draw")
 
 
 class Budget(Section):
@@ -68,8 +71,8 @@ class Budget(Section):
 def _resources(value: float | str, info: ValidationInfo) -> float | str:
     """A number of engines, tokens, CPUs or GPUs, of which last alone there may be none; or auto."""
     least = 0 if str(info.field_name).startswith("gpus") else 1e-9
-    if not isinstance(value, str) and not least <= value < math.inf:
-        raise ValueError("must be positive")
+    if not isinstance(value, str) and not least <= value <= MAX_COUNT:
+        raise ValueError(f"must be positive, and {MAX_COUNT} at most")
     return value
 
 
@@ -83,7 +86,9 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 class SearchConfig(Section):
     """How the pool is scored."""
 
-    samples: int = Field(128, ge=2, description="rows of the target's train split that every candidate is scored on")
+    samples: int = Field(
+        128, ge=2, le=MAX_COUNT, description="rows of the target's train split that every candidate is scored on"
+    )
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
     seed: int = 0
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -91,7 +96,7 @@ class SearchConfig(Section):
     screen: float = Field(1.0, gt=0, le=1, description="share of the pool that a first-order estimate lets into the race; 1: all")
     store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
-    adapters_per_batch: int = Field(4, ge=1, description="adapters that one engine scores together")
+    adapters_per_batch: int = Field(4, ge=1, le=MAX_COUNT, description="adapters that one engine scores together")
     actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")
     cpus_per_actor: float | Auto = "auto"
     gpus_per_actor: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs; above 1: tensor parallelism")
@@ -125,6 +130,7 @@ class MergeConfig(Section):
     probe: int = Field(
         0,
         ge=0,
+        le=MAX_COUNT,
         description=f"first finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none",
     )
 
@@ -152,7 +158,7 @@ class TrainConfig(Section):
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
-    workers: int = Field(1, ge=1, description="data-parallel workers")
+    workers: int = Field(1, ge=1, le=MAX_COUNT, description="data-parallel workers")
     min_workers: int | None = Field(
         None, ge=1, description="train with as few where the cluster has no room for more, and with more when it has"
     )
@@ -161,10 +167,13 @@ class TrainConfig(Section):
         "auto", description="padded tokens in one forward and backward pass; a step takes as many passes as its rows need"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time: activations are computed twice")
-    evaluations: int = Field(10, ge=1, description="evaluations on the validation split over the run, the start apart")
+    evaluations: int = Field(
+        10, ge=1, le=MAX_COUNT, description="evaluations on the validation split over the run, the start apart"
+    )
     patience: int = Field(
         0,
         ge=0,
+        le=MAX_COUNT,
         description="evaluations without a lower validation NLL after which an arm ends; the base's never do, as parity is with "
         "their final loss; 0: no arm does",
     )

@@ -11,15 +11,20 @@ MAX_REASON = 400
 """Characters."""
 
 
+def shown(text: str, limit: int) -> str:
+    """What a stranger wrote, for terminals, pages and logs: control characters are escaped, and it is cut at `limit`."""
+    safe = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[: limit + 1])
+    return safe if len(safe) <= limit else f"{safe[:limit]}..."
+
+
 class AdapterError(ValueError):
     """One adapter cannot be a donor. The message is the reason that the catalogue shows; it stops nothing.
 
-    What a stranger wrote may be a part of it: control characters are escaped, and it is cut at MAX_REASON.
+    What a stranger wrote may be a part of it, so that it is `shown`, at most MAX_REASON of it.
     """
 
     def __init__(self, reason: str):
-        shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in reason[: MAX_REASON + 1])
-        super().__init__(shown if len(shown) <= MAX_REASON else f"{shown[:MAX_REASON]}...")
+        super().__init__(shown(reason, MAX_REASON))
 
 
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")

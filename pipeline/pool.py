@@ -5,8 +5,11 @@ or an object-store prefix. A path in a list file is relative to it, and stays in
 about nothing else on the machines that read it.
 """
 
+import hashlib
 import math
 import os
+import re
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import torch
 from pyarrow import fs
 
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
-from pipeline.errors import AdapterError, InputError, may_pass, one_line
+from pipeline.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
 from pipeline.fetch import HUB
 from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
@@ -39,10 +41,11 @@ from pipeline.merge.adapter import (
     read_adapter,
     write_adapter,
 )
+from pipeline.merge.declared import unknown_fields
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
-from pipeline.merge.spectrum import SAME_SIZE, families, outliers, sketch, spectrum
+from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
-from pipeline.storage import NO_SECRET, Folder, has_secret, is_text, without_secret
+from pipeline.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 from pipeline.tables import BASE_ID, CATALOGUE, INSPECTED
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
@@ -51,6 +54,21 @@ Listing = dict[str, list[str | None]]
 
 READ = (*FILES, "config.json", "model.safetensors.index.json")
 """What is read of an adapter or a full checkpoint, beside its *.safetensors."""
+
+REMOTE = (HUB, "s3://", "gs://", "gcs://")
+"""What a list file may name beside the paths in its folder."""
+
+COMMENT = re.compile(r"(^|\s)#.*")
+"""In a list file; a name may have the sign in it."""
+
+MAX_ID = 1000
+"""Characters."""
+
+MAX_NAME = 255
+"""Bytes of one part of a path."""
+
+MAX_NORM = 1e15
+"""Of a module's delta weight, by its factors' norms: far beyond any honest one, and squares of such still fit into float32."""
 
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
@@ -82,13 +100,12 @@ def build_catalogue(
         InputError: the pool or the base cannot be read, or no adapter is valid.
     """
     shapes, head = linear_shapes(base)
+    given = {"factored": factored, "base": base, "shapes": shapes, "head": head, "salt": secrets.randbits(62)}
     found = pa.table(listing or list_adapters(pool), schema=LISTING)
     rows = (
         ray.data.from_arrow(found)
         .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
-        .map_batches(
-            inspect_batch, batch_format="pyarrow", fn_kwargs={"factored": factored, "base": base, "shapes": shapes, "head": head}
-        )
+        .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs=given)
     )
     parts: list[pa.Table] = []
     for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -129,20 +146,20 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
         raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
     if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    found = [_excluded(_named(one), exclude) for one in found]
+    found = [_shown(_excluded(_named(one), exclude)) for one in found]
     return {name: [getattr(one, name) for one in found] for name in LISTING.names}
 
 
-def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None) -> pa.Table:
+def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None, salt: int) -> pa.Table:
     """Rows of schema INSPECTED of a batch of schema LISTING."""
-    inspector = Inspector(base, shapes, head, factored)
+    inspector = Inspector(base, shapes, head, factored, salt)
     listed = [Listed(**row) for row in batch.to_pylist()]
     with closing(AdapterCache()) as cache:
         cache.prefetch(one.uri for one in listed if one.problem is None)
         rows = [inspector.inspect(one, cache) for one in listed]
     for row in rows:
         if row["status"] != "ok":
-            worker_log("index", row["adapter_id"]).warning("set aside: %s", row["reason"])
+            worker_log("index", shown(row["adapter_id"], MAX_REASON)).warning("set aside: %s", row["reason"])
     return pa.Table.from_pylist(rows, schema=INSPECTED)
 
 
@@ -154,6 +171,8 @@ class Inspector:
     shapes: Shapes
     head: str | None
     factored: str | None
+    salt: int
+    """See `spectrum.sketch`."""
 
     def inspect(self, listed: Listed, cache: AdapterCache) -> dict[str, Any]:
         """A catalogue row: what the adapter is, or why it is set aside."""
@@ -167,25 +186,39 @@ class Inspector:
                 if is_checkpoint(folder):
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder, self.shapes, self.head)
-                row |= _describe(folder / WEIGHTS_FILE, adapter) | _looks(adapter)
+                row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
+                unknown = unknown_fields(folder)
+                pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
         except AdapterError as error:
             return row | {"status": "set_aside", "reason": str(error)}
         except Exception as error:  # what no check foresaw in one adapter must not stop the others
-            worker_log("index", listed.adapter_id).exception("the check failed")
+            worker_log("index", shown(listed.adapter_id, MAX_REASON)).exception("the check failed")
             return row | {"status": "set_aside", "reason": str(AdapterError(f"cannot be checked ({one_line(error)})"))}
-        return row | {"warning": _other_base(adapter, self.base)}
+        return row | {"warning": "; ".join(filter(None, [_other_base(adapter, self.base), _of_newer_peft(unknown)])) or None}
 
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
         """Make a full checkpoint into an adapter, which the row is then of."""
         if self.factored is None:
             raise AdapterError("a full checkpoint, and there is no folder to factor it into")
         found = factor_checkpoint(folder, self.base, self.shapes, self.head)
-        target = Folder.at(self.factored)
+        target, name = Folder.at(self.factored), hashlib.sha256(adapter_id.encode()).hexdigest()[:32]  # an id may hold ../
         with tempfile.TemporaryDirectory() as scratch:
             write_adapter(Path(scratch), found.adapter)
-            target.upload(Path(scratch), adapter_id)
+            target.upload(Path(scratch), name)
             about = _describe(Path(scratch) / WEIGHTS_FILE, found.adapter)
-        return about | _looks(found.adapter) | {"uri": target.sub(adapter_id).uri, "warning": found.describe()}
+        return about | self._looks(found.adapter) | {"uri": target.sub(name).uri, "warning": found.describe()}
+
+    def _looks(self, adapter: Adapter) -> dict[str, Any]:
+        """What adapters are compared by.
+
+        Raises:
+            AdapterError: a number in its delta weights is too large for float32.
+        """
+        for module in adapter.modules:
+            delta = adapter.factors(module)
+            if not float(delta.a_RI.double().norm() * delta.b_OR.double().norm()) < MAX_NORM:
+                raise AdapterError(f"weights too large: the delta weight of {module} may have a norm of more than {MAX_NORM:.0e}")
+        return {"sketch": sketch(adapter, self.salt), "figures": spectrum(adapter)}
 
 
 def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
@@ -203,24 +236,18 @@ def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _looks(adapter: Adapter) -> dict[str, Any]:
-    """What adapters are compared by.
-
-    Raises:
-        AdapterError: a number in its delta weights is too large for float32.
-    """
-    for module in adapter.modules:
-        if not torch.isfinite(adapter.factors(module).b_OR).all():
-            raise AdapterError(f"weights too large: alpha / r times lora_B of {module} is beyond float32")
-    return {"sketch": sketch(adapter), "figures": spectrum(adapter)}
-
-
 def _other_base(adapter: Adapter, base: str) -> str | None:
     """Shapes decide; a base of another name is worth a word, as a local folder seldom bears its Hub id."""
     claimed = adapter.config.base_model_name_or_path
     if not claimed or Path(claimed).name == Path(base).name:
         return None
-    return f"says that it was trained on {claimed}; its shapes fit {base}"
+    return f"says that it was trained on {without_secret(claimed)}; its shapes fit {base}"
+
+
+def _of_newer_peft(fields: list[str]) -> str | None:
+    if not fields:
+        return None
+    return f"fields of its config that this version of PEFT does not know are not heeded: {shown(', '.join(fields), 100)}"
 
 
 def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
@@ -230,9 +257,16 @@ def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
 
 def _named(one: Listed) -> Listed:
     """Names are printed on terminals and pages."""
-    if one.adapter_id.isprintable():
-        return one
-    return Listed(one.adapter_id, one.uri, "its name has control characters; rename it")
+    if not one.adapter_id.isprintable():
+        return Listed(one.adapter_id, one.uri, "its name has control characters; rename it")
+    if len(one.adapter_id) > MAX_ID:
+        digest = hashlib.sha256(one.adapter_id.encode()).hexdigest()[:8]  # what the cut leaves may be another's
+        return Listed(f"{one.adapter_id[:100]}...{digest}", "", f"its name has more than {MAX_ID} characters; rename it")
+    return one
+
+
+def _shown(one: Listed) -> Listed:
+    return one if one.problem is None else one._replace(problem=shown(one.problem, MAX_REASON))
 
 
 def _from_folder(folder: Folder) -> list[Listed]:
@@ -240,13 +274,18 @@ def _from_folder(folder: Folder) -> list[Listed]:
     if folder.is_local:  # full checkpoints of an object store are not fetched
         names |= {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
     parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
-    tails = [parent.removeprefix(folder.path).strip("/") for parent in sorted(parents)]
+    tails = [tail for parent in sorted(parents) if not _is_hidden(tail := parent.removeprefix(folder.path).strip("/"))]
     found = [Listed(tail, folder.sub(tail).uri) if tail else Listed(Path(folder.path).name, folder.uri) for tail in tails]
     if not folder.is_local:
         return found
     pool = Path(folder.path)
     checked = [one._replace(problem=_leaves(Path(one.uri), pool)) for one in found]
     return sorted([*checked, *_not_entered(pool)], key=lambda one: one.adapter_id)
+
+
+def _is_hidden(tail: str) -> bool:
+    """Whether a folder of a pool is no place for donors: one of git, of a cache or of an archive's leavings."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in tail.split("/"))
 
 
 def _leaves(adapter: Path, pool: Path) -> str | None:
@@ -266,6 +305,8 @@ def _not_entered(pool: Path) -> Iterator[Listed]:
             name = os.fsencode(path.relative_to(pool)).decode(errors="backslashreplace")
             if not is_text(str(path)):
                 yield Listed(name, name, "its name is not valid UTF-8; rename it")
+            elif not is_path(str(path)):
+                yield Listed(name, name, f"its path has more than {MAX_PATH} bytes; move it")
             elif path.is_symlink() and not _is_inside(path, pool):
                 yield Listed(name, str(path), "a symbolic link that leaves the pool; copy what it leads to")
 
@@ -277,10 +318,10 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def _from_list(file: Folder) -> list[Listed]:
     try:
-        text = file.read_text("")
+        text = file.read_text("").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{file.uri}: a list file must be UTF-8 text, one adapter a line ({error})") from error
-    lines = [line.partition("#")[0].strip() for line in text.split("\n")]
+    lines = [COMMENT.sub("", line).strip() for line in text.split("\n")]
     if shown := next((without_secret(line) for line in lines if has_secret(line)), None):
         raise InputError(f"{file.uri}: {shown!r}: {NO_SECRET}")
     found = [_list_entry(line, Path(file.path).parent, file.is_local) for line in lines if line]
@@ -291,12 +332,12 @@ def _from_list(file: Folder) -> list[Listed]:
 
 
 def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
-    if not line.isprintable():
+    if not line.isprintable() or len(line) > MAX_ID:
         return Listed(line, line)  # `list_adapters` says what is wrong
-    if line.startswith("file:"):
-        return Listed(line, line, "a file: URI in a list file; give the path relative to the list")
     if "://" in line:
-        return Listed(line.removeprefix(HUB), line)
+        return Listed(line.removeprefix(HUB), line, _not_remote(line))
+    if any(len(part.encode()) > MAX_NAME for part in line.split("/")):
+        return Listed(line, line, f"a name of more than {MAX_NAME} bytes, which no file system has")
     path = parent / line
     looks_local = line.startswith((".", "/", "~")) or line.count("/") != 1
     if not is_local or not (path.exists() or looks_local):
@@ -304,6 +345,15 @@ def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
     if not _is_inside(path, parent):
         return Listed(line, str(path), f"{line} lies outside of {parent}, the folder of the list file")
     return Listed(line, str(path), _leaves(path, parent))
+
+
+def _not_remote(uri: str) -> str | None:
+    """Why a location in a list is not looked at: its writer decides neither what is read of this machine nor whom that asks."""
+    if not uri.startswith(REMOTE):
+        return f"not a location that a list file may name ({', '.join(REMOTE)}); give a path relative to the list"
+    if "?" in uri:
+        return "options of an object store in a list file; set them in the environment, such as AWS_ENDPOINT_URL"
+    return None
 
 
 def compare(table: pa.Table) -> pa.Table:
@@ -327,15 +377,19 @@ def compare(table: pa.Table) -> pa.Table:
 
 
 def _tell_families(valid: list[dict[str, Any]]) -> None:
-    first, sizes = families(np.array([row["sketch"] for row in valid]))
+    sketches_NJ = np.array([row["sketch"] for row in valid])
+    first, sizes = families(sketches_NJ)
+    near, _ = families(sketches_NJ, NEAR_DIRECTION)
     warnings: dict[int, str] = {}
     for place, (one, size) in enumerate(zip(first, sizes, strict=True)):
-        name = valid[one]["adapter_id"]
-        valid[place]["family"] = name
+        name, like = valid[one]["adapter_id"], valid[near[place]]["adapter_id"]
+        valid[place]["family"] = like
         if one != place and abs(size - 1) < SAME_SIZE:
             valid[place] |= {"status": "set_aside", "reason": f"duplicate of {name}: the same delta weights in other factors"}
         elif one != place:
             warnings[place] = f"its delta weights are those of {name} times {size:.3g}; a merge takes the better one of the two"
+        elif near[place] != place:
+            warnings[place] = f"its delta weights are nearly those of {like}; a merge takes the better one of the two"
         elif not any(valid[place]["sketch"]):
             warnings[place] = "its delta weights are zero: it is the base"
     _flag(valid, warnings)

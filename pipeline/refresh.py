@@ -63,8 +63,8 @@ class RefreshConfig(Section):
     @field_validator("pool")
     @classmethod
     def home_lies_elsewhere(cls, value: str, info: ValidationInfo) -> str:
-        home = info.data.get("home", "")
-        if lies_in(home, value):
+        home = info.data.get("home")
+        if home and lies_in(home, value):
             raise ValueError(f"home {home} lies in the pool, so that its mashups would become donors; choose another home")
         return value
 

@@ -1,6 +1,8 @@
 """A config file and its sections: keys are known, values checked, and messages name the file, the key and its value."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar, get_args, get_origin
@@ -8,17 +10,36 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.storage import NO_SECRET, has_secret, without_secret
 
 MAX_BYTES = 1 << 20
 """Of a config file."""
+
+MAX_KEYS = 10_000
+"""Of a mapping in YAML, those that it merges in counted as often as they come."""
+
+ODD_NUMBER = re.compile(r"[-+]?(0\d|.*:)")
+
+MAX_PROBLEMS = 5
+"""That one message tells; a file may have one a line."""
 
 MAX_TEXT = 4096
 """Characters of a text in a config; Linux has no longer paths."""
 
 MAX_SHOWN = 200
 """Characters of a wrong key or text in a message."""
+
+WANTED = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a section of keys",
+    "dict_type": "must be a section of keys",
+    "string_type": "must be a text; put it in quotes",
+}
+"""Pydantic's type of a problem -> what to say in its place."""
+
+ONE_OF = dict.fromkeys(("int", "float", "literal['auto']"), "must be a number or auto")
+"""The same of a value that may be of several types: pydantic has a problem with each, and names the type last."""
 
 SHORT = Repr()
 """Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
@@ -34,19 +55,27 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def a_text_is_a_name_and_no_secret(cls, value: Any) -> Any:
-        if isinstance(value, str) and not (value.strip() and value.isprintable() and len(value) <= MAX_TEXT):
-            raise ValueError(f"must be a text of 1 to {MAX_TEXT} characters that can be printed")
-        if isinstance(value, str) and has_secret(value):
-            raise ValueError(NO_SECRET)
+        for text in (part for part in _parts(value) if isinstance(part, str)):
+            if not (text.strip() and text.isprintable() and len(text) <= MAX_TEXT):
+                raise ValueError(f"must be a text of 1 to {MAX_TEXT} characters that can be printed")
+            if has_secret(text):
+                raise ValueError(NO_SECRET)
         return value
 
     @field_validator("*", mode="before")
     @classmethod
     def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(part, bool) for part in parts) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if (
+            any(isinstance(part, bool) for part in _parts(value))
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
             raise ValueError("must not be true or false")
         return value
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """The values of a list, or the one value."""
+    return value if isinstance(value, list | tuple) else [value]
 
 
 Asked = TypeVar("Asked", bound=Section)
@@ -67,7 +96,7 @@ def read_yaml(path: str, keys: str) -> dict[str, Any]:
         raise InputError(f"{path}: a config file has {MAX_BYTES} bytes at most; this is another file")
     try:
         content = yaml.load(text.decode(), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of odd !!tags, too
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys such as {keys}, got {type(content).__name__}")
@@ -75,13 +104,29 @@ def read_yaml(path: str, keys: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice: the first value would be ignored."""
+    """Refuses a key that stands in a mapping twice, whose first value would be ignored; mappings that grow by merging others
+    beyond any honest one; and numbers of YAML 1.1 that are not what they look like, as 0100 is 64 and 1:30 is 90."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_KEYS} keys by merges", node.start_mark)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if ODD_NUMBER.match(text := str(self.construct_scalar(node))):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text} is another number in YAML; write it without a leading 0 or a colon", node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [key for key, times in keys.items() if times > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
@@ -93,16 +138,19 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: " + "; ".join(_describe(problem, kind) for problem in error.errors())) from error
+        problems = list(dict.fromkeys(_describe(problem, kind) for problem in error.errors()))
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise InputError(f"{source}: " + "; ".join(problems[:MAX_PROBLEMS] + more)) from error
 
 
 def _describe(problem: Any, kind: type[Section]) -> str:
-    place = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"])
+    *above, last = problem["loc"] or ("",)
+    place = ".".join(shown(str(part), MAX_SHOWN) for part in (above if last in ONE_OF else problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":
         return f"key {place!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = ONE_OF.get(last) or WANTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     return without_secret(f"{place}: {message}, got {SHORT.repr(problem['input'])}") if place else message
 
 

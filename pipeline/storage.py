@@ -34,8 +34,11 @@ CHECKED = (".parquet", ".json", ".safetensors")
 MAX_HEADER_BYTES = 16 << 20
 """Of a safetensors file; a tensor takes some 150."""
 
-SECRET = re.compile(r"(?<=://)[^/?#@\s]*@")
-"""What stands before the bucket of s3://KEY:SECRET@bucket/folder."""
+MAX_PATH = 4095
+"""Bytes; Linux opens no longer one."""
+
+SECRET = re.compile(r"(?<=://)(?!anonymous@)[^/?#@\s]*@")
+"""What stands before the bucket of s3://KEY:SECRET@bucket/folder; gs://anonymous@bucket is pyarrow's name for a public one."""
 
 NO_SECRET = "a location must hold no credentials, as it is shown and kept; set them in the environment"
 
@@ -58,6 +61,11 @@ def lies_in(place: str, folder: str) -> bool:
 
 def _absolute(path: str) -> str:
     return os.path.realpath(os.path.expanduser(path))  # pathlib raises where a user is unknown or links go round
+
+
+def is_path(path: str) -> bool:
+    """Whether a path can be opened and written down: it is valid UTF-8, and not too long for the operating system."""
+    return is_text(path) and len(path.encode()) <= MAX_PATH
 
 
 def is_text(path: str) -> bool:
@@ -152,10 +160,10 @@ class Folder:
     def walk(self) -> list[fs.FileInfo]:
         """Every file at any depth. An object store gives a thousand names a request, one request after the other: folders
         directly below are listed side by side where they are few. On a disk, links to folders are not followed, and names that
-        are no text are passed over, as pyarrow has no way to write them."""
+        are no text or too long are passed over, as pyarrow has no way to open them."""
         if self.is_local:
             paths = [f"{parent}/{name}" for parent, _, names in os.walk(self.path) for name in names]
-            return [info for info in self.files.get_file_info([path for path in paths if is_text(path)]) if info.is_file]
+            return [info for info in self.files.get_file_info([path for path in paths if is_path(path)]) if info.is_file]
         top = self.files.get_file_info(fs.FileSelector(self.path))
         below = [info.path for info in top if info.type == fs.FileType.Directory]
         if len(below) > LISTED_APART:

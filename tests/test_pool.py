@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
 
 def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
-    return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head)
+    return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head, salt=0)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -115,6 +116,8 @@ def test_what_leaves_the_pool_or_cannot_be_named_is_set_aside(tmp_path: Path, ti
     (pool / "file" / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
     shutil.copytree(inside, pool / "esc\x1b[31m")
     shutil.copytree(inside, os.fsdecode(os.fsencode(pool) + b"/bad\xff"))
+    for hidden in (".git/old", "sub/.cache/new", "__MACOSX/a"):
+        shutil.copytree(inside, pool / hidden)
     rows = inspected(tiny_base, pool)
     reasons = {name: row["reason"] for name, row in rows.items()}
     assert reasons.keys() == {"inside", "linked", "file", "esc\x1b[31m", "bad\\xff"}
@@ -126,6 +129,25 @@ def test_what_leaves_the_pool_or_cannot_be_named_is_set_aside(tmp_path: Path, ti
     assert len(Folder.at(pool).state()) > 2
 
 
+def test_paths_that_are_too_long_stop_no_other(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    make_adapter(tmp_path / "pool" / "good", tiny_base)
+    here = os.open(tmp_path / "pool", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("x" * 250, dir_fd=here)
+        deeper = os.open("x" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(os.open(CONFIG_FILE, os.O_CREAT, dir_fd=deeper))
+        os.close(here)
+        here = deeper
+    os.close(here)
+    found = list_adapters(str(tmp_path / "pool"))
+    problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
+    assert problems.pop("good") is None
+    assert any("its name has more than 1000 characters" in str(problem) for problem in problems.values())
+    assert all(len(str(name)) < 1100 for name in problems)
+    assert Folder.at(tmp_path / "pool").state()
+    subprocess.run(["rm", "-r", str(tmp_path / "pool")], check=True)  # pytest's own clean-up fails at such paths
+
+
 def test_lines_of_a_list_that_name_no_place_are_set_aside(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(b"a\x00b\n~..\n~nobody/x\n\x1b[31m\r\n")
@@ -133,6 +155,16 @@ def test_lines_of_a_list_that_name_no_place_are_set_aside(tmp_path: Path) -> Non
     problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
     assert problems.keys() == {"a\x00b", "~..", "~nobody/x", "\x1b[31m"}
     assert "control characters" in str(problems["a\x00b"])
+    lines = ["local:///etc/x", "hdfs://host/x", "s3://bucket/x?endpoint_override=http://10.0.0.1", "n" * 300, "m" * 5000]
+    file.write_text("\ufeff" + "\n".join(["c#x  # a comment", *lines]))  # as editors of Windows write it
+    found = list_adapters(str(file))
+    assert found["adapter_id"][:-1] == ["c#x", *lines[:-1]]
+    problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
+    assert problems["c#x"] is None
+    assert all("not a location that a list file may name" in str(problems[line]) for line in lines[:2])
+    assert "AWS_ENDPOINT_URL" in str(problems[lines[2]])
+    assert "more than 255 bytes" in str(problems[lines[3]])
+    assert "more than 1000 characters" in str(found["problem"][-1])
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="must be UTF-8 text"):
         list_adapters(str(file))
@@ -160,6 +192,16 @@ def test_one_donor_under_many_names_counts_once(tmp_path: Path, tiny_base: str, 
     assert "it is the base" in rows["zero"]["warning"]
 
 
+def test_near_copies_are_told_as_a_family(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    one = read_adapter(make_adapter(tmp_path / "one", tiny_base, std=0.3))
+    noisy = {m: (a_RI + 0.08 * a_RI.std() * torch.randn_like(a_RI), b_OR) for m, (a_RI, b_OR) in one.tensors.items()}
+    write_adapter(tmp_path / "near", Adapter(one.config, noisy))
+    make_adapter(tmp_path / "other", tiny_base, std=0.3, seed=1)
+    rows = entries(compare(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
+    assert [rows[name]["family"] for name in ("near", "one", "other")] == ["near", "near", "other"]
+    assert "nearly those of near" in rows["one"]["warning"]
+
+
 def test_an_adapter_that_no_check_foresaw_stops_no_other(
     tmp_path: Path, tiny_base: str, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +211,34 @@ def test_an_adapter_that_no_check_foresaw_stops_no_other(
     rows = inspected(tiny_base, tmp_path)
     assert "cannot be checked (ZeroDivisionError" in rows["a"]["reason"]
     assert "weights too large" in rows["b"]["reason"]
+
+
+def test_numbers_that_only_float64_holds_are_set_aside(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    one = read_adapter(make_adapter(tmp_path / "one", tiny_base))
+    for name, size in {"huge": 1e300, "large": 1e30}.items():
+        tensors = {m: (a_RI.double() * size, b_OR.double()) for m, (a_RI, b_OR) in one.tensors.items()}
+        write_adapter(tmp_path / name, Adapter(one.config, tensors), torch.float64)
+    rows = inspected(tiny_base, tmp_path)
+    assert rows["one"]["status"] == "ok"
+    assert all("weights too large" in rows[name]["reason"] for name in ("huge", "large"))
+
+
+def test_fields_of_a_newer_peft_are_told(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    edit_config(make_adapter(tmp_path / "a", tiny_base), use_super_lora=True, another=None)
+    assert "not heeded: use_super_lora" in inspected(tiny_base, tmp_path)["a"]["warning"]
+
+
+def test_a_factored_checkpoint_stays_in_its_folder_whatever_its_id(tmp_path: Path, tiny_base: str) -> None:
+    (tmp_path / "sub").mkdir()
+    shutil.copytree(tiny_base, tmp_path / "full")
+    layer = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(tmp_path / "full/model.safetensors")
+    save_file(tensors | {layer: tensors[layer] + 0.1}, tmp_path / "full/model.safetensors")
+    (tmp_path / "list.txt").write_text("sub/../full\n")
+    row = inspected(tiny_base, tmp_path / "list.txt")["sub/../full"]
+    assert row["status"] == "ok"
+    assert Path(row["uri"]).parent == tmp_path / "list.txt-factored"
+    assert not (tmp_path / "full" / WEIGHTS_FILE).exists()
 
 
 def test_the_licence_of_a_model_card_is_in_the_catalogue(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
@@ -275,7 +345,7 @@ def test_a_path_of_a_list_file_that_leaves_its_folder_is_set_aside(tmp_path: Pat
     rows = inspected(tiny_base, pool / "list.txt")
     assert {name for name, row in rows.items() if row["status"] == "ok"} == {"inside", "./inside/../inside"}
     reasons = {name: row["reason"] for name, row in rows.items() if row["status"] == "set_aside"}
-    assert "give the path relative to the list" in reasons.pop(f"file://{outside}")
+    assert "give a path relative to the list" in reasons.pop(f"file://{outside}")
     assert all(f"{name} lies outside of {pool}" in reason for name, reason in reasons.items())
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.errors import InputError
-from pipeline.storage import LISTED_APART, Folder, lies_in, without_secret
+from pipeline.storage import LISTED_APART, Folder, has_secret, lies_in, without_secret
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -169,6 +169,11 @@ def test_a_location_that_is_none_is_an_input_error(uri: str) -> None:
 def test_a_file_uri_is_a_local_path_and_an_unknown_user_a_folder_of_that_name(tmp_path: Path) -> None:
     assert Folder.at(f"file://{tmp_path}").uri == str(tmp_path)
     assert Folder.at("~no-such-user/x").path.endswith("/~no-such-user/x")
+
+
+def test_credentials_are_told_from_the_name_of_a_public_bucket() -> None:
+    assert has_secret("s3://KEY:SECRET@bucket/x")
+    assert not has_secret("gs://anonymous@bucket/x")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_ALPHA = 1e9
 MAX_NAME = 300
 """Characters of the name of a base model."""
 
@@ -131,6 +132,8 @@ def open_weights(path: Path) -> safe_open:
     Raises:
         AdapterError: it is corrupt, or its header is larger than any honest one.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise AdapterError(f"corrupt weights: {path.name} is no file")
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -192,6 +195,12 @@ def _read_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"corrupt config: PEFT does not accept it ({error})") from error
 
 
+def unknown_fields(folder: Path) -> list[str]:
+    """Fields that an adapter's config sets and that this version of PEFT does not know: those of a newer one, say."""
+    content = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    return sorted(name for name, value in content.items() if value and name not in LoraConfig.__dataclass_fields__)
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Of a key that stands there twice, one reader takes the first value and another the last."""
     if len(content := dict(pairs)) < len(pairs):
@@ -207,14 +216,14 @@ def _check_config(content: dict[str, Any]) -> None:
             raise AdapterError(reason)
     if content.get("modules_to_save"):
         raise AdapterError(f"modules_to_save: it replaces whole modules ({content['modules_to_save']})")
-    if content.get("bias", "none") != "none":
+    if (content.get("bias") or "none") != "none":
         raise AdapterError(f"bias={content['bias']!r}: biases are not part of a low-rank delta")
     if not _is_rank(content.get("r")):
         raise AdapterError(f"corrupt config: r is {content.get('r')!r}, a whole number from 1 to {MAX_RANK} is needed")
     if not _is_number(alpha := content.get("lora_alpha")):
-        raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number is needed")
+        raise AdapterError(f"corrupt config: lora_alpha is {alpha!r}, a number below {MAX_ALPHA:.0e} is needed")
     if not (_is_number(dropout := content.get("lora_dropout", 0.0)) and 0 <= dropout < 1):
-        raise AdapterError(f"corrupt config: lora_dropout is {dropout!r}, a number from 0 to 1 is needed")
+        raise AdapterError(f"corrupt config: lora_dropout is {dropout!r}, a number from 0 to below 1 is needed")
     if not isinstance(rslora := content.get("use_rslora"), bool | None):
         raise AdapterError(f"corrupt config: use_rslora is {rslora!r}, true or false is needed")
     _check_pattern(content, "rank_pattern", _is_rank, f"whole numbers from 1 to {MAX_RANK}")
@@ -223,8 +232,8 @@ def _check_config(content: dict[str, Any]) -> None:
     init = content.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in KEEPS_BASE:
         raise AdapterError(f"init_lora_weights={init!r}: it changes the base weights; save it with PEFT's conversion to LoRA")
-    base = content.get("base_model_name_or_path") or ""
-    if not (isinstance(base, str) and base.isprintable() and len(base) <= MAX_NAME):
+    base = content.get("base_model_name_or_path")
+    if base is not None and not (isinstance(base, str) and base.isprintable() and len(base) <= MAX_NAME):
         raise AdapterError(f"corrupt config: base_model_name_or_path is {base!r}")
 
 
@@ -262,7 +271,7 @@ def _is_layer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ALPHA
 
 
 def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:

@@ -22,6 +22,9 @@ ENERGY = 0.9
 
 MAX_RANK = 64
 
+MAX_ENERGY = 1e30
+"""Of a tensor's change, its squared norm: far beyond any honest one, and within float32."""
+
 TIED = "lm_head.weight"
 """Tied to the embeddings in one of base and finetune, and written out in the other."""
 
@@ -58,7 +61,9 @@ def factor_checkpoint(folder: Path, base: str, shapes: Shapes, head: str | None)
     linear, elsewhere = 0.0, 0.0
     for name, delta in _differences(folder, base):
         module = name.removesuffix(".weight")
-        energy = float((delta**2).sum())
+        energy = float((delta.double() ** 2).sum())
+        if not energy < MAX_ENERGY:
+            raise AdapterError(f"weights too large: the change of {name} has a squared norm of {energy:.3g}")
         if module not in shapes or module == head:
             elsewhere += energy
         elif energy:

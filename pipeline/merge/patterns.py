@@ -18,6 +18,10 @@ MAX_PATTERN = 2000
 """Characters of a regular expression."""
 MAX_REPEATED = 100_000
 """Characters of a regular expression times what its counts, as in a{3}, multiply them by: a compiled one has as many nodes."""
+PLAIN_PATH = re.compile(r"[\w.]+")
+"""A pattern that is a module's path, or the end of one."""
+ANOTHER_MEANING = re.compile(r"\{[^\d,}]|\[\[:")
+"""Fuzzy matches and classes of POSIX, which `regex` has and Python's `re`, PEFT's, reads as plain characters."""
 VERBOSE = re.compile(r"\(\?[\w-]*x")
 COUNT = re.compile(r"\{(\d+)", re.ASCII)
 MATCH_SECONDS = 1.0
@@ -33,8 +37,7 @@ def own_scales(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[in
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     if not (ranks or alphas):
         return {}
-    rank_of = _Patterns("rank_pattern", {rf"(.*\.)?({key})": rank for key, rank in ranks.items()})
-    alpha_of = _Patterns("alpha_pattern", {rf"(.*\.)?({key})": alpha for key, alpha in alphas.items()})
+    rank_of, alpha_of = _Patterns("rank_pattern", ranks, ends=True), _Patterns("alpha_pattern", alphas, ends=True)
     return {
         module: (int(rank_of.first(module, config.r)), float(alpha_of.first(module, config.lora_alpha))) for module in modules
     }
@@ -66,6 +69,11 @@ def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
     return {name for name in names if not wanted.isdisjoint(_tails(name))}
 
 
+def _last_name(pattern: str) -> str:
+    """What every name ends in that a pattern matches, where the pattern is a path."""
+    return pattern.rpartition(".")[2] if PLAIN_PATH.fullmatch(pattern) else ""
+
+
 def _tails(name: str) -> list[str]:
     """a.b.c -> a.b.c, b.c, c."""
     parts = name.split(".")
@@ -75,13 +83,19 @@ def _tails(name: str) -> list[str]:
 class _Patterns:
     """A stranger's regular expressions, for full matches, within MATCH_SECONDS of CPU time altogether."""
 
-    def __init__(self, field: str, table: Mapping[str, Any]):
-        self._field, self._ends = field, time.thread_time() + MATCH_SECONDS
-        self._table = [(self._compile(pattern), value) for pattern, value in table.items()]
+    def __init__(self, field: str, table: Mapping[str, Any], ends: bool = False):
+        """`ends`: a pattern may match the end of a path, from a dot on."""
+        self._field, self._until = field, time.thread_time() + MATCH_SECONDS
+        self._table = [
+            (self._compile(rf"(.*\.)?({pattern})" if ends else pattern), _last_name(pattern), value)
+            for pattern, value in table.items()
+        ]
 
     def first(self, name: str, default: Any) -> Any:
         """The value of the first pattern that matches."""
-        for pattern, value in self._table:
+        for pattern, last, value in self._table:
+            if not name.endswith(last):  # a config may name every module by its path: most are not even tried
+                continue
             try:
                 if pattern.fullmatch(name, timeout=self._left(pattern.pattern)):
                     return value
@@ -90,7 +104,7 @@ class _Patterns:
         return default
 
     def _left(self, pattern: str) -> float:
-        left = self._ends - time.thread_time()
+        left = self._until - time.thread_time()
         if left <= 0:
             raise self._too_slow(pattern)
         return left
@@ -101,8 +115,11 @@ class _Patterns:
             raise AdapterError(
                 f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
             )
-        if VERBOSE.search(pattern) or len(pattern) * math.prod(map(int, COUNT.findall(pattern))) > MAX_REPEATED:
+        repeats = math.prod(max(1, int(count)) for count in COUNT.findall(pattern))
+        if VERBOSE.search(pattern) or len(pattern) * repeats > MAX_REPEATED:
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or is written in verbose mode")
+        if ANOTHER_MEANING.search(pattern):
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} means other things to other readers")
         try:
             re.compile(pattern)  # what Python does not accept, PEFT would not
             return regex.compile(pattern)

@@ -1,6 +1,7 @@
 """What a stranger's files may declare: bounds on sizes and time, and what is never done."""
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import MAX_REASON, AdapterError
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, for_engine, read_adapter
-from pipeline.merge.declared import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, read_declared
+from pipeline.merge.declared import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, open_weights, read_declared
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"lora_dropout": "x"}, "lora_dropout is 'x'"),
         ({"use_rslora": "no"}, "use_rslora is 'no'"),
         ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": 0}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": []}, "base_model_name_or_path"),
+        ({"lora_alpha": 1e9}, "a number below 1e"),
         ({"base_model_name_or_path": "a\x1b[31m"}, "base_model_name_or_path"),
         ({"base_model_name_or_path": "x" * 301}, "base_model_name_or_path"),
         ({"init_lora_weights": "OLoRA"}, "it changes the base weights"),
@@ -132,3 +136,12 @@ def test_a_reason_is_short_and_has_no_control_characters(good: Path) -> None:
         read_declared(good)
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) <= MAX_REASON + 3
+
+
+def test_a_pipe_is_not_waited_for(good: Path) -> None:
+    (good / WEIGHTS_FILE).unlink()
+    os.mkfifo(good / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match="missing weights"):
+        read_declared(good)
+    with pytest.raises(AdapterError, match="is no file"):
+        open_weights(good / WEIGHTS_FILE)

@@ -93,6 +93,7 @@ def test_what_is_no_finetune_of_the_base_is_refused(tmp_path: Path, tiny_base: s
         (tensors | {"model.layers.9.extra.weight": torch.zeros(2)}, "wrong base: .* model.layers.9.extra.weight"),
         (tensors | {name: torch.zeros(2, 3)}, r"wrong base: .* is \(2, 3\)"),
         (tensors | {name: torch.full_like(tensors[name], torch.nan)}, "NaN or Inf in"),
+        (tensors | {name: torch.full_like(tensors[name], 1e30)}, "weights too large: the change of"),
     ):
         save_file(wrong, file, metadata={"format": "pt"})
         with pytest.raises(AdapterError, match=message):

@@ -104,9 +104,23 @@ def test_a_pattern_that_matches_for_ever_is_stopped_in_time(fields: dict[str, An
         ({"target_modules": "(?x)(a{#\n9999}){ 9999 }"}, "verbose mode"),
         ({"alpha_pattern": {"((a{99}){99}){99}": 1}}, "repeats too much"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"target_modules": "(?:(?:a{3000}){3000})b{0}"}, "repeats too much"),
+        ({"alpha_pattern": {"(?:q_prxx){e<=3}": 9}}, "means other things to other readers"),
+        ({"target_modules": "[[:alpha:]_]+"}, "means other things to other readers"),
     ],
 )
 def test_a_pattern_that_is_none_or_too_large_is_refused(fields: dict[str, Any], reason: str) -> None:
     config = LoraConfig(**fields)
     with pytest.raises(AdapterError, match=reason):
         meant(config, SHAPES)
+
+
+def test_a_large_config_that_names_every_module_by_its_path_is_read_in_time() -> None:
+    """As initialisations that give each module a rank of its own write it, of a model of 80 layers."""
+    names = [
+        f"model.layers.{layer}.{leaf}" for layer in range(80) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj", "a", "b", "c")
+    ]
+    config = LoraConfig(
+        rank_pattern={name: 1 + place % 7 for place, name in enumerate(names)}, alpha_pattern=dict.fromkeys(names, 3)
+    )
+    assert own_scales(config, names) == {name: (1 + place % 7, 3.0) for place, name in enumerate(names)}
