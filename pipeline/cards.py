@@ -17,6 +17,9 @@ MAX_BYTES = 64 << 10
 MAX_CHARACTERS = 200
 """A text that is longer is none."""
 
+MAX_TEXTS = 64
+"""Of a list; the first are taken."""
+
 TEXT = "tag:yaml.org,2002:str"
 
 Fields = Mapping[str, yaml.Node]
@@ -34,18 +37,28 @@ def read_card(folder: Path) -> Fields:
         return {}
 
 
-def texts(node: yaml.Node | None) -> list[str] | None:
-    """A string, or several in alphabetical order, each on one line; None: the node is something else, or too long."""
-    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    found = [" ".join(part.value.split()) for part in parts if isinstance(part, yaml.ScalarNode) and part.tag == TEXT]
-    whole = ", ".join(sorted(found))
-    return sorted(found) if len(found) == len(parts) and whole.isprintable() and len(whole) <= MAX_CHARACTERS else None
+def texts(node: yaml.Node | None) -> list[str]:
+    """A string, or those in a list, in alphabetical order, each on one line; what else is there, or too long, is passed over."""
+    return sorted(filter(None, map(_text, _parts(node)[:MAX_TEXTS])))
 
 
 def text(node: yaml.Node | None) -> str | None:
-    """As `texts`, in one line."""
-    found = texts(node)
-    return None if found is None else ", ".join(found)
+    """A string, or a list of them, in one line; None: the node is something else, in part or whole, or too long."""
+    found = [_text(part) for part in _parts(node)]
+    whole = ", ".join(sorted(filter(None, found)))
+    return whole if all(found) and 0 < len(whole) <= MAX_CHARACTERS else None
+
+
+def _parts(node: yaml.Node | None) -> list[yaml.Node | None]:
+    return node.value if isinstance(node, yaml.SequenceNode) else [node]
+
+
+def _text(node: yaml.Node | None) -> str | None:
+    """A string on one line, or None: the node is something else, empty, or too long."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag != TEXT:
+        return None
+    found = " ".join(node.value.split())
+    return found if found.isprintable() and 0 < len(found) <= MAX_CHARACTERS else None
 
 
 def _fields(card: str) -> dict[str, yaml.Node]:

@@ -11,27 +11,31 @@ row has a place, the hash of seed and content, and the draw takes the lowest pla
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.basemodel import context_length, load_tokenizer
 from pipeline.config import Config
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError
+from pipeline.rows import first_malformed, read_rows, unreadable
 from pipeline.storage import Folder, is_text
 from pipeline.tables import SAMPLES
 
 ROLES = ("train", "validation", "test")
 SPLIT_OFF = 0.1
 """Share of the train rows that becomes a validation or test split that was not given."""
+
+LEAST_LEFT = 0.5
+"""Share of the train rows that must be in no other split that was given; where fewer are, one file was taken for another."""
 
 TOKENISED = pa.schema(
     [
@@ -62,7 +66,7 @@ def take_samples(config: Config) -> Splits:
     rows = _tokenised(paths, config)
     counts = {role: dict(Counter(_of_role(rows, role)["problem"].fill_null("used").to_pylist())) for role in paths}
     usable = {role: _usable(rows, role, path, counts[role]) for role, path in paths.items()}
-    training = _training_splits(usable, config)
+    training = _training_splits(_disjoint(usable, paths, counts), config)
     return Splits(_search_sample(training["train"], config, counts["train"]), training, counts)
 
 
@@ -90,37 +94,19 @@ def split_of(table: pa.Table, split: str) -> pa.Table:
     return table.filter(pc.equal(table["split"], split))
 
 
-def read_rows(path: str, role: str) -> ray.data.Dataset:
-    """A column `row` with each row of a data set as JSON text.
-
-    Raises:
-        InputError: it is of no known form.
-    """
-    folder = Folder.at(path)
-    if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
-        return _from_datasets(path, role)
-    if path.endswith(".parquet") or (folder.is_folder and any(folder.list_files(".parquet"))):
-        try:
-            return ray.data.read_parquet(folder.path, filesystem=folder.files).map_batches(_as_json, batch_format="pyarrow")
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{path}: target.{role} is not valid Parquet ({error})") from error
-    if path.endswith((".jsonl", ".json")):
-        files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
-        return files.map_batches(_lines, batch_size=1, batch_format="pyarrow")
-    raise InputError(f"{path}: target.{role} must be .jsonl, .parquet, a folder of .parquet or a folder saved by datasets")
-
-
-def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int = sys.maxsize) -> dict[str, Any]:
     """Token ids of a row, up to the end of its answer, with the masks of `tables.SAMPLES`.
 
     A token belongs to the completion if it covers a character of the answer. What the chat template adds around the answer
     does not; the first token after the answer, the end of the turn, is learned but not scored.
 
     Raises:
-        ValueError: the row has no prompt or completion of a known form; the message says which.
+        ValueError: the row has no prompt or completion of a known form, or more than `max_tokens`; the message says which.
     """
     messages = _messages(row)
     text, start, end = _render(messages, tokenizer)
+    if end > max_tokens * _longest_entry(tokenizer):  # it can never fit, and a tokenizer takes minutes over a line of 50 MB
+        raise ValueError(f"longer than {max_tokens} tokens")
     encoded = tokenizer(text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     inside = [left < end and right > start and right > left for left, right in offsets]
@@ -131,6 +117,8 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
     if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
         ids, turn_ends = [*ids[: last + 1], tokenizer.eos_token_id], True
     length = last + 1 + turn_ends
+    if length > max_tokens:
+        raise ValueError(f"longer than {max_tokens} tokens")
     mask = [*inside, False][:length]
     learn = [*mask[: last + 1], *([True] * turn_ends)]
     return {"input_ids": ids[:length], "completion_mask": mask, "learn_mask": learn}
@@ -149,11 +137,9 @@ def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, ma
     if row is None:
         return {"problem": "malformed"}
     try:
-        tokens = tokenise(row, tokenizer)
+        tokens = tokenise(row, tokenizer, max_tokens)
     except (ValueError, TemplateError) as error:
         return {"problem": str(error)}
-    if len(tokens["input_ids"]) > max_tokens:
-        return {"problem": f"longer than {max_tokens} tokens"}
     content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
     sample_id = hashlib.sha256(content).hexdigest()[:32]
     place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
@@ -171,7 +157,12 @@ def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
     ]
     rows = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
     batches = rows.iter_batches(batch_format="pyarrow", batch_size=None)
-    tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
+    try:
+        tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
+    except (OSError, pa.ArrowException) as error:
+        if harmed := next(filter(None, map(unreadable, paths.values())), None):
+            raise InputError(harmed) from error
+        raise
     return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
 
 
@@ -194,7 +185,9 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
         raise ValueError("a message without text or role")
     if not all(is_text(turn["role"] + turn["content"]) for turn in messages):
         raise ValueError("a text that is not valid Unicode")
-    if messages[-1].get("role") != "assistant" or not messages[-1]["content"].strip():
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is of role {messages[-1]['role'][:20]!r}; it must be the assistant's")
+    if not messages[-1]["content"].strip():
         raise ValueError("empty completion")
     return messages
 
@@ -207,6 +200,12 @@ def _turns(value: Any, role: str) -> list[dict[str, str]]:
     if isinstance(value, list):
         return value
     return [{"role": role, "content": "" if value is None else value}]
+
+
+@lru_cache(maxsize=4)
+def _longest_entry(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest entry of the vocabulary: no token covers more of a text, but one for unknown signs may."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
@@ -237,7 +236,7 @@ def _usable(rows: pa.Table, role: str, path: str, counts: dict[str, int]) -> pa.
         InputError: a line is malformed, or no row can be used.
     """
     if counts.get("malformed"):
-        raise InputError(f"{path}: {_first_malformed(path)}; each line must be one JSON object")
+        raise InputError(f"{first_malformed(path)}; each line must be one JSON object, in UTF-8")
     if not counts:
         raise InputError(f"{path}: the data set is empty (target.{role})")
     usable = _of_role(rows, role).filter(pc.is_null(_of_role(rows, role)["problem"]))
@@ -247,16 +246,29 @@ def _usable(rows: pa.Table, role: str, path: str, counts: dict[str, int]) -> pa.
     return usable.sort_by([("place", "ascending")])
 
 
-def _first_malformed(path: str) -> str:
-    file = Folder.at(path)
-    for number, line in enumerate(file.read_bytes("").split(b"\n"), start=1):
-        try:
-            if not line.strip() or isinstance(json.loads(line), dict):
-                continue
-            return f"line {number} is not a JSON object"
-        except (ValueError, RecursionError) as error:
-            return f"line {number} is malformed JSON ({error})"
-    return "a row is not a JSON object"
+def _disjoint(usable: dict[str, pa.Table], paths: dict[str, str], counts: dict[str, dict[str, int]]) -> dict[str, pa.Table]:
+    """The splits that were given, each content in one alone: what is in several stays in test, or else in validation, so that
+    nothing is measured on what was trained on. What they lose is counted.
+
+    Raises:
+        InputError: too little is left of one.
+    """
+    kept: dict[str, pa.Table] = {}
+    for role in [role for role in reversed(ROLES) if role in usable]:
+        rows = usable[role]
+        taken = pa.chunked_array([table["sample_id"].combine_chunks() for table in kept.values()], pa.string())
+        left = rows.filter(pc.invert(pc.is_in(rows["sample_id"], taken.combine_chunks())))
+        if lost := len(rows) - len(left):
+            if len(left) < (LEAST_LEFT * len(rows) if role == "train" else 1):
+                others = " or ".join(f"{paths[other]} (target.{other})" for other in kept)
+                raise InputError(
+                    f"{paths[role]}: {lost} of {len(rows)} usable rows (target.{role}) are also in {others}; "
+                    "give each split rows of its own, or none: validation and test are then split off from train"
+                )
+            counts[role]["used"] -= lost
+            counts[role][f"also in {' or '.join(kept)}"] = lost
+        kept[role] = left
+    return kept
 
 
 def _training_splits(usable: dict[str, pa.Table], config: Config) -> dict[str, pa.Table]:
@@ -272,8 +284,10 @@ def _training_splits(usable: dict[str, pa.Table], config: Config) -> dict[str, p
         # Not slice(size): a content that is there several times stays on one side.
         train = train.filter(pc.invert(pc.is_in(train["sample_id"], splits[role]["sample_id"].combine_chunks())))
     if not len(train):
-        rows = len(usable["train"])
-        raise InputError(f"{target.train}: {rows} usable rows are too few to split {' and '.join(absent)} off; give more rows")
+        rows = pc.count_distinct(usable["train"]["sample_id"]).as_py()
+        raise InputError(
+            f"{target.train}: {rows} distinct usable rows are too few to split {' and '.join(absent)} off; give more rows"
+        )
     splits["train"] = train
     return {role: _as_samples(splits[role].slice(0, limits.get(role)), role) for role in ROLES}
 
@@ -292,29 +306,3 @@ def _search_sample(train: pa.Table, config: Config, counts: dict[str, int]) -> p
 
 def _as_samples(rows: pa.Table, split: str) -> pa.Table:
     return rows.append_column("split", pa.array([split] * len(rows), pa.string())).select(SAMPLES.names)
-
-
-def _from_datasets(path: str, role: str) -> ray.data.Dataset:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        loaded = load_from_disk(path)
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{path}: target.{role} is no folder that `datasets` saved whole ({one_line(error)})") from error
-    if isinstance(loaded, DatasetDict):
-        if role not in loaded:
-            raise InputError(f"{path}: no split {role!r} in this data set (it has {', '.join(loaded)})")
-        loaded = loaded[role]
-    if not len(loaded):
-        raise InputError(f"{path}: the data set is empty (target.{role})")
-    return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
-
-
-def _as_json(batch: pa.Table) -> Iterator[pa.Table]:
-    yield pa.table({"row": pa.array([json.dumps(row, default=str).encode() for row in batch.to_pylist()], pa.binary())})
-
-
-def _lines(batch: pa.Table) -> Iterator[pa.Table]:
-    """Lines end in a line feed alone: JSON may hold other line separators of Unicode, at which str.splitlines would cut."""
-    for content in batch["bytes"].to_pylist():
-        yield pa.table({"row": pa.array([line for line in content.split(b"\n") if line.strip()], pa.binary())})

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.arms import Arm, Job, Lora
-from pipeline.config import TrainConfig
+from pipeline.config import Config, TrainConfig, build_config
 from pipeline.finetuning import Finetuning
 from pipeline.samples import tokenise
 from pipeline.storage import Folder
@@ -143,6 +143,15 @@ def data(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Folder:
         tokens = [{"sample_id": str(n), "split": split, **tokenise(row, tokenizer)} for n, row in enumerate(part)]
         folder.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
     return folder
+
+
+@pytest.fixture
+def config_for(tiny_base: str) -> Callable[..., Config]:
+    def config(train: str | Path, base: str = tiny_base, samples: int = 8, seed: int = 0, **target: Any) -> Config:
+        content = {"run": "r", "base": base, "pool": "p", "target": {"train": str(train), **target}}
+        return build_config({**content, "search": {"samples": samples, "seed": seed}}, "test")
+
+    return config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline import samples
-from pipeline.config import Config, build_config
+from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.samples import Splits, take_samples, target_paths, tokenise
 from pipeline.tables import SAMPLES
@@ -24,15 +24,6 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_base)
-
-
-@pytest.fixture
-def config_for(tiny_base: str) -> Callable[..., Config]:
-    def config(train: str | Path, base: str = tiny_base, samples: int = 8, seed: int = 0, **target: Any) -> Config:
-        content = {"run": "r", "base": base, "pool": "p", "target": {"train": str(train), **target}}
-        return build_config({**content, "search": {"samples": samples, "seed": seed}}, "test")
-
-    return config
 
 
 def rows(n: int, start: int = 0) -> list[Row]:
@@ -117,7 +108,11 @@ BAD_ROWS: dict[str, tuple[Row, str]] = {
     "empty text": ({"prompt": "x", "completion": ""}, "empty completion"),
     "blank text": ({"prompt": "x", "completion": " \n"}, "empty completion"),
     "no text": ({"prompt": "x", "completion": None}, "empty completion"),
-    "last turn is the user's": ({"messages": [{"role": "user", "content": "hello"}]}, "empty completion"),
+    "last turn is the user's": (
+        {"messages": [{"role": "user", "content": "hello"}]},
+        "of role 'user'; it must be the assistant's",
+    ),
+    "role of another form": ({"messages": [{"role": "gpt" * 99, "content": "hello"}]}, "of role '(gpt){6}gp';"),
     "no messages": ({"messages": []}, "without text"),
     "message without content": ({"messages": [{"role": "assistant"}]}, "without text"),
     "message is a text": ({"messages": ["hello"]}, "without text"),
@@ -150,6 +145,16 @@ def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: st
     batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
     found = samples.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
     assert found["problem"].to_pylist() == ["System role not supported"] * 2
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "untied_base"])
+def test_what_can_never_fit_is_not_tokenised(base: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(base))
+    longest = max(map(len, tokenizer.get_vocab()))
+    text = json.dumps({"prompt": "a", "completion": "x" * 8 * longest}).encode()
+    assert samples.tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
+    assert samples.tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
 
 
 def shown(splits: Splits) -> list[Row]:
@@ -287,6 +292,60 @@ def test_a_base_without_chat_template_takes_a_whole_target(
         assert masked(row, "completion_mask", tokenizer).startswith("The sum is")
 
 
+def shared(folder: Path, sizes: dict[str, range]) -> dict[str, str]:
+    """A file for each split of a target, with those of all the rows there are."""
+    for role, places in sizes.items():
+        (folder / f"{role}.jsonl").write_text("\n".join(json.dumps(row) for place in places for row in rows(1, place)))
+    return {role: str(folder / f"{role}.jsonl") for role in sizes}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_in_several_given_splits_stays_in_one(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    sizes = {"train": range(40), "validation": range(36, 50), "test": range(30, 38)}
+    splits = take_samples(config_for(**shared(tmp_path, sizes)))
+    train, validation, test = (set(ids_of(splits, role)) for role in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (30, 12, 8)
+    assert len(train | validation | test) == 50
+    assert splits.counts == {
+        "train": {"used": 30, "also in test or validation": 10, "repeated (trained on, sampled once)": 0},
+        "validation": {"used": 12, "also in test": 2},
+        "test": {"used": 8},
+    }
+    (tmp_path / "other").mkdir()
+    other_order = take_samples(config_for(**shared(tmp_path / "other", {role: places[::-1] for role, places in sizes.items()})))
+    assert shown(other_order) == shown(splits)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"train": range(20), "test": range(20)[::-1]}, "train.jsonl: 20 of 20 usable .* in .*/test.jsonl .target.test.; give"),
+        (
+            {"train": range(20), "validation": range(9, 40)},
+            "11 of 20 .*target.train. .*/validation.jsonl .target.validation.; give",
+        ),
+        (
+            {"train": range(20), "validation": range(30, 34), "test": range(30, 40)},
+            "/validation.jsonl: 4 of 4 .*/test.jsonl .target.test.; give each split rows of its own",
+        ),
+    ],
+)
+def test_splits_of_hardly_any_rows_of_their_own_are_refused(
+    sizes: dict[str, range], message: str, tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        take_samples(config_for(**shared(tmp_path, sizes)))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_splits_of_one_folder_that_hold_the_same_rows_are_refused(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    path = str(tmp_path / "d")
+    DatasetDict({role: Dataset.from_list(rows(20)) for role in ("train", "test")}).save_to_disk(path)
+    with pytest.raises(InputError, match="20 of 20 usable rows"):
+        take_samples(config_for(path, test=path))
+
+
 def fault(kind: str, folder: Path) -> str:
     """A target with something wrong; its path."""
     path = folder / "t.jsonl"
@@ -303,6 +362,14 @@ def fault(kind: str, folder: Path) -> str:
     }
     if kind in texts:
         path.write_text(texts[kind], encoding="utf-8")
+    elif kind == "UTF-16":
+        path.write_text("\n".join(good), encoding="utf-16")
+    elif kind == "folder with a malformed line":
+        (path := folder / "d.jsonl").mkdir()
+        for name, lines in (("_skipped", "{"), ("a.jsonl", good[0]), ("b.jsonl", "\n{")):
+            (path / name).write_text(lines)
+    elif kind == "one row many times":
+        path.write_text("\n".join(good[:1] * 50))
     elif kind == "other encoding":
         path.write_bytes('{"prompt": "café", "completion": "x"}\n'.encode("latin-1") * 3)
     elif kind == "not a Parquet file":
@@ -346,6 +413,9 @@ def test_the_same_data_is_not_taken_for_two_splits(
         ("too few to split", "too few to split"),
         ("too few to search", "too few to search with"),
         ("other encoding", "t.jsonl: line 1 is malformed JSON"),
+        ("UTF-16", "t.jsonl: line 1 holds zero bytes, as UTF-16 does; .* in UTF-8"),
+        ("folder with a malformed line", "d.jsonl/b.jsonl: line 2 is malformed JSON"),
+        ("one row many times", "1 distinct usable rows are too few to split"),
         ("not a Parquet file", "t.parquet"),
         ("empty Parquet", "t.parquet: the data set is empty"),
         ("other suffix", "t.csv: target.train must be"),

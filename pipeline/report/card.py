@@ -82,7 +82,7 @@ def _donor_row(donor: Json) -> list[Any]:
 
 def _contamination(donors: Sequence[Json]) -> list[str]:
     told = [f"{donor['adapter_id']}: {sentence}" for donor in donors for sentence in donor["contamination"]]
-    return ["Trained on the target's own rows: " + "; ".join(map(escape_markdown, told)) + "."] if told else []
+    return ["Of the donors' own training data: " + "; ".join(map(escape_markdown, told)) + "."] if told else []
 
 
 def _licences(donors: Sequence[Json]) -> str:

@@ -1,0 +1,117 @@
+"""Target data of any form: what is read of it, and what of harmed files is refused in words."""
+
+import json
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.samples import take_samples
+
+ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"The sum is {2 * n}."} for n in range(40)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_text_that_a_table_holds_as_bytes_is_text(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    columns = {name: [row[name].encode() for row in ROWS] for name in ("prompt", "completion")}
+    others = {"image": pa.array([b"\xff"] * 40), "price": [Decimal(1)] * 40, "role": [None] * 40}
+    for name, kind in (("text", pa.string()), ("bytes", pa.binary())):
+        table = pa.table({key: pa.array(values, kind) for key, values in columns.items()} | others)
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    found, expected = (take_samples(config_for(tmp_path / f"{name}.parquet")) for name in ("bytes", "text"))
+    assert found.training["train"].equals(expected.training["train"])
+
+
+def test_a_store_that_does_not_answer_is_not_the_users_error(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch, config_for: Callable[..., Config]
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject")
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+    monkeypatch.setattr("ray.data.read_parquet", gone)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        take_samples(config_for(tmp_path / "t.parquet"))
+
+
+def harm_parquet(kind: str, path: Path) -> None:
+    """A Parquet file with something wrong."""
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    column = {
+        "dates": pa.array([1], pa.date32()),
+        "times": pa.array([1], pa.timestamp("us")),
+        "decimals": pa.array([Decimal(1)]),
+        "bytes of no text": pa.array([b"\xff"], pa.binary()),
+        "broken text": pa.StringArray.from_buffers(1, *pa.array([b"\xff"], pa.binary()).buffers()[1:]),
+    }
+    content = {
+        "encrypted": whole[:-4] + b"PARE",
+        "corrupt footer": whole[:-200] + b"\xff" * 150 + whole[-50:],
+        "corrupt pages": whole[:20] + b"\xff" * 200 + whole[220:],
+        "cut head": whole[100:],
+    }
+    if kind in column:
+        pq.write_table(pa.table({"prompt": ["a"], "completion": column[kind]}), path)
+    elif kind == "two of one name":
+        pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "prompt"]), path)
+    else:
+        path.write_bytes(content[kind])
+
+
+def harm_datasets(file: str, value: Any, path: Path) -> None:
+    """A folder of `datasets` in which a JSON document is another one, or has another value for a key."""
+    kind = DatasetDict({"train": Dataset.from_list(ROWS)}) if file == "dataset_dict.json" else Dataset.from_list(ROWS)
+    for place in (path, path.parent / "secret"):
+        kind.save_to_disk(place)
+    document = json.loads((path / file).read_text()) | value if isinstance(value, dict) else value
+    (path / file).write_text(json.dumps(document))
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("encrypted", "t.parquet: target.train is not valid Parquet .*encrypted"),
+        ("corrupt footer", "t.parquet: target.train is not valid Parquet"),
+        ("corrupt pages", "t.parquet: cannot be read .*; write the file anew"),
+        ("cut head", "t.parquet: cannot be read"),
+        ("two of one name", "t.parquet: cannot be read"),
+        ("dates", "t.parquet: no row can be used .1 x a message without text or role"),
+        ("times", "t.parquet: no row can be used .1 x a message without text or role"),
+        ("decimals", "t.parquet: no row can be used .1 x a message without text or role"),
+        ("bytes of no text", "t.parquet: no row can be used .1 x a text that is not valid Unicode"),
+        ("broken text", "t.parquet: no row can be used .1 x a text that is not valid Unicode"),
+    ],
+)
+def test_a_harmed_table_is_an_input_error(kind: str, message: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    harm_parquet(kind, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=message):
+        take_samples(config_for(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        *(("state.json", value) for value in ([], "x", {"_data_files": None}, {"_data_files": [5]})),
+        *(("dataset_info.json", value) for value in ([], {"features": 5})),
+        *(("dataset_dict.json", value) for value in ([], {"splits": 5}, {"splits": ["../secret/train"]}, {"splits": [".."]})),
+        *(
+            ("state.json", {"_data_files": [{"filename": name}]})
+            for name in ("/etc/passwd", "../secret/data-00000-of-00001.arrow")
+        ),
+    ],
+)
+def test_a_harmed_folder_of_datasets_is_an_input_error(
+    file: str, value: Any, tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    harm_datasets(file, value, tmp_path / "d")
+    with pytest.raises(InputError, match=r"d: target.train is no folder that .datasets. saved whole"):
+        take_samples(config_for(tmp_path / "d"))
