@@ -20,6 +20,7 @@ MAX_KEYS = 10_000
 """Of a mapping in YAML, those that it merges in counted as often as they come."""
 
 ODD_NUMBER = re.compile(r"[-+]?(0\d|.*:)")
+"""What YAML 1.1 takes for an octal number or one to the base of 60."""
 
 MAX_PROBLEMS = 5
 """That one message tells; a file may have one a line."""

@@ -43,7 +43,8 @@ def spectrum(adapter: Adapter) -> list[float]:
     values. The last is the logarithm of the largest norm over the median one: one module blown up is lost in a mean.
     """
     figures_M5 = torch.stack([_figures(_singular_values(adapter.factors(module))) for module in adapter.modules])
-    norms = figures_M5[figures_M5[:, 2] > 0, 1]  # a module of zeros has no share of energy, and no norm to speak of
+    norm_M, share_M = (figures_M5[:, FIGURES.index(name)] for name in ("norm", "energy concentration"))
+    norms = norm_M[share_M > 0]  # a module of zeros has no share of energy, and no norm to speak of
     largest = float(norms.max() - norms.median()) if len(norms) else 0.0
     return [*figures_M5.mean(0).tolist(), largest]
 
