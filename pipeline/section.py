@@ -39,8 +39,9 @@ WANTED = {
 }
 """Pydantic's type of a problem -> what to say in its place."""
 
-ONE_OF = dict.fromkeys(("int", "float", "literal['auto']"), "must be a number or auto")
-"""The same of a value that may be of several types: pydantic has a problem with each, and names the type last."""
+ONE_OF = {"int_": "int", "float_": "float", "literal_": "literal['auto']"}
+"""Of a value that may be of several types pydantic has a problem with each: how its type begins -> the last part of its place. A key
+that the user gives may bear such a name too."""
 
 SHORT = Repr()
 """Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
@@ -145,13 +146,15 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
 
 
 def _describe(problem: Any, kind: type[Section]) -> str:
-    *above, last = problem["loc"] or ("",)
-    place = ".".join(shown(str(part), MAX_SHOWN) for part in (above if last in ONE_OF else problem["loc"]))
+    of_several = problem["type"].startswith(tuple(ONE_OF)) and str(problem["loc"][-1]) in ONE_OF.values()
+    place = ".".join(shown(str(part), MAX_SHOWN) for part in problem["loc"][: -1 if of_several else None])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":
         return f"key {place!r} is missing"
-    message = ONE_OF.get(last) or WANTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+    message = (
+        "must be a number or auto" if of_several else WANTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    )
     return without_secret(f"{place}: {message}, got {SHORT.repr(problem['input'])}") if place else message
 
 

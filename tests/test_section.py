@@ -79,6 +79,7 @@ def test_mappings_that_merge_one_another_again_and_again_are_refused_soon(tmp_pa
         ("search: {actors: many}", "search.actors: must be a number or auto, got 'many'$"),
         ("exclude: sums-*", "exclude: must be a list, got 'sums-.'$"),
         ("exclude: ['s3://KEY:SECRET@bucket']", "exclude: a location must hold no credentials"),
+        ("int: 1", "unknown key 'int'"),
         ("search:", "search: must be a section of keys, got None$"),
         ("pool: 2024-01-01", "pool: must be a text; put it in quotes, got"),
         ('"a\\nb": 1', r"unknown key 'a.+nb'"),
