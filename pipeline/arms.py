@@ -1,6 +1,7 @@
 """What the arms of a comparison are: an init at a learning rate and a seed, and all that training it depends on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import TrainConfig
 from pipeline.storage import Folder
@@ -78,6 +79,11 @@ def row_ids(data: Folder, split: str) -> list[str]:
     """Digests of the rows of a split, in order."""
     ids: list[str] = data.read_table(f"{split}.parquet", ["sample_id"])["sample_id"].to_pylist()
     return ids
+
+
+def download_model(checkpoint: Folder, target: Path) -> None:
+    """Copy the whole model of a checkpoint to a local folder, without what only going on needs."""
+    checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], target)
 
 
 def copy_weights(source: Folder, target: Folder) -> None:

@@ -33,10 +33,10 @@ UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 
 
-def may_pass(error: OSError) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether an error is of the disk, the network or the object store, and not of what was asked of it: the same may work
     later."""
-    return error.errno in PASSING or any(mark in str(error) for mark in UNREACHABLE)
+    return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in UNREACHABLE))
 
 
 CAUSED = "The above exception was the direct cause of the following exception"

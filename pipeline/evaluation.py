@@ -13,7 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from pipeline.arms import STATE_FILE
+from pipeline.arms import download_model
 from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.batches import share_out
 from pipeline.engines.completion import Batch, collate, score_tokens
@@ -115,5 +115,5 @@ def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
             return causal(
                 PeftModel.from_pretrained(load_model(base, dtype), str(fetch_adapter(checkpoint.uri, Path(cache)))).eval()
             )
-        checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], Path(cache))
+        download_model(checkpoint, Path(cache))
         return load_model(cache, dtype)

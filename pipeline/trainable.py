@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.arms import STATE_FILE, Job
+from pipeline.arms import Job, download_model
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.engines.completion import Batch, completion_nll, score_tokens
 from pipeline.evaluation import causal
@@ -124,7 +124,7 @@ def trained(job: Job, checkpoint: Folder, workers: int) -> Trainable:
     if not job.full:
         return Trainable(replace(job, arm=replace(job.arm, init="trained"), start=checkpoint, folded=False), workers)
     with tempfile.TemporaryDirectory() as local:
-        checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], Path(local))
+        download_model(checkpoint, Path(local))
         return Trainable(replace(job, arm=replace(job.arm, init="base"), base=local), workers)
 
 
