@@ -40,8 +40,8 @@ WANTED = {
 """Pydantic's type of a problem -> what to say in its place."""
 
 ONE_OF = {"int_": "int", "float_": "float", "literal_": "literal['auto']"}
-"""Of a value that may be of several types pydantic has a problem with each: how its type begins -> the last part of its place. A key
-that the user gives may bear such a name too."""
+"""Of a value that may be of several types pydantic has a problem with each: how its type begins -> the last part of its place.
+A key that the user gives may bear such a name too."""
 
 SHORT = Repr()
 """Shows a wrong value, and of a large one the beginning: a few lines of YAML make gigabytes by aliases."""
