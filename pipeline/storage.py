@@ -1,7 +1,8 @@
 """Folders on a local disk or an object store, through pyarrow's file systems.
 
 Every table and document of a run is read and written here. Writes are atomic: a local file appears under its name only
-when it is whole, and an object store shows an object only when its upload is complete.
+when it is whole, and an object store shows an object only when its upload is complete. Until then a local file is
+`.<id>.partial` beside its place, which no listing here shows.
 """
 
 import json
@@ -36,6 +37,8 @@ MAX_HEADER_BYTES = 16 << 20
 
 MAX_PATH = 4095
 """Bytes; Linux opens no longer one."""
+
+PARTIAL = ".partial"
 
 SECRET = re.compile(r"(?<=://)(?!anonymous@)[^/?#@\s]*@")
 """What stands before the bucket of s3://KEY:SECRET@bucket/folder; gs://anonymous@bucket is pyarrow's name for a public one."""
@@ -162,7 +165,7 @@ class Folder:
         directly below are listed side by side where they are few. On a disk, links to folders are not followed, and names that
         are no text or too long are passed over, as pyarrow has no way to open them."""
         if self.is_local:
-            paths = [f"{parent}/{name}" for parent, _, names in os.walk(self.path) for name in names]
+            paths = [f"{parent}/{name}" for parent, _, names in os.walk(self.path) for name in names if not _is_partial(name)]
             return [info for info in self.files.get_file_info([path for path in paths if is_path(path)]) if info.is_file]
         top = self.files.get_file_info(fs.FileSelector(self.path))
         below = [info.path for info in top if info.type == fs.FileType.Directory]
@@ -175,7 +178,8 @@ class Folder:
     def list_files(self, suffix: str = "") -> list[str]:
         """Names of the files directly in this folder that end in `suffix`, sorted; a missing folder has none."""
         found = self.files.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
+        names = (info.base_name for info in found if info.is_file)
+        return sorted(name for name in names if name.endswith(suffix) and not _is_partial(name))
 
     def state(self) -> list[tuple[str, int, int]]:
         """Path, size in bytes and time in nanoseconds of every file at this location, a folder at any depth or one file, sorted:
@@ -217,7 +221,7 @@ class Folder:
         parent = self.join(name).rpartition("/")[0]
         self.files.create_dir(parent, recursive=True)
         # Only a local file system shows a file before it is closed.
-        target = f"{parent}/.{uuid.uuid4().hex}.partial" if self.is_local else self.join(name)
+        target = f"{parent}/.{uuid.uuid4().hex}{PARTIAL}" if self.is_local else self.join(name)
         try:
             with self.files.open_output_stream(target) as stream:
                 stream.write(content)
@@ -229,8 +233,18 @@ class Folder:
             raise
 
     def read_bytes(self, name: str) -> bytes:
+        """What a file holds, of one version of it. S3 is asked for its size first and then for that many bytes, which are half
+        of a file where a longer one has taken its place: they are read again, until it is the same one before and after."""
+        while True:
+            with self.files.open_input_stream(self.join(name)) as stream:
+                version, content = stream.metadata(), stream.read()
+            if self.is_local or self._version(name) == version:
+                return bytes(content)
+
+    def _version(self, name: str) -> Any:
+        """What an object store says of a file: its ETag, size and time."""
         with self.files.open_input_stream(self.join(name)) as stream:
-            return stream.read()
+            return stream.metadata()
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
@@ -277,6 +291,10 @@ class Folder:
         for name in names:
             with suppress(FileNotFoundError), self.files.open_input_stream(self.join(name)) as source:
                 _copy(source, target / name)
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PARTIAL)
 
 
 def _copy(source: pa.NativeFile, target: Path) -> None:

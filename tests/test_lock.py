@@ -108,6 +108,13 @@ def test_what_a_dead_process_left_is_removed(folder: Folder) -> None:
     assert folder.list_files() == []
 
 
+def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".0123456789abcdef.partial").write_text("")
+    with Lock(Folder.at(tmp_path)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".0123456789abcdef.partial"]
+
+
 def test_a_process_that_slept_has_lost_it(sleeper: subprocess.Popen[str], tmp_path: Path) -> None:
     sleeper.send_signal(signal.SIGSTOP)
     take_when_expired(Folder.at(tmp_path / "lock"))

@@ -2,6 +2,8 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -49,6 +51,32 @@ def test_writing_again_replaces(folder: Folder) -> None:
     folder.write_text("a.txt", "new")
     assert folder.read_text("a.txt") == "new"
     assert folder.list_files() == ["a.txt"]
+
+
+def test_what_is_half_written_is_not_listed(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    folder.write_text("a.txt", "x")
+    (tmp_path / ".0123456789abcdef.partial").write_text("hal")
+    (tmp_path / "taxes.partial").write_text("a user's own")
+    assert folder.list_files() == ["a.txt", "taxes.partial"]
+    assert [one.base_name for one in sorted(folder.walk(), key=lambda one: one.path)] == ["a.txt", "taxes.partial"]
+    assert len(folder.state()) == 2
+
+
+def test_who_reads_while_another_writes_gets_one_whole_version(bucket: str) -> None:
+    folder = Folder.at(f"{bucket}/run")
+    folder.write_text("stages.json", "{}")
+    later = ['{"stage": "index"}', '{"stage": "index", "seconds": 1}']
+
+    def open_input_stream(path: str) -> Any:
+        stream = folder.files.open_input_stream(path)  # asks for the size
+        if later:
+            folder.write_text("stages.json", later.pop(0))
+        return stream
+
+    busy = Folder(folder.uri, folder.path, cast(Any, SimpleNamespace(open_input_stream=open_input_stream)))
+    assert busy.read_json("stages.json") == {"stage": "index", "seconds": 1}
+    assert later == []
 
 
 def test_delete_removes_files_and_folders_and_minds_nothing_missing(folder: Folder) -> None:
