@@ -35,14 +35,11 @@ from pyarrow import fs
 
 from pipeline.cards import CARD_FILE
 from pipeline.errors import AdapterError, InputError
-from pipeline.fetch import locate
+from pipeline.fetch import MAX_ADAPTER_BYTES, locate, require_size
 from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
 
 MAX_CARD_BYTES = 1 << 20
-MAX_ADAPTER_BYTES = 8 << 30
-"""Of one that is fetched: rank 64 on all linear layers of a model of 70 billion weights takes 3.3 GB."""
-
 PARTIAL = ".partial"
 NAMES = "[0-9a-f]" * 32 + "-*"
 
@@ -62,19 +59,27 @@ class Hold(NamedTuple):
 class AdapterCache:
     """This process's way to the node's cache. Its methods may be called from several threads."""
 
-    def __init__(self, folder: Path | None = None, max_bytes: int = 8 << 30, threads: int = 4, ahead: int = 16):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        max_bytes: int = 8 << 30,
+        threads: int = 4,
+        ahead: int = 16,
+        max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+    ):
         """
         Args:
             folder: where the adapters are kept; by default one of this user's in the machine's temporary folder.
             max_bytes: limit in bytes; passed only by what is in use or being fetched.
             threads: fetches at the same time, for `prefetch`.
             ahead: prefetched adapters that may wait to be asked for; they count as in use.
+            max_adapter_bytes: limit of one adapter; of a larger one nothing is fetched.
 
         Raises:
             InputError: the folder cannot be made, or others can write to it.
         """
         self.folder = _private(folder or Path(tempfile.gettempdir()) / f"mashup-adapters-{os.getuid()}")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.max_adapter_bytes = max_bytes, max_adapter_bytes
         self.ahead = ahead
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
         self._guard = threading.Lock()
@@ -129,7 +134,7 @@ class AdapterCache:
             self.release(uri)
 
     def _obtain(self, uri: str) -> Hold:
-        place = locate(uri)
+        place = locate(uri, self.max_adapter_bytes)
         if isinstance(place, Path):
             return Hold(uri, place, None)
         try:
@@ -141,8 +146,7 @@ class AdapterCache:
     def _lock_entry(self, store: Folder) -> tuple[Path, int]:
         infos = _infos(store)
         sizes = {info.base_name: info.size for info in infos}
-        if (size := sum(sizes.values())) > MAX_ADAPTER_BYTES:
-            raise AdapterError(f"cannot be fetched from {store.uri} (it has {size} bytes; {MAX_ADAPTER_BYTES} are allowed)")
+        require_size(store.uri, sum(sizes.values()), self.max_adapter_bytes)
         entry = self.folder / _name(store.uri, infos)
         if entry.exists() and not all((entry / name).is_file() for name in sizes):
             _remove(entry)  # cleaners of temporary folders take single files

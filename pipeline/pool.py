@@ -29,7 +29,7 @@ from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
 from pipeline.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
-from pipeline.fetch import HUB
+from pipeline.fetch import HUB, MAX_ADAPTER_BYTES
 from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
     CONFIG_FILE,
@@ -41,7 +41,7 @@ from pipeline.merge.adapter import (
     read_adapter,
     write_adapter,
 )
-from pipeline.merge.declared import unknown_fields
+from pipeline.merge.declared import largest_adapter, unknown_fields
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
@@ -154,7 +154,7 @@ def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shap
     """Rows of schema INSPECTED of a batch of schema LISTING."""
     inspector = Inspector(base, shapes, head, factored, salt)
     listed = [Listed(**row) for row in batch.to_pylist()]
-    with closing(AdapterCache()) as cache:
+    with closing(AdapterCache(max_adapter_bytes=min(largest_adapter(shapes), MAX_ADAPTER_BYTES))) as cache:
         cache.prefetch(one.uri for one in listed if one.problem is None)
         rows = [inspector.inspect(one, cache) for one in listed]
     for row in rows:

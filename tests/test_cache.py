@@ -38,7 +38,7 @@ def cache(tmp_path: Path) -> Iterator[AdapterCache]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     """An object store of which a local folder keeps the files; a forked process can read it too."""
     monkeypatch.setattr(
-        "pipeline.cache.locate", lambda uri: Folder(uri, uri.replace("disk:/", str(tmp_path)), fs.LocalFileSystem())
+        "pipeline.cache.locate", lambda uri, _: Folder(uri, uri.replace("disk:/", str(tmp_path)), fs.LocalFileSystem())
     )
     return Folder("disk://store", str(tmp_path / "store"), fs.LocalFileSystem())
 
@@ -73,9 +73,9 @@ def in_fork(work: Callable[[], object]) -> multiprocessing.process.BaseProcess:
 
 
 def test_an_adapter_that_is_too_large_is_refused_before_it_is_fetched(
-    store: Folder, cache: AdapterCache, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Folder, downloads: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.cache.MAX_ADAPTER_BYTES", 20)
+    cache = AdapterCache(tmp_path / "cache", max_adapter_bytes=20)
     with pytest.raises(AdapterError, match="it has 22 bytes; 20 are allowed"):
         cache.get(put(store, "huge", "w" * 20))
     assert downloads == []

@@ -1,8 +1,13 @@
 """Bringing an adapter here: from a folder, the Hub's cache or an object store; what cannot be reached says so."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub import serve_hub
 
 from pipeline.errors import AdapterError
 from pipeline.fetch import fetch_adapter
@@ -40,3 +45,43 @@ def test_a_store_that_cannot_be_reached_is_an_adapter_error(tmp_path: Path) -> N
 def test_a_hub_id_that_is_not_in_the_cache_is_an_adapter_error(repo: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="cannot be fetched from the Hub"):
         fetch_adapter(f"hf://{repo}", tmp_path)
+
+
+FETCH = """
+import sys
+from pipeline.errors import AdapterError
+from pipeline.fetch import locate
+
+for repo in sys.argv[1:]:
+    try:
+        print(locate(f"hf://{repo}", 1000))
+    except AdapterError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def locate_from(tmp_path: Path) -> Callable[..., list[str]]:
+    """locate_from(endpoint, *repos): what `locate` gives or says of a Hub's repositories, of at most 1,000 bytes each."""
+
+    def ask(endpoint: str, *repos: str) -> list[str]:  # huggingface_hub reads its settings once in a process
+        settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", FETCH, *repos]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return ask
+
+
+def test_of_a_hubs_repository_an_adapters_files_are_fetched_once_and_of_a_large_one_none(
+    locate_from: Callable[..., list[str]],
+) -> None:
+    files = {name: f"content of {name}".encode() for name in (*FILES, "optimizer.pt")}
+    with serve_hub({"org/adapter": files, "org/huge": {WEIGHTS_FILE: bytes(1001)}}) as (endpoint, asked):
+        found, again, huge, none = locate_from(endpoint, "org/adapter", "org/adapter", "org/huge", "org/none")
+    assert (Path(found) / WEIGHTS_FILE).read_text() == f"content of {WEIGHTS_FILE}"
+    assert again == found
+    assert sorted(asked) == sorted(path.name for path in Path(found).iterdir()) == sorted(FILES)
+    assert huge == "cannot be fetched from the Hub (it has 1001 bytes; 1000 are allowed)"
+    assert "not in its cache (404 Client Error" in none
+    assert locate_from(endpoint, "org/adapter") == [found]  # nobody is there any more

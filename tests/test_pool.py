@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.basemodel import linear_shapes
+from pipeline.config import MAX_RANK
 from pipeline.errors import InputError
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from pipeline.merge.declared import largest_adapter
 from pipeline.pool import LISTING, build_catalogue, compare, inspect_batch, list_adapters
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE
@@ -415,6 +417,23 @@ def test_a_list_file_in_an_object_store_names_object_store_adapters(
     rows = inspected(tiny_base, f"{bucket}/list.txt")
     assert rows[f"{bucket}/adapters/a"]["status"] == "ok"
     assert rows[f"{bucket}/adapters/gone"]["status"] == "set_aside"
+
+
+def test_of_an_object_store_nothing_is_fetched_that_is_larger_than_any_donor_of_the_base(
+    bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make
+) -> None:
+    limit = largest_adapter(linear_shapes(tiny_base)[0])
+    folder = make_adapter(tmp_path / "a", tiny_base, rank=MAX_RANK, targets="all-linear")
+    weights = {name: weight.double() for name, weight in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(weights, folder / WEIGHTS_FILE)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= limit
+    store = Folder.at(f"{bucket}/pool")
+    store.upload(folder, "largest")
+    store.upload(folder, "larger")
+    store.write_bytes(f"larger/{WEIGHTS_FILE}", bytes(limit))
+    rows = inspected(tiny_base, f"{bucket}/pool")
+    assert rows["largest"]["status"] == "ok"
+    assert f"{limit} are allowed" in rows["larger"]["reason"]
 
 
 def test_an_endpoint_in_the_uri_holds_for_every_adapter(

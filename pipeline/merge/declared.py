@@ -126,6 +126,12 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
         raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
 
 
+def largest_adapter(shapes: Shapes) -> int:
+    """Bytes of the largest adapter of a base that can be a donor: factors of the highest rank in float64 on all linear layers,
+    beside header, config and card."""
+    return 8 * MAX_RANK * sum(out + inner for out, inner in shapes.values()) + MAX_HEADER_BYTES + 2 * MAX_CONFIG_BYTES
+
+
 def open_weights(path: Path) -> safe_open:
     """Open a safetensors file, of which no more than its header is then in memory.
 
