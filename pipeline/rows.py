@@ -1,5 +1,6 @@
-"""Target data of any known form -> its rows as JSON text: JSONL, Parquet, or a folder saved by `datasets`."""
+"""Target data of any known form -> its rows as JSON text: JSONL, a JSON array, Parquet, or a folder saved by `datasets`."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,9 @@ from pipeline.errors import InputError, may_pass, one_line
 from pipeline.storage import Folder
 
 COLUMNS = ("messages", "prompt", "completion")
+
+ARRAY_WITHIN = 1024
+"""Bytes at the head of a file in which an array begins."""
 
 NOT_UNICODE = ({"role": "assistant", "content": "\udcff"},)
 """Stands for a value of a table that cannot be decoded, so that its row is passed over for that reason."""
@@ -37,8 +41,8 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
             ) from error
     if path.endswith((".jsonl", ".json")):
         files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
-        return files.map_batches(_lines, batch_size=1, batch_format="pyarrow")
-    raise InputError(f"{path}: target.{role} must be .jsonl, .parquet, a folder of .parquet or a folder saved by datasets")
+        return files.map_batches(_from_json, batch_size=1, batch_format="pyarrow")
+    raise InputError(f"{path}: target.{role} must be .jsonl, .json, .parquet, a folder of .parquet or a folder saved by datasets")
 
 
 def unreadable(path: str) -> str | None:
@@ -61,11 +65,12 @@ def unreadable(path: str) -> str | None:
 
 
 def first_malformed(path: str) -> str:
-    """Which line of a data set of lines is no row, and why."""
+    """Which line, or entry of an array, of a JSON data set is no row, and why."""
     for file, content in _contents(path):
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if line.strip() and (fault := _fault(line)):
-                return f"{file}: line {number} {fault}"
+        array = _array(content)
+        for number, row in enumerate(content.split(b"\n") if array is None else array, start=1):
+            if row.strip() and (fault := _fault(row)):
+                return f"{file}: {'line' if array is None else 'entry'} {number} {fault}"
     return f"{path}: a row is not a JSON object"
 
 
@@ -150,7 +155,19 @@ def _as_text(value: Any) -> Any:
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else {type(value).__name__: str(value)}
 
 
-def _lines(batch: pa.Table) -> Iterator[pa.Table]:
-    """Lines end in a line feed alone: JSON may hold other line separators of Unicode, at which str.splitlines would cut."""
+def _from_json(batch: pa.Table) -> Iterator[pa.Table]:
     for content in batch["bytes"].to_pylist():
-        yield pa.table({"row": pa.array([line for line in content.split(b"\n") if line.strip()], pa.binary())})
+        rows = _array(content)
+        if rows is None:  # str.splitlines would also cut at other line separators of Unicode, which JSON may hold
+            rows = [line for line in content.split(b"\n") if line.strip()]
+        yield pa.table({"row": pa.array(rows, pa.binary())})
+
+
+def _array(content: bytes) -> list[bytes] | None:
+    """The entries of a file that is one JSON array; None: it is another one."""
+    if not content[:ARRAY_WITHIN].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return None
+    try:
+        return [json.dumps(row).encode() for row in json.loads(content)]
+    except (ValueError, RecursionError):
+        return None

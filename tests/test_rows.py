@@ -29,6 +29,31 @@ def test_text_that_a_table_holds_as_bytes_is_text(tmp_path: Path, config_for: Ca
     assert found.training["train"].equals(expected.training["train"])
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_file_may_be_one_array(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "array.json").write_text("\ufeff\n" + json.dumps(ROWS, indent=2))
+    found, expected = (take_samples(config_for(tmp_path / name)) for name in ("array.json", "lines.jsonl"))
+    assert found.training["train"].equals(expected.training["train"])
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps([*ROWS, "a row"]), "entry 41 is not a JSON object"),
+        (json.dumps(ROWS)[:-1], "line 1 is malformed JSON"),
+        ("[" * 100_000, "line 1 is malformed JSON"),
+    ],
+)
+def test_of_an_array_the_bad_entry_is_named(
+    content: str, message: str, tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    (tmp_path / "array.json").write_text(content)
+    with pytest.raises(InputError, match=f"array.json: {message}"):
+        take_samples(config_for(tmp_path / "array.json"))
+
+
 def test_a_store_that_does_not_answer_is_not_the_users_error(
     tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch, config_for: Callable[..., Config]
 ) -> None:
