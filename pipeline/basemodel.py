@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 
 FIRST_VALUES = 256
+ADAPTER_CONFIG = "adapter_config.json"
 
 Shapes = dict[str, tuple[int, int]]
 """Module path, as in `model.layers.0.self_attn.q_proj` -> (out features, in features)."""
@@ -96,14 +98,25 @@ def fingerprint(base: str) -> str:
     if not Path(base).is_dir():
         return _short(f"{base} {config._commit_hash}".encode())
     content = (Path(base) / "config.json").read_bytes()
-    for file in sorted(Path(base).glob("*.safetensors")):
+    files = sorted(Path(base).glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{base}: it has no weights; a base model is a folder with config.json, a tokenizer and *.safetensors")
+    return _short(content + b"".join(map(_first_values, files)))
+
+
+def _first_values(file: Path) -> bytes:
+    """Name, type, shape and first values of each tensor in a file."""
+    content = b""
+    try:
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 tensor = tensors.get_slice(name)
                 first = tensors.get_tensor(name) if not tensor.get_shape() else tensor[:1]
                 content += f"{name} {tensor.get_dtype()} {tensor.get_shape()}".encode()
                 content += first.flatten()[:FIRST_VALUES].float().numpy().tobytes()
-    return _short(content)
+    except SafetensorError as error:
+        raise InputError(f"{file}: these weights of the base model cannot be read ({error}); fetch them anew") from error
+    return content
 
 
 def device() -> torch.device:
@@ -124,8 +137,13 @@ def fast_dtype(wish: str) -> torch.dtype:
 def _skeleton(base: str) -> Any:
     """The base model without values for its weights."""
     config = _from_pretrained(AutoConfig, base)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # transformers builds one, which sees the tokens to be told
+        raise InputError(f"{base}: a {config.model_type} reads in both directions; give a causal language model")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of whatever kind: transformers trusts configs
+        raise InputError(f"{base}: not a causal language model that transformers can build ({one_line(error)})") from error
 
 
 def _short(content: bytes) -> str:
@@ -143,8 +161,10 @@ def _from_pretrained(kind: Any, base: str) -> Any:
         raise InputError(f"{base}: no such folder; 'base' is a local model folder or a Hub id such as org/name")
     if any(Path(base).glob("pytorch_model*.bin*")) and not any(Path(base).glob("*.safetensors")):
         raise InputError(f"{base}: its weights are pickle, which is never opened; save the model as safetensors")
+    if (Path(base) / ADAPTER_CONFIG).exists():  # transformers would put it on the base, and vLLM would not
+        raise InputError(f"{base}: this folder also holds an adapter ({ADAPTER_CONFIG}); give one with the base model alone")
     try:
         return kind.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever kind: transformers trusts these files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({reason})") from error

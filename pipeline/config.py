@@ -261,6 +261,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def nothing_is_read_that_a_run_replaces(self) -> "Config":
+        data = {f"target.{role}": getattr(self.target, role) for role in ("train", "validation", "test")}
+        base = self.base if Path(self.base).is_dir() else None
+        for name, place in {"pool": self.pool, "base": base, **data}.items():
+            if place and lies_in(place, self.run):
+                raise ValueError(f"{name}: {place} lies in the run folder {self.run}, where files are replaced; keep them apart")
+        return self
+
+    @model_validator(mode="after")
     def a_probe_trains_on_one_device(self) -> "Config":
         if self.merge.probe and self.train.shard:
             raise ValueError("merge.probe trains on one device, train.shard is for bases that fit none; leave one out")

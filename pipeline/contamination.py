@@ -171,7 +171,7 @@ def _files(folder: Path, names: Iterable[str]) -> list[Path]:
 def _rows(file: Path, base: str, limit: int) -> Iterator[dict[str, Any]]:
     tokenizer = load_tokenizer(base)
     with file.open("rb") as lines:
-        for line in lines.read(limit).split(b"\n"):
+        for line in dict.fromkeys(lines.read(limit).split(b"\n")):  # the same line again says nothing new
             row = tokenise_text(line, tokenizer, seed=0, max_tokens=1 << 16) if len(line) <= MAX_LINE else {"problem": "too long"}
             if "problem" not in row:
                 yield row

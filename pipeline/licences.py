@@ -21,6 +21,8 @@ PERMISSIVE = re.compile(
     r"(afl|apache|bsd|bsd-[23]-clause|cc-by|cc0|cdla-permissive|isc|mit|odc-by|pddl|unlicense|wtfpl|zlib)(-\d[\d.]*)?"
 )
 
+LINK = re.compile(r" \(\S+\)$")
+
 UNKNOWN = "unknown"
 """The Hub's id for a licence that nobody declared."""
 
@@ -88,5 +90,9 @@ def _is_permissive(licence: str) -> bool:
 
 def _slug(licence: str) -> str:
     """The name alone, as the Hub spells names: `cc-by-nc-4.0` for `CC BY-NC 4.0`, `my-own` for `other: My Own (link)`."""
-    name = licence.removeprefix("other: ").partition(" (")[0].lower()
-    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or "other"
+    name = licence.removeprefix("other: ")
+    return _spelled(name if name == licence else LINK.sub("", name)) or "other"
+
+
+def _spelled(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -42,6 +42,7 @@ from pipeline.merge.adapter import (
     write_adapter,
 )
 from pipeline.merge.declared import largest_adapter, unknown_fields
+from pipeline.merge.delta import rounding_error
 from pipeline.merge.factor import factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
@@ -69,6 +70,9 @@ MAX_NAME = 255
 
 MAX_NORM = 1e15
 """Of a module's delta weight, by its factors' norms: far beyond any honest one, and squares of such still fit into float32."""
+
+MAX_ROUNDING = 0.1
+"""By how much of its norm a delta weight may change in bfloat16; honest ones lose some 0.003."""
 
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
@@ -218,6 +222,8 @@ class Inspector:
             delta = adapter.factors(module)
             if not float(delta.a_RI.double().norm() * delta.b_OR.double().norm()) < MAX_NORM:
                 raise AdapterError(f"weights too large: the delta weight of {module} may have a norm of more than {MAX_NORM:.0e}")
+            if (lost := rounding_error(delta)) > MAX_ROUNDING:
+                raise AdapterError(f"its factors cancel: rounded to bfloat16, the delta weight of {module} changes by {lost:.0%}")
         return {"sketch": sketch(adapter, self.salt), "figures": spectrum(adapter)}
 
 
@@ -275,7 +281,9 @@ def _from_folder(folder: Folder) -> list[Listed]:
         names |= {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
     parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
     tails = [tail for parent in sorted(parents) if not _is_hidden(tail := parent.removeprefix(folder.path).strip("/"))]
-    found = [Listed(tail, folder.sub(tail).uri) if tail else Listed(Path(folder.path).name, folder.uri) for tail in tails]
+    root = Path(folder.path).name
+    top = Listed("." if root in tails else root, folder.uri)  # the pool may itself be an adapter
+    found = [Listed(tail, folder.sub(tail).uri) if tail else top for tail in tails]
     if not folder.is_local:
         return found
     pool = Path(folder.path)

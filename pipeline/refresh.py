@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig
+from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
 from pipeline.errors import InputError, one_line
 from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
@@ -34,6 +34,8 @@ NOTHING = "nothing to do"
 EXIT_CODES = {"done": 0, NOTHING: 0, "failed": 1, "wrong input": 2}
 NOTHING_CODE = 3
 """Of a refresh that had nothing to do, for who asks."""
+
+HOME_FOLDERS = ("published", "runs", "index", "store", "lock")
 
 REPORTED = ("outcome", "changed", "verdict", "donors", "nll_minus_base", "adapter_samples", "mashup", "reason")
 """Columns of the history that a refresh gives back."""
@@ -66,6 +68,9 @@ class RefreshConfig(Section):
         home = info.data.get("home")
         if home and lies_in(home, value):
             raise ValueError(f"home {home} lies in the pool, so that its mashups would become donors; choose another home")
+        ours = [f"{home.partition('?')[0]}/{name}" for name in HOME_FOLDERS] if home else []
+        if place := next((place for place in ours if lies_in(value, place)), None):
+            raise ValueError(f"{value} lies in {place}, where refreshes write; choose another pool")
         return value
 
     def run_of(self, target: str) -> Config:
@@ -73,7 +78,8 @@ class RefreshConfig(Section):
         home = Folder.at(self.home)
         search = self.search.model_copy(update={"store": self.search.store or home.sub("store").uri})
         places = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
-        return Config(**places, target=self.targets[target], search=search, merge=self.merge)
+        content = {**places, "target": self.targets[target], "search": search, "merge": self.merge}
+        return build_config(content, f"the run of target {target}")
 
 
 def load_refresh(path: str) -> RefreshConfig:
@@ -82,7 +88,10 @@ def load_refresh(path: str) -> RefreshConfig:
     Raises:
         InputError: as `load_config`.
     """
-    return checked(RefreshConfig, read_yaml(path, "home, base, pool and targets"), path)
+    config = checked(RefreshConfig, read_yaml(path, "home, base, pool and targets"), path)
+    for target in config.targets:
+        config.run_of(target)
+    return config
 
 
 def refresh(config: RefreshConfig, tell_nothing: bool = False) -> dict[str, Any]:
@@ -128,8 +137,12 @@ def look(config: RefreshConfig) -> dict[str, Seen]:
 
 
 def _data_state(target: TargetConfig) -> list[Any]:
+    """The files of a target's data. Of what cannot be looked at, that it cannot: its run then says why, and stops no other."""
     paths = [path for path in (target.train, target.validation, target.test) if path]
-    return [target.model_dump(), *(Folder.at(path).state() for path in paths)]
+    try:
+        return [target.model_dump(), *(Folder.at(path).state() for path in paths)]
+    except (InputError, OSError) as error:
+        return [target.model_dump(), type(error).__name__]
 
 
 def _base_state(base: str) -> list[Any]:

@@ -12,7 +12,10 @@ import ray
 from pipeline.errors import InputError, may_pass, one_line
 from pipeline.storage import Folder
 
+LINES = (".jsonl", ".json")
 COLUMNS = ("messages", "prompt", "completion")
+
+GZIP = b"\x1f\x8b"
 
 ARRAY_WITHIN = 1024
 """Bytes at the head of a file in which an array begins."""
@@ -31,15 +34,19 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
     if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
         return _from_datasets(path, role)
     if _is_parquet(path, folder):
+        if others := [name for name in _names(folder) if name.endswith(LINES)]:
+            raise InputError(f"{path}: target.{role} holds Parquet and {others[0]!r}, of another form; give files of one form")
         try:
-            return ray.data.read_parquet(folder.path, filesystem=folder.files).map_batches(_as_json, batch_format="pyarrow")
+            # A folder named prompt=x is a column to Ray, unless told otherwise.
+            rows = ray.data.read_parquet(folder.path, filesystem=folder.files, partitioning=None)
+            return rows.map_batches(_as_json, batch_format="pyarrow")
         except (OSError, pa.ArrowException) as error:
             if may_pass(error):
                 raise
             raise InputError(
                 f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
             ) from error
-    if path.endswith((".jsonl", ".json")):
+    if path.endswith(LINES):
         files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
         return files.map_batches(_from_json, batch_size=1, batch_format="pyarrow")
     raise InputError(f"{path}: target.{role} must be .jsonl, .json, .parquet, a folder of .parquet or a folder saved by datasets")
@@ -90,6 +97,8 @@ def _names(folder: Folder) -> list[str]:
 
 
 def _fault(line: bytes) -> str | None:
+    if line.startswith(GZIP):
+        return "is compressed by gzip; unpack the file"
     if b"\0" in line:
         return "holds zero bytes, as UTF-16 does"
     try:

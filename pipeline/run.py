@@ -23,7 +23,7 @@ from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.calibrate import calibrate
 from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
-from pipeline.config import SHORT_LIST, Config
+from pipeline.config import SHORT_LIST, Config, TrainConfig
 from pipeline.contamination import find_contamination
 from pipeline.errors import InputError
 from pipeline.ledger import digest
@@ -38,6 +38,7 @@ from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine, warm_up
+from pipeline.section import checked
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.storage import Folder
 from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
@@ -106,10 +107,10 @@ def open_run(config: Config, once_joined: Callable[[Run], None]) -> Run:
     """
     target_paths(config)
     track.check(config.track)
-    if config.search.store:
-        Folder.at(config.search.store).create()
     run = Run(config, once_joined)
     run.save_config()
+    if config.search.store:
+        Folder.at(config.search.store).create()
     return run
 
 
@@ -229,7 +230,10 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None, profil
     if chosen == "mashup" and not run.folder.exists("mashup"):
         raise InputError(f"{run.folder.uri}: there is no mashup to start from (the selection chose the base); use --init base")
     settings = run.config.train
-    arm = Arm(chosen, lr or settings.learning_rates[0], settings.seeds[0] if seed is None else seed)
+    asked = {"learning_rates": None if lr is None else [lr], "seeds": None if seed is None else [seed]}
+    given = {name: value for name, value in asked.items() if value is not None}
+    settings = checked(TrainConfig, settings.model_dump() | given, "mashup train")
+    arm = Arm(chosen, settings.learning_rates[0], settings.seeds[0])
     run.progress.stage("train")
     run.start_ray()
     job = make_jobs(run, [arm])[0]

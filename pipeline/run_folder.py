@@ -7,11 +7,12 @@ from importlib.metadata import version
 from typing import Any
 
 import yaml
+from pyarrow import fs
 
 from pipeline import __version__, cluster
 from pipeline.config import Config, build_config
 from pipeline.errors import InputError
-from pipeline.ledger import Ledger, Outputs
+from pipeline.ledger import FILE, Ledger, Outputs
 from pipeline.observe import tell_stage
 from pipeline.progress import Progress
 from pipeline.search.stream import Engines
@@ -33,10 +34,15 @@ class Run:
     """A run folder and what is asked of it."""
 
     def __init__(self, config: Config, once_joined: Callable[["Run"], None] = lambda run: None):
-        """`once_joined` is called when the cluster is at hand, before a stage works."""
+        """`once_joined` is called when the cluster is at hand, before a stage works.
+
+        Raises:
+            InputError: the folder cannot be written, or holds something else than a run.
+        """
         self.config, self._once_joined = config, once_joined
         self.folder = Folder.at(config.run)
         self.folder.create()
+        _require_own(self.folder)
         self.ledger = Ledger(self.folder, STAGES, tell_stage)
         self.progress = Progress()
         self.engines = Engines(config.search)
@@ -96,6 +102,17 @@ class Run:
         """
         if not self.ledger.done(stage):
             raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
+
+
+def _require_own(folder: Folder) -> None:
+    """A run removes and replaces what bears the names of its results: in a folder of the user's that might be anything."""
+    entries = folder.files.get_file_info(fs.FileSelector(folder.path))
+    names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
+    if not names or FILE in names:
+        return
+    content = _read_config(folder) if CONFIG in names else None
+    if not (isinstance(content, dict) and {"tables", "versions"} & content.keys()):
+        raise InputError(f"{folder.uri}: this folder holds {names[0]!r} and no run; choose a new or an empty one for 'run'")
 
 
 def _read_config(folder: Folder) -> Any:

@@ -10,7 +10,6 @@ row has a place, the hash of seed and content, and the draw takes the lowest pla
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.basemodel import context_length, load_tokenizer
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, may_pass, one_line, shown
 from pipeline.rows import first_malformed, read_rows, unreadable
 from pipeline.storage import Folder, is_text
 from pipeline.tables import SAMPLES
@@ -36,6 +35,12 @@ SPLIT_OFF = 0.1
 
 LEAST_LEFT = 0.5
 """Share of the train rows that must be in no other split that was given; where fewer are, one file was taken for another."""
+
+STAND_IN = "\ue000\uf8ff\ue000"
+"""Stands for an answer: private signs of Unicode, which no template knows or strips."""
+
+MAX_PROBLEM, MAX_PROBLEMS = 200, 10
+"""Characters of a reason to pass a row over, and how many reasons are told apart."""
 
 TOKENISED = pa.schema(
     [
@@ -64,10 +69,19 @@ def take_samples(config: Config) -> Splits:
     """
     paths = target_paths(config)
     rows = _tokenised(paths, config)
-    counts = {role: dict(Counter(_of_role(rows, role)["problem"].fill_null("used").to_pylist())) for role in paths}
+    counts = {role: _counted(_of_role(rows, role)["problem"].fill_null("used").to_pylist()) for role in paths}
     usable = {role: _usable(rows, role, path, counts[role]) for role, path in paths.items()}
     training = _training_splits(_disjoint(usable, paths, counts), config)
     return Splits(_search_sample(training["train"], config, counts["train"]), training, counts)
+
+
+def _counted(problems: list[str]) -> dict[str, int]:
+    """How many rows were used, and how many passed over for which of the reasons that hold for most."""
+    found = Counter(problems)
+    kept = {name: found.pop(name) for name in ("used", "malformed") if name in found}
+    common = dict(found.most_common(MAX_PROBLEMS))
+    others = found.total() - sum(common.values())
+    return kept | common | ({"other reasons": others} if others else {})
 
 
 def target_paths(config: Config) -> dict[str, str]:
@@ -79,7 +93,7 @@ def target_paths(config: Config) -> dict[str, str]:
     paths = {role: path for role in ROLES if (path := getattr(config.target, role)) is not None}
     folders = {role: Folder.at(path) for role, path in paths.items()}
     for role, folder in folders.items():
-        if not folder.exists():
+        if not _exists(folder, role):
             raise InputError(f"{paths[role]}: no such file or folder (target.{role})")
         if not any(size for _, size, _ in folder.state()):
             raise InputError(f"{paths[role]}: the data set is empty, or no file (target.{role})")
@@ -87,6 +101,15 @@ def target_paths(config: Config) -> dict[str, str]:
     if twice := next((role for role in places if list(places.values()).count(places[role]) > 1), None):
         raise InputError(f"{paths[twice]}: the same data for two splits (target.{twice}); give each rows of its own")
     return paths
+
+
+def _exists(folder: Folder, role: str) -> bool:
+    try:
+        return folder.exists()
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise InputError(f"{folder.uri}: cannot be looked at (target.{role}; {one_line(error)})") from error
 
 
 def split_of(table: pa.Table, split: str) -> pa.Table:
@@ -120,6 +143,8 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens
     if length > max_tokens:
         raise ValueError(f"longer than {max_tokens} tokens")
     mask = [*inside, False][:length]
+    if not any(mask[1:]):
+        raise ValueError("nothing comes before its completion")
     learn = [*mask[: last + 1], *([True] * turn_ends)]
     return {"input_ids": ids[:length], "completion_mask": mask, "learn_mask": learn}
 
@@ -138,7 +163,7 @@ def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, ma
         return {"problem": "malformed"}
     try:
         tokens = tokenise(row, tokenizer, max_tokens)
-    except (ValueError, TemplateError) as error:
+    except ValueError as error:
         return {"problem": str(error)}
     content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
     sample_id = hashlib.sha256(content).hexdigest()[:32]
@@ -187,6 +212,10 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
         raise ValueError("a text that is not valid Unicode")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message is of role {messages[-1]['role'][:20]!r}; it must be the assistant's")
+    if len(messages) < 2:
+        raise ValueError("an answer without a question")
+    if messages[-1].get("tool_calls"):
+        raise ValueError("its answer calls tools, which are no text to learn")
     if not messages[-1]["content"].strip():
         raise ValueError("empty completion")
     return messages
@@ -209,20 +238,32 @@ def _longest_entry(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
-    """The whole text, and the range of its characters that is the answer."""
+    """The whole text, and the range of its characters that is the answer: what stands before all that follows an answer. From
+    the front it cannot be found, as thoughts or the template's own words before it may hold the same characters."""
     answer = messages[-1]["content"]
     if tokenizer.chat_template is None:
         prompt = "".join(turn["content"] for turn in messages[:-1])
         return prompt + answer, len(prompt), len(prompt) + len(answer)
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    # The generation prompt need not be a part of the whole text: some templates open a block for thoughts with it.
-    after = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 (texts, not paths)
-    for wanted in (answer, answer.strip()):  # some templates strip the answer
-        start = text.find(wanted, after)
-        if start >= 0:
-            return text, start, start + len(wanted)
+    text = _apply_template(messages, tokenizer)
+    _, found, after = _apply_template([*messages[:-1], {**messages[-1], "content": STAND_IN}], tokenizer).partition(STAND_IN)
+    if found and STAND_IN not in after and text.endswith(after):
+        end = len(text) - len(after)
+        for wanted in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):  # some templates strip the answer
+            if text.endswith(wanted, 0, end):
+                return text, end - len(wanted), end
     raise ValueError("the chat template changes the completion's text")
+
+
+def _apply_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(shown(f"the chat template refuses it: {error}", MAX_PROBLEM)) from error
+    except Exception as error:  # templates are programs, and other fields of a message may be anything
+        raise ValueError(f"the chat template fails ({type(error).__name__})") from error
+    if not is_text(text):
+        raise ValueError("a text that is not valid Unicode")
+    return text
 
 
 def _of_role(rows: pa.Table, role: str) -> pa.Table:

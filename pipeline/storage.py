@@ -43,6 +43,8 @@ PARTIAL = ".partial"
 SECRET = re.compile(r"(?<=://)(?!anonymous@)[^/?#@\s]*@")
 """What stands before the bucket of s3://KEY:SECRET@bucket/folder; gs://anonymous@bucket is pyarrow's name for a public one."""
 
+ONE_SLASH = re.compile(r"(s3|gs|gcs|hf|file):/(?!/)")
+
 NO_SECRET = "a location must hold no credentials, as it is shown and kept; set them in the environment"
 
 
@@ -98,6 +100,8 @@ class Folder:
         text = str(uri) if str(uri).endswith("://") else str(uri).rstrip("/") or "/"
         if has_secret(text):
             raise InputError(f"{without_secret(text)}: {NO_SECRET}")
+        if ONE_SLASH.match(text):
+            raise InputError(f"{text}: a location of an object store has two slashes, as in s3://BUCKET/...")
         if "://" not in text:
             local = _absolute(text)
             return cls(local, local, fs.LocalFileSystem())
@@ -119,7 +123,8 @@ class Folder:
 
     def sub(self, *names: str) -> "Folder":
         tail = "/".join(names)
-        place, mark, options = self.uri.partition("?")  # s3://bucket/folder?endpoint_override=...
+        # s3://bucket/folder?endpoint_override=...; in the path of a disk it is a sign like others
+        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return Folder(f"{place}/{tail}{mark}{options}", f"{self.path}/{tail}", self.files)
 
     def join(self, name: str = "") -> str:

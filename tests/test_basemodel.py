@@ -1,5 +1,7 @@
 """The base model: its linear layers from the config alone, its tokenizer, and messages for a wrong one."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline import basemodel
-from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes, load_model, load_tokenizer
+from pipeline.basemodel import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
 from pipeline.errors import InputError
 
 
@@ -55,3 +57,51 @@ def test_model_is_loaded_in_evaluation_mode_and_in_the_wished_dtype(tiny_base: s
 def test_dtype_auto_is_one_that_the_hardware_multiplies() -> None:
     assert fast_dtype("float32") == torch.float32
     assert fast_dtype("auto") in (torch.float32, torch.bfloat16)
+
+
+def harm(kind: str, base: Path) -> None:
+    """A base folder with something wrong."""
+    config = json.loads((base / "config.json").read_text())
+    weights = base / "model.safetensors"
+    if kind == "code of its own":
+        (base / "evil.py").write_text(f"open({str(base / 'ran')!r}, 'w')")
+        (base / "config.json").write_text(json.dumps({"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "evil.M"}}))
+    elif kind == "an adapter beside it":
+        (base / "adapter_config.json").write_text("{}")
+    elif kind == "cut short":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "a tokenizer that is a list":
+        (base / "tokenizer_config.json").write_text("[]")
+    else:
+        values = {
+            "encoder and decoder": {"model_type": "t5"},
+            "both directions": {"model_type": "bert"},
+            "odd": {"hidden_size": "x"},
+        }
+        (base / "config.json").write_text(json.dumps(config | values[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("code of its own", "not a causal language model"),
+        ("an adapter beside it", "also holds an adapter"),
+        ("cut short", "model.safetensors: these weights of the base model cannot be read"),
+        ("no weights", "it has no weights"),
+        ("a tokenizer that is a list", "unknown base model"),
+        ("encoder and decoder", "not a causal language model"),
+        ("both directions", "a bert reads in both directions"),
+        ("odd", "unknown base model"),
+    ],
+)
+def test_a_base_that_is_none_is_an_input_error_and_runs_no_code(
+    kind: str, message: str, tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to be asked whether code may run
+    harm(kind, base)
+    with pytest.raises(InputError, match=message):
+        (linear_shapes(str(base)), fingerprint(str(base)), load_tokenizer(str(base)))
+    assert not (base / "ran").exists()

@@ -97,6 +97,8 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"base": "x" * 5000}, "base: must be a text"),
         ({"run": "adapters/run"}, "run: adapters/run lies in the pool adapters/"),
         ({"search": {"store": "adapters"}}, "search.store: adapters lies in the pool"),
+        ({"run": "d", "target": {"train": "d/t.jsonl"}}, "target.train: d/t.jsonl lies in the run folder d,"),
+        ({"pool": "runs/../out/pool.txt", "run": "out"}, "pool: runs/../out/pool.txt lies in the run folder out"),
         ({"merge": {"probe": 4}, "train": {"shard": True}}, "merge.probe trains on one device"),
         ({"train": {"workers": 2, "min_workers": 3}}, "train.min_workers 3 is above train.workers 2"),
         ({"train": {"tokens_per_pass": 0}}, "train.tokens_per_pass: must be positive"),

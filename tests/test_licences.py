@@ -36,6 +36,11 @@ def test_a_card_declares_its_licence_in_the_front_matter(lines: str, licence: st
     assert declared(tmp_path, f"\ufeff\r\n---\r\n{lines}\r\n--- \r\n".replace("\n  ", "\r\n  ")) == licence
 
 
+@pytest.mark.parametrize("licence", ["mit (non-commercial only)", "other: mit (non-commercial use only)"])
+def test_what_stands_in_brackets_is_a_part_of_a_licence(licence: str) -> None:
+    assert "is for non-commercial use alone" in (conflicts({"a": licence, "b": "apache-2.0"}) or "")
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -436,6 +436,28 @@ def test_of_an_object_store_nothing_is_fetched_that_is_larger_than_any_donor_of_
     assert f"{limit} are allowed" in rows["larger"]["reason"]
 
 
+def test_a_pool_that_is_an_adapter_and_holds_one_of_its_name_has_two(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    pool = make_adapter(tmp_path / "p", tiny_base)
+    make_adapter(pool / "p", tiny_base, seed=1)
+    assert {name: row["uri"] for name, row in inspected(tiny_base, pool).items()} == {".": str(pool), "p": str(pool / "p")}
+
+
+def test_factors_that_cancel_in_float32_alone_are_set_aside(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    """In bfloat16, as an engine holds them, they are another adapter than the one that would be merged."""
+    make_adapter(tmp_path / "pool" / "honest", tiny_base)
+    folder = make_adapter(tmp_path / "pool" / "cancelling", tiny_base, rank=6)
+    weights = load_file(folder / WEIGHTS_FILE)
+    for name in [name for name in weights if "lora_A" in name]:
+        a_RI, b_OR = weights[name], weights[name.replace("lora_A", "lora_B")]
+        a_RI[4] = a_RI[0].bfloat16()
+        a_RI[5] = a_RI[4] * (1 + 2**-10)
+        b_OR[:, 4], b_OR[:, 5] = 1024 * b_OR[:, 0], -1024 * b_OR[:, 0]
+    save_file(weights, folder / WEIGHTS_FILE)
+    rows = inspected(tiny_base, tmp_path / "pool")
+    assert rows["honest"]["status"] == "ok"
+    assert "its factors cancel: rounded to bfloat16" in rows["cancelling"]["reason"]
+
+
 def test_an_endpoint_in_the_uri_holds_for_every_adapter(
     bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,28 @@ def test_a_home_in_the_pool_is_refused(content: dict[str, Any]) -> None:
     RefreshConfig.model_validate(content | {"home": content["pool"] + "-mashups"})
 
 
+@pytest.mark.parametrize("name", ["published", "runs/law", "store"])
+def test_a_pool_where_refreshes_write_is_refused(name: str, content: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="where refreshes write"):
+        RefreshConfig.model_validate(content | {"pool": f"{content['home']}/{name}"})
+    RefreshConfig.model_validate(content | {"pool": f"{content['home']}/donors.txt"})
+
+
+def test_what_is_wrong_in_a_targets_run_alone_is_said_at_once(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "refresh.yaml"
+    file.write_text(yaml.safe_dump(content | {"search": {"store": f"{content['pool']}/scores"}}))
+    with pytest.raises(InputError, match=r"the run of target law: search\.store: .* lies in the pool"):
+        load_refresh(str(file))
+
+
+@pytest.mark.parametrize("place", ["S4://bucket/x.jsonl", "x" * 4000])
+def test_a_target_that_cannot_be_looked_at_stops_no_other(place: str, content: dict[str, Any], renewed: dict[str, Any]) -> None:
+    renewed["law"] = InputError("no such place")
+    content["targets"]["law"]["train"] = place
+    found = refresh(RefreshConfig.model_validate(content))
+    assert outcomes(found) == {"law": "wrong input", "sport": "kept"}
+
+
 @pytest.mark.parametrize(
     ("file", "changed"),
     [

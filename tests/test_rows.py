@@ -1,5 +1,6 @@
 """Target data of any form: what is read of it, and what of harmed files is refused in words."""
 
+import gzip
 import json
 from collections.abc import Callable
 from decimal import Decimal
@@ -52,6 +53,32 @@ def test_of_an_array_the_bad_entry_is_named(
     (tmp_path / "array.json").write_text(content)
     with pytest.raises(InputError, match=f"array.json: {message}"):
         take_samples(config_for(tmp_path / "array.json"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_folder_of_parquet_is_called_is_no_column(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    (tmp_path / "prompt=zzz").mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "prompt=zzz" / "t.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]), tmp_path / "t.parquet")
+    assert take_samples(config_for(tmp_path)).counts["train"]["used"] == len(ROWS) + 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": b"{}", "b.parquet": b"PAR1"}, "holds Parquet and 'a.jsonl', of another form"),
+        ({"a.jsonl": gzip.compress(b"{}")}, "is compressed by gzip; unpack the file"),
+    ],
+)
+@pytest.mark.usefixtures("ray_session")
+def test_what_would_be_read_in_part_or_not_at_all_is_named(
+    files: dict[str, bytes], message: str, tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    (tmp_path / "x.jsonl").mkdir()
+    for name, content in files.items():
+        (tmp_path / "x.jsonl" / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        take_samples(config_for(tmp_path / "x.jsonl"))
 
 
 def test_a_store_that_does_not_answer_is_not_the_users_error(

@@ -49,3 +49,24 @@ def test_a_config_file_that_is_cut_short_is_an_input_error(config: Config) -> No
     (Path(config.run) / CONFIG).write_text('run: "x')
     with pytest.raises(InputError, match="not valid YAML"):
         Run.open(config.run)
+
+
+@pytest.mark.parametrize("name", ["data/train.jsonl", "config.yaml", "scores/mine.csv"])
+def test_a_folder_of_the_users_is_no_run_folder(name: str, config: Config) -> None:
+    file = Path(config.run) / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("run: .")
+    (Path(config.run) / ".gitkeep").touch()
+    with pytest.raises(InputError, match=rf"holds '{name.partition('/')[0]}' and no run; choose a new or an empty one"):
+        Run(config)
+    assert file.read_text() == "run: ."
+
+
+@pytest.mark.parametrize("left", [("config.yaml",), ("stages.json", "data/train.parquet"), (".gitkeep",), ()])
+def test_a_run_that_was_begun_or_an_empty_folder_is_one(left: tuple[str, ...], config: Config) -> None:
+    Run(config).save_config()
+    for file in set(Path(config.run).iterdir()):
+        file.unlink() if file.name not in left else None
+    for name in left:
+        Run(config).folder.write_text(name, "{}") if name != CONFIG else None
+    Run(config).save_config()

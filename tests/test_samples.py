@@ -104,6 +104,56 @@ def test_a_template_that_strips_the_answer_and_thinks_before_it(tiny_base: str) 
     assert masked(tokens, "learn_mask", tokenizer) == "It is 3.<|im_end|>"
 
 
+THINKING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{{ m.get('reasoning_content', '') + '\n</think>\n\n' + m['content'] }}"
+    "{% for call in m.get('tool_calls') or [] %}{{ '<tool_call>' + call.name + '</tool_call>' }}{% endfor %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+NO_GENERATION_PROMPT = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [THINKING, NO_GENERATION_PROMPT], ids=["thoughts", "no generation prompt"])
+@pytest.mark.parametrize("answer", ["42", "think", "n", "a", "as", "assistant"])
+def test_an_answer_is_not_taken_for_what_stands_before_it(template: str, answer: str, tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    last = {"role": "assistant", "content": answer, "reasoning_content": "Is it 42? I multiply: 42, as a man can think."}
+    tokens = tokenise({"messages": [{"role": "user", "content": "6 times 7?"}, last]}, tokenizer)
+    assert masked(tokens, "completion_mask", tokenizer) == answer
+    assert masked(tokens, "learn_mask", tokenizer) == f"{answer}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        ({"content": "I call it.", "tool_calls": [{"name": "f"}]}, "its answer calls tools"),
+        ({"content": "y", "reasoning_content": 5}, r"the chat template fails \(TypeError\)"),
+        ({"content": "y", "reasoning_content": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_a_row_whose_other_fields_are_odd_is_counted(last: Row, reason: str, tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = THINKING
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **last}]}
+    with pytest.raises(ValueError, match=reason):
+        tokenise(row, tokenizer)
+    assert set(samples.tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
+
+
+def test_a_row_of_which_nothing_can_be_scored_is_counted(untied_base: str) -> None:
+    with pytest.raises(ValueError, match="nothing comes before its completion"):
+        tokenise({"prompt": "", "completion": "a"}, AutoTokenizer.from_pretrained(untied_base))
+
+
+def test_many_reasons_are_told_in_few(tmp_path: Path, config_for: Callable[..., Config], ray_session: None) -> None:
+    odd = [{"messages": [{"role": "user", "content": "?"}, {"role": f"r{n}", "content": "x"}]} for n in range(300)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows(30), *odd])))
+    counts = take_samples(config_for(tmp_path / "t.jsonl")).counts["train"]
+    assert counts["used"] == 30
+    assert counts["other reasons"] == 300 - samples.MAX_PROBLEMS
+
+
 BAD_ROWS: dict[str, tuple[Row, str]] = {
     "empty text": ({"prompt": "x", "completion": ""}, "empty completion"),
     "blank text": ({"prompt": "x", "completion": " \n"}, "empty completion"),
@@ -134,7 +184,7 @@ def test_a_row_that_cannot_be_used_says_why(case: str, tokenizer: PreTrainedToke
 
 
 def test_an_answer_without_a_question_is_counted_not_fatal(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match="empty conversation"):
+    with pytest.raises(ValueError, match="an answer without a question"):
         tokenise({"messages": [{"role": "assistant", "content": "Hello."}]}, tokenizer)
 
 
@@ -144,7 +194,7 @@ def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: st
     monkeypatch.setattr(samples, "load_tokenizer", lambda base: tokenizer)
     batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
     found = samples.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
-    assert found["problem"].to_pylist() == ["System role not supported"] * 2
+    assert found["problem"].to_pylist() == ["the chat template refuses it: System role not supported"] * 2
 
 
 @pytest.mark.parametrize("base", ["tiny_base", "untied_base"])
@@ -376,6 +426,8 @@ def fault(kind: str, folder: Path) -> str:
         (path := folder / "t.parquet").write_text("no Parquet at all")
     elif kind == "empty Parquet":
         pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path := folder / "t.parquet")
+    elif kind == "a name that is too long":
+        path = folder / ("x" * 300 + ".jsonl")
     elif kind == "other suffix":
         (path := folder / "t.csv").write_text("prompt,completion\na,b\n")
     elif kind == "empty folder":
@@ -424,6 +476,7 @@ def test_the_same_data_is_not_taken_for_two_splits(
         ("named pipe", "t.jsonl: the data set is empty, or no file"),
         ("folder of datasets without its data", "d: target.train is no folder that `datasets` saved whole"),
         ("split that is not there", "no split 'train'"),
+        ("a name that is too long", "cannot be looked at .target.train; .*File name too long"),
         ("missing", "missing.jsonl: no such file or folder .target.train"),
     ],
 )

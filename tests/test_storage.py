@@ -79,6 +79,19 @@ def test_who_reads_while_another_writes_gets_one_whole_version(bucket: str) -> N
     assert later == []
 
 
+def test_a_question_mark_is_a_sign_like_others_on_a_disk(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "what?is").sub("run")
+    folder.write_text("a.txt", "x")
+    assert folder.uri == str(tmp_path / "what?is" / "run")
+    assert Folder.at(folder.uri).read_text("a.txt") == "x"
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/x", "gs:/bucket", "hf:/org/name"])
+def test_a_slash_that_is_missing_is_an_input_error(text: str) -> None:
+    with pytest.raises(InputError, match="two slashes"):
+        Folder.at(text)
+
+
 def test_delete_removes_files_and_folders_and_minds_nothing_missing(folder: Folder) -> None:
     folder.write_text("a.txt", "x")
     folder.write_text("sub/b.txt", "x")

@@ -1,8 +1,10 @@
-"""Losses of completions under a transformers causal LM, the output head run only where a token counts.
+"""Losses of completions under a transformers causal LM: the output head runs only where a token counts, and what all rows of a
+batch begin with, such as the system prompt of a chat template, is computed once.
 
-Shapes: B rows, T tokens, N positions that count, H hidden features, V vocabulary.
+Shapes: B rows, T tokens, P of them shared, N positions that count, H hidden features, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 LOGITS = 1 << 25
 """Logits held at a time in training and scoring: 128 MB in float32."""
+
+SHARED = 64
+"""Tokens that sharing must save in a batch; it takes a second, small pass through the model."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Batch:
 
     ids_BT: Tensor
     mask_BT: Tensor
+    n_shared: int = 0
+    """P: all rows begin with the same P tokens, none of which counts or predicts one that does."""
 
     @property
     def n_tokens(self) -> int:
@@ -43,7 +52,7 @@ def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], devic
         ids_BT[place, : len(row)] = torch.tensor(row)
         mask_BT[place, : len(row)] = torch.tensor(mask)
     mask_BT[:, 0] = False
-    return Batch(ids_BT.to(device), mask_BT.to(device))
+    return Batch(ids_BT.to(device), mask_BT.to(device), _shared(ids_BT, mask_BT))
 
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
@@ -97,10 +106,46 @@ def _chunks(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     return list(zip(_hidden(model, batch).split(size), completion_targets(batch).split(size), strict=True))
 
 
+def _shared(ids_BT: Tensor, mask_BT: Tensor) -> int:
+    alike = int((ids_BT == ids_BT[:1]).all(dim=0).long().cumprod(dim=0).sum())
+    before = int((~mask_BT.any(dim=0)).long().cumprod(dim=0).sum()) - 1
+    return min(alike, before)
+
+
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Last hidden states at the positions that predict a token which counts; shape (N, H)."""
-    hidden_BTH = model.get_decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTH[:, :-1][batch.mask_BT[:, 1:]]
+    decoder, start = model.get_decoder(), batch.n_shared
+    cache = _shared_cache(decoder, batch)
+    if cache is None:
+        start, hidden_BTH = 0, decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+    else:
+        hidden_BTH = decoder(input_ids=batch.ids_BT[:, start:], past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden_BTH[:, :-1][batch.mask_BT[:, start + 1 :]]
+
+
+def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
+    """Keys and values of the tokens that all rows begin with, of every layer and for each row. Gradients flow through them.
+
+    None: they are too few, or the model keeps something else than keys and values, as state-space models do, or keeps nothing,
+    as with gradient checkpointing.
+    """
+    rows = len(batch.ids_BT)
+    if (rows - 1) * batch.n_shared < SHARED or not _keeps_keys_and_values(decoder):
+        return None
+    cache = DynamicCache(config=decoder.config)
+    decoder(input_ids=batch.ids_BT[:1, : batch.n_shared], past_key_values=cache, use_cache=True)
+    if any(layer.get_seq_length() != batch.n_shared for layer in cache.layers):
+        return None
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _keeps_keys_and_values(decoder: Any) -> bool:
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+        return False
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        return False
+    return {type(layer) for layer in DynamicCache(config=decoder.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _logits(model: Any, hidden_NH: Tensor) -> Tensor:

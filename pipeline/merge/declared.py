@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.basemodel import Shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
-from pipeline.merge.patterns import own_scales, targets
+from pipeline.merge.patterns import own_scales, tails, targets
 from pipeline.storage import MAX_HEADER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
@@ -75,14 +75,16 @@ class Declared:
 
     @property
     def uniform(self) -> bool:
-        """Whether one rank and one alpha hold for all modules, these are named, and the config says nothing else. vLLM reads no
-        rank_pattern and no alpha_pattern, and no engine is to run a stranger's regular expression or to act on a field that
-        nobody checked."""
+        """Whether one rank and one alpha hold for all modules, these and no others are named, and the config says nothing else.
+        vLLM reads no rank_pattern and no alpha_pattern, and no engine is to run a stranger's regular expression or to act on a
+        field that nobody checked."""
         config, usual = vars(self.config), vars(LoraConfig(task_type="CAUSAL_LM"))
+        named = {tail for module in self.sizes for tail in tails(module)}
         return (
             all(config[name] == usual[name] for name in usual.keys() - PLAIN_FIELDS)
             and not self.own
             and not isinstance(self.config.target_modules, str)
+            and named.issuperset(self.config.target_modules)  # PEFT raises at what is no linear layer
             and not isinstance(self.config.exclude_modules, str)
         )
 

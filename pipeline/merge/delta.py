@@ -18,6 +18,9 @@ DENSITY = 0.5
 NOTHING = 1e-6
 """Share of the largest singular value below which one is rounding."""
 
+CANCELLING = 16.0
+"""||B|| ||A|| over ||B A||: of R ranks of like size that are independent, it is the root of R."""
+
 OVERSAMPLING, ITERATIONS = 8, 4
 """Columns beyond the wished rank, and power iterations, of the randomised SVD."""
 
@@ -47,6 +50,17 @@ def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     a_RI = torch.cat([part.a_RI for part in parts])
     b_OR = torch.cat([weight * part.b_OR for part, weight in zip(parts, weights, strict=True)], dim=1)
     return Factors(a_RI, b_OR)
+
+
+def rounding_error(delta: Factors) -> float:
+    """||B A - B' A'|| / ||B A|| in the Frobenius norm, where B' and A' are the factors in bfloat16, as engines hold them; 0 where
+    the factors are too small beside their product for large ones among them to cancel."""
+    exact = Factors(delta.a_RI.double(), delta.b_OR.double())
+    factors, norm = float(exact.a_RI.norm() * exact.b_OR.norm()), exact.norm()
+    if factors <= CANCELLING * norm:
+        return 0.0
+    rounded = Factors(delta.a_RI.bfloat16().double(), delta.b_OR.bfloat16().double())
+    return weighted_sum([exact, rounded], [1.0, -1.0]).norm() / max(norm, 1e-300)
 
 
 def truncate(delta: Factors, rank: int) -> tuple[Factors, float]:

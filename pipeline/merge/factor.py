@@ -3,6 +3,7 @@
 One tensor at a time is read, from whichever shard has it; what stays in memory are the factors.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, from_factors
 from pipeline.merge.declared import CONFIG_FILE, check_dtype, open_weights
 from pipeline.merge.delta import Factors, factorise
+from pipeline.storage import MAX_HEADER_BYTES
 
 ENERGY = 0.9
 """The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""
 
+INDEX_FILE = "model.safetensors.index.json"
 MAX_RANK = 64
 
 MAX_ENERGY = 1e30
@@ -103,9 +106,26 @@ def _check_sizes(tuned: dict[str, safe_open], original: dict[str, safe_open]) ->
 
 
 def _open(folder: Path) -> dict[str, safe_open]:
-    """Tensor name -> the open file that has it."""
-    files = [open_weights(path) for path in sorted(folder.glob("*.safetensors"))]
+    """Tensor name -> the open file that has it, of the files that transformers reads."""
+    files = [open_weights(path) for path in _files(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The one file of a checkpoint, or else the shards that its index names; others beside them are of other programs."""
+    whole, index = folder / "model.safetensors", folder / INDEX_FILE
+    if whole.exists() or not index.exists():
+        return [whole]
+    if (size := index.stat().st_size) > MAX_HEADER_BYTES:
+        raise AdapterError(f"corrupt weights: {INDEX_FILE} has {size} bytes; {MAX_HEADER_BYTES} are allowed")
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"corrupt weights: {INDEX_FILE} names no files ({error})") from error
+    if outside:
+        raise AdapterError(f"corrupt weights: {INDEX_FILE} names {outside[0]!r}, which is no file of the checkpoint")
+    return [folder / name for name in names]
 
 
 def _rank_that_keeps(deltas: dict[str, Factors], linear: float) -> tuple[int, float]:

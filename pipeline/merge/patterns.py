@@ -20,12 +20,13 @@ MAX_REPEATED = 100_000
 """Characters of a regular expression times what its counts, as in a{3}, multiply them by: a compiled one has as many nodes."""
 PLAIN_PATH = re.compile(r"[\w.]+")
 """A pattern that is a module's path, or the end of one."""
-ANOTHER_MEANING = re.compile(r"\{[^\d,}]|\[\[:")
+ANOTHER_MEANING = re.compile(r"\{[^\d,}]|\[:")
 """Fuzzy matches and classes of POSIX, which `regex` has and Python's `re`, PEFT's, reads as plain characters."""
-VERBOSE = re.compile(r"\(\?[\w-]*x")
+FLAGS = re.compile(r"\(\?[a-zA-Z-]*[ix]")
+"""Of verbose mode, and of one without case, in which sets of signs take long to compile."""
 COUNT = re.compile(r"\{(\d+)", re.ASCII)
 MATCH_SECONDS = 1.0
-"""For all patterns of an adapter together."""
+"""For the patterns of a field together."""
 
 
 def own_scales(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
@@ -55,7 +56,7 @@ def targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
         found = found - _matching("exclude_modules", config.exclude_modules, names)
     if config.layers_to_transform is None:
         return found
-    used = set(config.target_modules) & {tail for name in found for tail in _tails(name)}
+    used = set(config.target_modules) & {tail for name in found for tail in tails(name)}
     layers = replace(config, target_modules=used, exclude_modules=None)
     return {name for name in found if check_target_module_exists(layers, name)}
 
@@ -66,7 +67,7 @@ def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
         patterns = _Patterns(field, {asked: True})
         return {name for name in names if patterns.first(name, False)}
     wanted = set(asked)
-    return {name for name in names if not wanted.isdisjoint(_tails(name))}
+    return {name for name in names if not wanted.isdisjoint(tails(name))}
 
 
 def _last_name(pattern: str) -> str:
@@ -74,7 +75,7 @@ def _last_name(pattern: str) -> str:
     return pattern.rpartition(".")[2] if PLAIN_PATH.fullmatch(pattern) else ""
 
 
-def _tails(name: str) -> list[str]:
+def tails(name: str) -> list[str]:
     """a.b.c -> a.b.c, b.c, c."""
     parts = name.split(".")
     return [".".join(parts[place:]) for place in range(len(parts))]
@@ -86,10 +87,7 @@ class _Patterns:
     def __init__(self, field: str, table: Mapping[str, Any], ends: bool = False):
         """`ends`: a pattern may match the end of a path, from a dot on."""
         self._field, self._until = field, time.thread_time() + MATCH_SECONDS
-        self._table = [
-            (self._compile(rf"(.*\.)?({pattern})" if ends else pattern), _last_name(pattern), value)
-            for pattern, value in table.items()
-        ]
+        self._table = [(self._compile(pattern, ends), _last_name(pattern), value) for pattern, value in table.items()]
 
     def first(self, name: str, default: Any) -> Any:
         """The value of the first pattern that matches."""
@@ -109,20 +107,20 @@ class _Patterns:
             raise self._too_slow(pattern)
         return left
 
-    def _compile(self, pattern: str) -> Any:
+    def _compile(self, pattern: str, ends: bool) -> Any:
         self._left(pattern)
         if len(pattern) > MAX_PATTERN:
             raise AdapterError(
                 f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
             )
         repeats = math.prod(max(1, int(count)) for count in COUNT.findall(pattern))
-        if VERBOSE.search(pattern) or len(pattern) * repeats > MAX_REPEATED:
-            raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or is written in verbose mode")
+        if FLAGS.search(pattern) or len(pattern) * repeats > MAX_REPEATED:
+            raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or sets a flag")
         if ANOTHER_MEANING.search(pattern):
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} means other things to other readers")
         try:
             re.compile(pattern)  # what Python does not accept, PEFT would not
-            return regex.compile(pattern)
+            return regex.compile(rf"(.*\.)?({pattern})" if ends else pattern)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} is no regular expression ({error})") from error
 

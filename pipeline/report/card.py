@@ -54,12 +54,14 @@ def escape_markdown(text: object) -> str:
 
 
 def _base_model(base: str, donors: Sequence[Json]) -> str:
-    """The base as the Hub and other machines know it: of a local folder, the id that all donors name, else its name."""
+    """The base as the Hub and other machines know it: of a local folder, the id that all donors name where it ends in
+    the folder's name, as a stranger's claim alone is none to send others to, else its name."""
     if not Path(base).is_dir():
         return base
     claims = {donor["base_model"] for donor in donors}
     claim = claims.pop() if len(claims) == 1 else None
-    return claim if claim and re.fullmatch(HUB_ID, claim) else Path(base).name
+    is_same = claim and re.fullmatch(HUB_ID, claim) and Path(claim).name.lower() == Path(base).name.lower()
+    return str(claim) if is_same else Path(base).name
 
 
 def _introduction(base: str, train: str) -> str:

@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from pipeline.basemodel import load_model
 from pipeline.engines import completion
-from pipeline.engines.completion import collate, completion_logits, completion_nll, completion_targets, score_rows
+from pipeline.engines.completion import Batch, collate, completion_logits, completion_nll, completion_targets, score_rows
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -110,3 +121,68 @@ def test_losses_and_gradients_are_the_same_in_chunks(tiny_base: str, monkeypatch
     assert len(found[0][0]) > 6
     for whole, chunked in zip(*found, strict=True):
         torch.testing.assert_close(whole, chunked)
+
+
+PREFIX = list(range(3, 28))
+"""What the rows of `alike` begin with: 25 tokens."""
+
+
+def alike(first_counted: int = 27) -> Batch:
+    """Four rows of 27 to 39 tokens; of each, tokens count from one on."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [PREFIX + torch.randint(28, 64, (more,), generator=generator).tolist() for more in (6, 10, 14, 2)]
+    return collate(ids, [[place >= first_counted for place in range(len(row))] for row in ids], CPU)
+
+
+def losses_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+    """Losses of the tokens that count, the gradient of all weights, and the tokens in each pass through the decoder."""
+    passes: list[int] = []
+    count = lambda decoder, args, kwargs: passes.append(kwargs["input_ids"].numel())  # noqa: E731
+    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    model.zero_grad()
+    nll_N = completion_nll(model, batch)
+    nll_N.sum().backward()
+    hook.remove()
+    return nll_N.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]), passes
+
+
+@pytest.fixture(params=["full attention", "sliding window", "state space"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if request.param == "state space":
+        return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
+    window = 8 if request.param == "sliding window" else 4096
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=window, query_pre_attn_scalar=16))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_all_rows_begin_with_is_computed_once(
+    model: PreTrainedModel, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.train(training)
+    shared = losses_and_gradients(model, alike())
+    monkeypatch.setattr(completion, "SHARED", 10**9)
+    plain = losses_and_gradients(model, alike())
+    assert plain[2] == [4 * 39]
+    assert shared[2] == (plain[2] if isinstance(model, MambaForCausalLM) else [25, 4 * 14])
+    torch.testing.assert_close(shared[0], plain[0])
+    torch.testing.assert_close(shared[1], plain[1], rtol=1e-4, atol=1e-4 * float(plain[1].abs().max()))
+
+
+def test_with_gradient_checkpointing_nothing_is_shared_in_training(tiny_base: str) -> None:
+    model = load_model(tiny_base, torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert losses_and_gradients(model.train(), alike())[2] == [4 * 39]
+    assert losses_and_gradients(model.eval(), alike())[2] == [25, 4 * 14]
+
+
+@pytest.mark.parametrize(("first_counted", "n_shared"), [(27, 25), (26, 25), (25, 24), (8, 7), (1, 0), (0, 0)])
+def test_what_counts_or_predicts_it_is_not_shared(first_counted: int, n_shared: int) -> None:
+    assert alike(first_counted).n_shared == n_shared
+
+
+def test_rows_that_save_too_little_are_computed_whole(tiny_base: str) -> None:
+    model, row = load_model(tiny_base, torch.float32), [*PREFIX, 30, 31]
+    one, two = (collate([row] * rows, [[place > 25 for place in range(27)]] * rows, CPU) for rows in (1, 2))
+    assert losses_and_gradients(model, one)[2] == [27]
+    assert losses_and_gradients(model, two)[2] == [54]

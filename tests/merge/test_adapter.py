@@ -131,6 +131,16 @@ def test_summary_of_an_adapter(tmp_path: Path, tiny_base: str, make_adapter: Cal
     assert not read_declared(tmp_path).uniform
 
 
+def test_a_config_that_also_names_what_is_no_linear_layer_is_not_handed_to_engines(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path, tiny_base)
+    assert read_declared(folder).uniform
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "input_layernorm"]}))
+    assert not read_declared(folder).uniform
+
+
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("alpha", [16.0, 5.5])
 def test_from_factors_gives_the_deltas_at_the_wished_rank(

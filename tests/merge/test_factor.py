@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.basemodel import linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import write_adapter
-from pipeline.merge.factor import ENERGY, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
+from pipeline.merge.factor import ENERGY, INDEX_FILE, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
+from pipeline.storage import MAX_HEADER_BYTES
 
 CHANGED = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -108,3 +109,32 @@ def test_an_adapter_or_a_folder_without_weights_is_no_checkpoint(tmp_path: Path,
     (tmp_path / "both/adapter_config.json").write_text("{}")
     assert not is_checkpoint(tmp_path / "both")
     assert not is_checkpoint(tmp_path)
+
+
+def test_files_that_transformers_does_not_read_are_not_read(tmp_path: Path, tiny_base: str) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    finetune(tiny_base, tmp_path / "full", rank=1)
+    expected = factored(tmp_path / "full", tiny_base)
+    weights = {name: weight + 9 for name, weight in load_file(tmp_path / "full" / "model.safetensors").items()}
+    save_file(weights, tmp_path / "full" / "z.safetensors")
+    save_file({"layers.0.attention.wk.weight": torch.zeros(4, 4)}, base / "consolidated.safetensors")
+    found = factored(tmp_path / "full", str(base))
+    for module in CHANGED:
+        torch.testing.assert_close(found.adapter.factors(module).dense(), expected.adapter.factors(module).dense())
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ('{"weight_map": {"a": "../base/model.safetensors"}}', "names '../base/model.safetensors', which is no file"),
+        ('{"weight_map": {"a": 5}}', "names no files"),
+        ("[]", "names no files"),
+        ("{", "names no files"),
+        (" " * (MAX_HEADER_BYTES + 1), "are allowed"),
+    ],
+)
+def test_an_index_that_names_no_files_of_its_folder_is_refused(index: str, reason: str, tmp_path: Path, tiny_base: str) -> None:
+    finetune(tiny_base, tmp_path / "full", rank=1, shard="100KB")
+    (tmp_path / "full" / INDEX_FILE).write_text(index)
+    with pytest.raises(AdapterError, match=reason):
+        factored(tmp_path / "full", tiny_base)

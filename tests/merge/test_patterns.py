@@ -101,7 +101,10 @@ def test_a_pattern_that_matches_for_ever_is_stopped_in_time(fields: dict[str, An
     [
         ({"target_modules": "q" * 3000}, "3000 characters"),
         ({"target_modules": "(a{10000}){10000}"}, "repeats too much"),
-        ({"target_modules": "(?x)(a{#\n9999}){ 9999 }"}, "verbose mode"),
+        ({"target_modules": "(?x)(a{#\n9999}){ 9999 }"}, "sets a flag"),
+        ({"target_modules": "(?i:q_proj)"}, "sets a flag"),
+        ({"alpha_pattern": {"self_attn)|(zzz": 9}}, "no regular expression"),
+        ({"target_modules": "[^v[:digit:]]*"}, "means other things to other readers"),
         ({"alpha_pattern": {"((a{99}){99}){99}": 1}}, "repeats too much"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"target_modules": "(?:(?:a{3000}){3000})b{0}"}, "repeats too much"),

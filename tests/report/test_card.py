@@ -34,7 +34,13 @@ def test_the_front_matter_is_what_the_hub_reads(run_data: RunData, config: Confi
 
 
 @pytest.mark.parametrize(
-    ("claims", "shown"), [(("org/model", "org/model"), "org/model"), (("org/a", "org/b"), "model"), (("/a/model", None), "model")]
+    ("claims", "shown"),
+    [
+        (("org/model", "org/model"), "org/model"),
+        (("org/a", "org/b"), "model"),
+        (("/a/model", None), "model"),
+        (("evil/other",), "model"),
+    ],
 )
 def test_a_local_base_goes_by_the_id_that_its_donors_name(
     run_data: RunData, config: Config, tmp_path: Path, claims: tuple[str, ...], shown: str
