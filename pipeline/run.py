@@ -107,10 +107,10 @@ def open_run(config: Config, once_joined: Callable[[Run], None]) -> Run:
     """
     target_paths(config)
     track.check(config.track)
-    run = Run(config, once_joined)
-    run.save_config()
     if config.search.store:
         Folder.at(config.search.store).create()
+    run = Run(config, once_joined)
+    run.save_config()
     return run
 
 

@@ -16,7 +16,7 @@ from pipeline.ledger import FILE, Ledger, Outputs
 from pipeline.observe import tell_stage
 from pipeline.progress import Progress
 from pipeline.search.stream import Engines
-from pipeline.storage import Folder
+from pipeline.storage import Folder, lies_in
 from pipeline.tables import VERSION
 
 CONFIG = "config.yaml"
@@ -34,15 +34,10 @@ class Run:
     """A run folder and what is asked of it."""
 
     def __init__(self, config: Config, once_joined: Callable[["Run"], None] = lambda run: None):
-        """`once_joined` is called when the cluster is at hand, before a stage works.
-
-        Raises:
-            InputError: the folder cannot be written, or holds something else than a run.
-        """
+        """`once_joined` is called when the cluster is at hand, before a stage works."""
         self.config, self._once_joined = config, once_joined
         self.folder = Folder.at(config.run)
         self.folder.create()
-        _require_own(self.folder)
         self.ledger = Ledger(self.folder, STAGES, tell_stage)
         self.progress = Progress()
         self.engines = Engines(config.search)
@@ -69,8 +64,9 @@ class Run:
         """Put down what is asked, resolved, and the versions of everything.
 
         Raises:
-            InputError: a newer version of this package made what is there.
+            InputError: a newer version of this package made what is there, or it is no run.
         """
+        _require_own(self.folder, self.config.search.store)
         if self.folder.exists(CONFIG):
             _version_of(_read_config(self.folder), self.folder.uri)
         versions = {"mashup-learning": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
@@ -104,10 +100,11 @@ class Run:
             raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
 
 
-def _require_own(folder: Folder) -> None:
+def _require_own(folder: Folder, store: str | None) -> None:
     """A run removes and replaces what bears the names of its results: in a folder of the user's that might be anything."""
     entries = folder.files.get_file_info(fs.FileSelector(folder.path))
     names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
+    names = [name for name in names if not (store and lies_in(store, folder.sub(name).uri))]
     if not names or FILE in names:
         return
     content = _read_config(folder) if CONFIG in names else None

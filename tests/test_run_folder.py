@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, TargetConfig
+from pipeline.config import Config, SearchConfig, TargetConfig
 from pipeline.errors import InputError
 from pipeline.run_folder import CONFIG, Run
 from pipeline.tables import VERSION
@@ -58,8 +58,14 @@ def test_a_folder_of_the_users_is_no_run_folder(name: str, config: Config) -> No
     file.write_text("run: .")
     (Path(config.run) / ".gitkeep").touch()
     with pytest.raises(InputError, match=rf"holds '{name.partition('/')[0]}' and no run; choose a new or an empty one"):
-        Run(config)
+        Run(config).save_config()
     assert file.read_text() == "run: ."
+
+
+def test_a_store_in_the_run_folder_may_be_there_before(config: Config) -> None:
+    inside = config.model_copy(update={"search": SearchConfig(store=f"{config.run}/a/store")})
+    Run(inside).folder.write_text("a/store/x", "")
+    Run(inside).save_config()
 
 
 @pytest.mark.parametrize("left", [("config.yaml",), ("stages.json", "data/train.parquet"), (".gitkeep",), ()])
