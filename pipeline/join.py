@@ -27,7 +27,7 @@ def join(address: str) -> None:
     """Join the cluster that RAY_ADDRESS names.
 
     Raises:
-        ConnectionError: nothing answers there.
+        ConnectionError: nothing answers there, or not any more.
         InputError: what answers cannot be joined, such as for want of its token.
     """
     require_answer(address)
@@ -35,6 +35,7 @@ def join(address: str) -> None:
         ray.init(log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, AuthenticationError) as error:
         ray.shutdown()
+        require_answer(address)  # what died meanwhile may be up again soon; that is no fault of the user's
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
     if not address.startswith("ray://"):  # Ray's own client looks after its head

@@ -73,6 +73,8 @@ class Run:
         machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
         content = self.config.model_dump(mode="json") | {"tables": VERSION, "versions": versions, "machine": machine}
         self.folder.write_text(CONFIG, yaml.safe_dump(content, sort_keys=False))
+        if (now := self.folder.modified(CONFIG)) is not None:
+            self.folder.sweep(now)
 
     def ready(self, stage: str, key: str) -> bool:
         """Begin a stage: say so, and say whether its result is there already. Otherwise see to it that Ray is up."""

@@ -39,6 +39,8 @@ MAX_PATH = 4095
 """Bytes; Linux opens no longer one."""
 
 PARTIAL = ".partial"
+ABANDONED = 3600.0
+"""Seconds after which nobody is writing at a file any more."""
 
 SECRET = re.compile(r"(?<=://)(?!anonymous@)[^/?#@\s]*@")
 """What stands before the bucket of s3://KEY:SECRET@bucket/folder; gs://anonymous@bucket is pyarrow's name for a public one."""
@@ -221,6 +223,13 @@ class Folder:
                 self.files.delete_dir(self.join(name))
             elif kind == fs.FileType.File:
                 self.files.delete_file(self.join(name))
+
+    def sweep(self, now: float) -> None:
+        """Remove what killed processes left half written on a disk ABANDONED seconds before `now`, a time by the disk's clock."""
+        for path in Path(self.path).rglob(f".*{PARTIAL}") if self.is_local else ():
+            with suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
     def write_bytes(self, name: str, content: bytes) -> None:
         parent = self.join(name).rpartition("/")[0]

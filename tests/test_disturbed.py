@@ -132,6 +132,7 @@ class Runs:
         elif kind == CUT:
             self._cut(self.command.run)
         elif targets := self._targets(kind):
+            self.killed += 1
             kill(self.draw.choice(targets).pid)
 
     def finish(self) -> None:
@@ -149,7 +150,7 @@ class Runs:
 
     def _begin(self) -> None:
         self.command = Command(self.config, self.folder / str(self.done), self.flag, self.cluster)
-        self.met, self.kept = False, dict[Path, int]()
+        self.met, self.killed, self.kept = False, 0, dict[Path, int]()
 
     def _watch(self, until: Callable[[], bool]) -> None:
         """Keep the command running until something is so."""
@@ -169,7 +170,8 @@ class Runs:
             self.met = self.flag.exists()
             return
         assert self.command.tables() == self.expected, self._told()
-        assert not list(self.command.run.rglob("*.partial")), self._told()
+        # Who is killed while it writes leaves the file; an hour later it is swept up.
+        assert len(list(self.command.run.rglob("*.partial"))) <= self.killed, self._told()
         assert {file: file.stat().st_mtime_ns for file in self.kept} == self.kept, self._told()
         self.done += 1
         self._begin()
@@ -188,6 +190,7 @@ class Runs:
 
     def _cut(self, run: Path) -> None:
         for driver in self.command.processes()[:1]:
+            self.killed += 1
             kill(driver.pid)
         self._watch(lambda: self.command.process is None)
         if files := sorted(self._targets(CUT)):

@@ -54,6 +54,21 @@ def test_a_cluster_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch, server: 
     assert join.TOKEN_HINT in str(found.value)
 
 
+@pytest.mark.usefixtures("no_cluster")
+def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+
+    def die(**_: Any) -> None:
+        listening.close()
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster.ray, "init", die)
+    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}"):
+        cluster.connect()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "auto"])
 def test_what_answers_is_taken_for_a_cluster(server: int, address: str) -> None:
     join.require_answer(address.format(server))

@@ -1,5 +1,6 @@
 """Folders on a local disk and on an S3 server: the same behaviour, whole files only."""
 
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,15 @@ def test_what_is_half_written_is_not_listed(tmp_path: Path) -> None:
     assert folder.list_files() == ["a.txt", "taxes.partial"]
     assert [one.base_name for one in sorted(folder.walk(), key=lambda one: one.path)] == ["a.txt", "taxes.partial"]
     assert len(folder.state()) == 2
+
+
+def test_what_a_killed_process_left_half_written_is_swept_up(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name, age in (("deep/.old.partial", 3700), (".new.partial", 3500), ("old.partial", 3700)):
+        (tmp_path / name).write_text("hal")
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    Folder.at(tmp_path).sweep(now=1e9)
+    assert sorted(path.name for path in tmp_path.rglob("*.partial")) == [".new.partial", "old.partial"]
 
 
 def test_who_reads_while_another_writes_gets_one_whole_version(bucket: str) -> None:
