@@ -34,7 +34,7 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
     if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
         return _from_datasets(path, role)
     if _is_parquet(path, folder):
-        if others := [name for name in _names(folder) if name.endswith(LINES)]:
+        if others := [name for name in _names(folder) if name.endswith(".jsonl")]:  # a .json may tell of the data
             raise InputError(f"{path}: target.{role} holds Parquet and {others[0]!r}, of another form; give files of one form")
         try:
             # A folder named prompt=x is a column to Ray, unless told otherwise.
