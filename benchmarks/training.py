@@ -10,6 +10,7 @@ same threads and allocator. Without --train, rows of random tokens whose lengths
     loss_difference             the largest difference of a step's loss from TRL's, nats a token
     gemm_peak_share             FLOP/s of ours (counted by torch, padding included) / of one large matrix product
     allocator_gain              seconds a step of ours with the C library's allocator / with tcmalloc; null: there is none here
+    sharing_gain                seconds a step of ours where each row is computed whole / with what rows begin with computed once
     scaling_2_over_1            tokens/s of two workers under Ray Train / of one, a thread each
 """
 
@@ -43,6 +44,7 @@ from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import device, load_tokenizer
 from pipeline.batches import batch_places
 from pipeline.config import TrainConfig
+from pipeline.engines import completion
 from pipeline.finetuning import WARMUP, Finetuning
 from pipeline.samples import tokenise
 from pipeline.storage import Folder
@@ -194,7 +196,7 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
     cluster.connect()
     environment = cluster.worker_env(cluster.worker_resources("auto", "auto"))["env_vars"]
     plain = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
-    kinds = ["ours", *PEERS, *(["ours_plain"] if "LD_PRELOAD" in environment else [])]
+    kinds = ["ours", *PEERS, "ours_whole", *(["ours_plain"] if "LD_PRELOAD" in environment else [])]
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for turn in range(turns):
         for kind in kinds:
@@ -212,6 +214,7 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
         "loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], trl["losses"], strict=True)),
         "gemm_peak_share": round(statistics.median(one["gemm_share"] for one in found["ours"]), 3),
         "allocator_gain": round(ratio["ours_plain"], 3) if "ours_plain" in ratio else None,
+        "sharing_gain": round(ratio["ours_whole"], 3),
         "seconds_a_step": round(seconds, 3),
         "tokens_a_second": round(ours["tokens"] / seconds),
     }
@@ -232,7 +235,9 @@ def measure(kind: str, file: str) -> None:
     """Run one contender in this process and print what it took: median seconds a step, peak memory in bytes, losses, unpadded
     tokens a step and, of ours, the share of the GEMM peak."""
     job: Job = pickle.loads(Path(file).read_bytes())
-    mine = kind == "ours"
+    mine = kind.startswith("ours")
+    if kind == "ours_whole":
+        completion.SHARED = sys.maxsize
     done: Any = ours(job) if mine else theirs(job, kind)
     found = {
         "seconds": statistics.median(end - start for start, end in pairwise(done.ends[WARM - 1 :])),

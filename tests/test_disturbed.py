@@ -16,7 +16,7 @@ import pytest
 from commands import Cluster, Command, Tables
 from nodes import kill
 
-FAULTS = int(os.environ.get("MASHUP_FAULTS", "4"))
+FAULTS = int(os.environ.get("MASHUP_FAULTS", "3"))
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))
 AT_ONCE = 10
 ALONE = 4
