@@ -132,6 +132,7 @@ def test_files_that_transformers_does_not_read_are_not_read(tmp_path: Path, tiny
         ("{", "names no files"),
         (" " * (MAX_HEADER_BYTES + 1), "are allowed"),
     ],
+    ids=["outside", "a number", "no object", "no JSON", "too large"],
 )
 def test_an_index_that_names_no_files_of_its_folder_is_refused(index: str, reason: str, tmp_path: Path, tiny_base: str) -> None:
     finetune(tiny_base, tmp_path / "full", rank=1, shard="100KB")
