@@ -46,6 +46,7 @@ def test_a_file_may_be_one_array(tmp_path: Path, config_for: Callable[..., Confi
         (json.dumps(ROWS)[:-1], "line 1 is malformed JSON"),
         ("[" * 100_000, "line 1 is malformed JSON"),
     ],
+    ids=["a text for a row", "cut short", "endless nesting"],
 )
 def test_of_an_array_the_bad_entry_is_named(
     content: str, message: str, tmp_path: Path, config_for: Callable[..., Config]
