@@ -27,19 +27,26 @@ def join(address: str) -> None:
     """Join the cluster that RAY_ADDRESS names.
 
     Raises:
-        ConnectionError: nothing answers there, or not any more.
-        InputError: what answers cannot be joined, such as for want of its token.
+        ConnectionError: nothing answers there, or what does is starting or dying.
+        InputError: what answers asks for a token, and has not got it.
     """
     require_answer(address)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, AuthenticationError) as error:
         ray.shutdown()
-        require_answer(address)  # what died meanwhile may be up again soon; that is no fault of the user's
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason}); {TOKEN_HINT}") from error
+        told = f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({reason})"
+        if not _wants_token(error):  # it may be up again soon; that is no fault of the user's
+            raise ConnectionError(told) from error
+        raise InputError(f"{told}; {TOKEN_HINT}") from error
     if not address.startswith("ray://"):  # Ray's own client looks after its head
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
+
+
+def _wants_token(error: BaseException) -> bool:
+    """Ray says so by the kind of the error, or in the text of the one that it came from."""
+    return AuthenticationError.__name__ in f"{error!r} {error.__cause__!r} {error.__context__!r}"
 
 
 def require_answer(address: str) -> None:

@@ -1,6 +1,7 @@
 """Joining a cluster: what answers nothing, or lets nobody in, is said soon. A head that goes away: see tests/jobs."""
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,38 +35,45 @@ def test_an_address_where_nothing_answers_is_not_waited_for(monkeypatch: pytest.
         cluster.connect()
 
 
-@pytest.mark.usefixtures("no_cluster")
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch, no_cluster: None, server: int) -> Callable[[Exception], str]:
+    """refusing(error): let Ray raise it on joining; gives the address."""
+
+    def install(error: Exception) -> str:
+        def refuse(**_: Any) -> None:
+            raise error
+
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server}")
+        monkeypatch.setattr(cluster.ray, "init", refuse)
+        return f"127.0.0.1:{server}"
+
+    return install
+
+
+def from_another(cause: str) -> ConnectionError:
+    error = ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:1")
+    error.__cause__ = RuntimeError(cause)
+    return error
+
+
 @pytest.mark.parametrize(
     "refusal",
     [
-        ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:1"),
+        from_another("ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing"),
         AuthenticationError("Token authentication is enabled but no authentication token was found"),
     ],
 )
-def test_a_cluster_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch, server: int, refusal: Exception) -> None:
-    def refuse(**_: Any) -> None:
-        raise refusal
-
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server}")
-    monkeypatch.setattr(cluster.ray, "init", refuse)
+def test_a_cluster_that_wants_a_token_is_the_users_error(refusing: Callable[[Exception], str], refusal: Exception) -> None:
+    address = refusing(refusal)
     with pytest.raises(InputError) as found:
         cluster.connect()
-    assert str(found.value).startswith(f"RAY_ADDRESS=127.0.0.1:{server}: cannot join the Ray cluster there ({refusal.args[0]}")
+    assert str(found.value).startswith(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({refusal.args[0]}")
     assert join.TOKEN_HINT in str(found.value)
 
 
-@pytest.mark.usefixtures("no_cluster")
-def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
-    address = f"127.0.0.1:{listening.getsockname()[1]}"
-
-    def die(**_: Any) -> None:
-        listening.close()
-        raise ConnectionError("Failed to connect to Ray cluster")
-
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(cluster.ray, "init", die)
-    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}"):
+def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_error(refusing: Callable[[Exception], str]) -> None:
+    address = refusing(from_another("No node info found matching attributes: '' when trying to resolve node to connect to."))
+    with pytest.raises(ConnectionError, match=f"RAY_ADDRESS={address}: cannot join the Ray cluster there"):
         cluster.connect()
 
 
