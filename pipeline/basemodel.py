@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, first_line, one_line
 
 FIRST_VALUES = 256
 ADAPTER_CONFIG = "adapter_config.json"
@@ -80,8 +80,7 @@ def weights_folder(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({reason})") from error
+        raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({first_line(error)})") from error
 
 
 @lru_cache(maxsize=4)
@@ -166,5 +165,6 @@ def _from_pretrained(kind: Any, base: str) -> Any:
     try:
         return kind.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # of whatever kind: transformers trusts these files
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({reason})") from error
+        raise InputError(
+            f"{base}: unknown base model; give a local folder or a Hub id within reach ({first_line(error)})"
+        ) from error

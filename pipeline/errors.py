@@ -45,6 +45,11 @@ ADVICE = ("To change retry attempts", "Failed to apply UDF")
 """Lines that Ray adds to a worker's error."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, which may go on with advice; where it says nothing, the kind of the error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
     worker, _, rest = str(error).rpartition(CAUSED)

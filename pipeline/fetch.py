@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.errors import AdapterError, InputError
+from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
 
@@ -82,5 +82,4 @@ def _from_hub_cache(repo: str, why: BaseException) -> Path:
 
 
 def _unreachable(error: BaseException) -> AdapterError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return AdapterError(f"cannot be fetched from the Hub and is not in its cache ({reason})")
+    return AdapterError(f"cannot be fetched from the Hub and is not in its cache ({first_line(error)})")

@@ -43,7 +43,7 @@ from pipeline.merge.adapter import (
 )
 from pipeline.merge.declared import largest_adapter, unknown_fields
 from pipeline.merge.delta import rounding_error
-from pipeline.merge.factor import factor_checkpoint, is_checkpoint
+from pipeline.merge.factor import INDEX_FILE, factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
 from pipeline.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
@@ -53,7 +53,7 @@ LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("proble
 Listing = dict[str, list[str | None]]
 """Columns LISTING."""
 
-READ = (*FILES, "config.json", "model.safetensors.index.json")
+READ = (*FILES, "config.json", INDEX_FILE)
 """What is read of an adapter or a full checkpoint, beside its *.safetensors."""
 
 REMOTE = (HUB, "s3://", "gs://", "gcs://")
@@ -278,7 +278,7 @@ def _shown(one: Listed) -> Listed:
 def _from_folder(folder: Folder) -> list[Listed]:
     names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
     if folder.is_local:  # full checkpoints of an object store are not fetched
-        names |= {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
+        names |= {"model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"}
     parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
     tails = [tail for parent in sorted(parents) if not _is_hidden(tail := parent.removeprefix(folder.path).strip("/"))]
     root = Path(folder.path).name

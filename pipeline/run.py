@@ -230,8 +230,7 @@ def train(run: Run, init: str | None, lr: float | None, seed: int | None, profil
     if chosen == "mashup" and not run.folder.exists("mashup"):
         raise InputError(f"{run.folder.uri}: there is no mashup to start from (the selection chose the base); use --init base")
     settings = run.config.train
-    asked = {"learning_rates": None if lr is None else [lr], "seeds": None if seed is None else [seed]}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: [value] for name, value in {"learning_rates": lr, "seeds": seed}.items() if value is not None}
     settings = checked(TrainConfig, settings.model_dump() | given, "mashup train")
     arm = Arm(chosen, settings.learning_rates[0], settings.seeds[0])
     run.progress.stage("train")

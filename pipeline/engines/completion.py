@@ -130,9 +130,11 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
     as with gradient checkpointing.
     """
     rows = len(batch.ids_BT)
-    if (rows - 1) * batch.n_shared < SHARED or not _keeps_keys_and_values(decoder):
+    if (rows - 1) * batch.n_shared < SHARED:
         return None
     cache = DynamicCache(config=decoder.config)
+    if not _keeps_keys_and_values(decoder, cache):
+        return None
     decoder(input_ids=batch.ids_BT[:1, : batch.n_shared], past_key_values=cache, use_cache=True)
     if any(layer.get_seq_length() != batch.n_shared for layer in cache.layers):
         return None
@@ -140,12 +142,12 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
     return cache
 
 
-def _keeps_keys_and_values(decoder: Any) -> bool:
+def _keeps_keys_and_values(decoder: Any, cache: DynamicCache) -> bool:
     if "past_key_values" not in inspect.signature(decoder.forward).parameters:
         return False
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         return False
-    return {type(layer) for layer in DynamicCache(config=decoder.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _logits(model: Any, hidden_NH: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from typing import Any
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from pipeline.basemodel import Shapes
+from pipeline.basemodel import ADAPTER_CONFIG, Shapes
 from pipeline.config import MAX_RANK
 from pipeline.errors import AdapterError
 from pipeline.merge.patterns import own_scales, tails, targets
 from pipeline.storage import MAX_HEADER_BYTES
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_CONFIG
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
