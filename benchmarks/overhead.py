@@ -132,7 +132,7 @@ def _train(folder: Path, base: str, steps: int) -> dict[str, Any]:
 
 
 def _bare_train(job: Job) -> float:
-    finetuning = Finetuning(job, 0, 1, lambda metrics, save: None)
+    finetuning = Finetuning(job, 0, 1, lambda metrics, snapshot: None)
     finetuning.run()
     return finetuning.seconds
 

@@ -75,7 +75,7 @@ def _train_all(base: str, pool: Path, task: Path, starts: Sequence[str], seed: i
         for name in starts:
             lora = _make(name, base, donors, sample, place / name)
             arm = Arm(BASE_ID if name.startswith("base") else name, TRAIN.learning_rates[0], seed)
-            finetuning = Finetuning(Job(arm, base, lora, TRAIN, data, data.sub(name), name), 0, 1, lambda metrics, save: None)
+            finetuning = Finetuning(Job(arm, base, lora, TRAIN, data, data.sub(name), name), 0, 1, lambda metrics, snapshot: None)
             finetuning.run()
             curve = [(point["step"], round(point["eval_nll"], 4)) for point in finetuning.curve]
             metrics = as_metrics(evaluate(finetuning.trainable.score, held))

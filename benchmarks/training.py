@@ -8,6 +8,7 @@ same threads and allocator. Without --train, rows of random tokens whose lengths
     over_trl_defaults           the same, of TRL with the gradient checkpointing that it has on by default
     memory_over_trl             peak memory of our process / of TRL's, model and libraries included
     loss_difference             the largest difference of a step's loss from TRL's, nats a token
+    loss_difference_float32     the same where both compute in float32
     gemm_peak_share             FLOP/s of ours (counted by torch, padding included) / of one large matrix product
     allocator_gain              seconds a step of ours with the C library's allocator / with tcmalloc; null: there is none here
     sharing_gain                seconds a step of ours where each row is computed whole / with what rows begin with computed once
@@ -94,7 +95,7 @@ class Timed(Finetuning):
     """Our loop alone, without Ray, that remembers each step."""
 
     def __init__(self, job: Job):
-        super().__init__(job, 0, 1, lambda metrics, save: None)
+        super().__init__(job, 0, 1, lambda metrics, snapshot: None)
         self.losses, self.ends = list[float](), list[float]()
 
     def _train_step(self, step: dict[str, Any]) -> float:
@@ -206,18 +207,25 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
     pairs = {kind: zip(found[kind], found["ours"], strict=True) for kind in kinds[1:]}
     ratio = {kind: statistics.median(a["seconds"] / b["seconds"] for a, b in both) for kind, both in pairs.items()}
     ours, trl = found["ours"][0], found["trl"][0]
+    exact = replace(job, train=job.train.model_copy(update={"dtype": "float32"}))
+    in_float32 = [_in_process(kind, exact, environment) for kind in ("ours", "trl")]
     seconds = statistics.median(one["seconds"] for one in found["ours"])
     return {
         **{f"over_{kind}": round(ratio[kind], 3) for kind in PEERS},
         "memory_over_trl": round(ours["peak"] / trl["peak"], 3),
         "memory_over_trl_defaults": round(ours["peak"] / found["trl_defaults"][0]["peak"], 3),
-        "loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], trl["losses"], strict=True)),
+        "loss_difference": _loss_difference(ours, trl),
+        "loss_difference_float32": _loss_difference(*in_float32),
         "gemm_peak_share": round(statistics.median(one["gemm_share"] for one in found["ours"]), 3),
         "allocator_gain": round(ratio["ours_plain"], 3) if "ours_plain" in ratio else None,
         "sharing_gain": round(ratio["ours_whole"], 3),
         "seconds_a_step": round(seconds, 3),
         "tokens_a_second": round(ours["tokens"] / seconds),
     }
+
+
+def _loss_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
 def _in_process(kind: str, job: Job, environment: dict[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from pipeline.profiler import traced
 from pipeline.trainable import Trainable
 
 WARMUP = 0.05
-Report = Callable[[dict[str, Any], Callable[[Path], None]], None]
-"""Takes the metrics of an evaluation, and what writes a checkpoint to a folder: which all workers call, or none."""
+Write = Callable[[Path], None]
+"""Writes a checkpoint to a folder."""
+
+Report = Callable[[dict[str, Any], Callable[[], Write | None]], None]
+"""Takes the metrics of an evaluation, and what copies the training's state: all workers call it, or none. The first worker's
+copy can be written at any time after."""
 
 Feed = Callable[[Share, int, int], Iterator[dict[str, Any]]]
 """A share, the first step and the one after the last -> this worker's steps, schema `batches.STEP`."""
@@ -74,7 +79,7 @@ class Finetuning:
                 self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint that `_save` wrote."""
+        """Go on from a checkpoint that `_write` wrote."""
         state = torch.load(folder / STATE_FILE, weights_only=True)
         outcome = json.loads((folder / CURVE_FILE).read_text())
         self.trainable.restore(state, self.optimizer, folder)
@@ -128,19 +133,22 @@ class Finetuning:
         self.evaluating += time.perf_counter() - started
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
-        self.report(point, self._save)
+        self.report(point, self._snapshot)
 
-    def _save(self, folder: Path) -> None:
-        """Write a checkpoint; the first worker's is whole, the others have nothing to write."""
+    def _snapshot(self) -> Write | None:
+        """Copy what a checkpoint holds, on the first worker."""
         trained = self.trainable.trained()
         state = self.trainable.state(trained, self.optimizer)
         if self.rank != 0:
-            return
-        self.trainable.save(folder, trained)
+            return None
         progress = {"schedule": self.schedule.state_dict(), "progress": (self.step, self.tokens, self.seconds)}
-        torch.save(state | progress, folder / STATE_FILE)
         times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
-        outcome = {"curve": self.curve, "diverged_at": self.diverged_at, **times}
+        outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **times}
+        return partial(self._write, trained, state | progress, outcome)
+
+    def _write(self, trained: dict[str, Any], state: dict[str, Any], outcome: dict[str, Any], folder: Path) -> None:
+        self.trainable.save(folder, trained)
+        torch.save(state, folder / STATE_FILE)
         (folder / CURVE_FILE).write_text(json.dumps(outcome))
 
 

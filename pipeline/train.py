@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     context = ray.train.get_context()
-    report = partial(_report_to_ray, worker_log("train", job.arm.name))
+    report = _Reports(worker_log("train", job.arm.name))
     feed = partial(stream_steps, config["rows"])
     finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed)
     if checkpoint := ray.train.get_checkpoint():
@@ -159,17 +160,33 @@ def _trainer(
     )
 
 
-def _report_to_ray(log: WorkerLog, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
-    """A barrier among the workers. The checkpoint is stored in the background, and counts once all of it is."""
-    folder = Path(tempfile.mkdtemp())
-    save(folder)
-    first = ray.train.get_context().get_world_rank() == 0
-    ray.train.report(
-        metrics | {TUNE_STEP: metrics["step"]},
-        checkpoint=Checkpoint.from_directory(str(folder)) if first else None,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
-    if not first:
-        folder.rmdir()
-    log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])
+class _Reports:
+    """Gives evaluations to Ray Train, a barrier among the workers. Checkpoints are written and uploaded in the background, and
+    count once they are stored. No more than one copy of the state is in memory: a second waits for the first to be written."""
+
+    def __init__(self, log: WorkerLog):
+        self.log, self.writer = log, ThreadPoolExecutor(max_workers=1)
+        self.written: Future[None] | None = None
+
+    def __call__(self, metrics: dict[str, Any], snapshot: Callable[[], Callable[[Path], None] | None]) -> None:
+        if self.written:
+            self.written.result()
+        given: dict[str, Any] = {}
+        if write := snapshot():
+            folder = tempfile.mkdtemp()
+            self.written = self.writer.submit(write, Path(folder))
+            given = {"checkpoint": Checkpoint.from_directory(folder), "checkpoint_upload_fn": partial(_upload, self.written)}
+        ray.train.report(
+            metrics | {TUNE_STEP: metrics["step"]},
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            **given,
+        )
+        self.log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])
+
+
+def _upload(written: "Future[None]", checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """What Ray Train does itself, after the checkpoint is written."""
+    written.result()
+    stored: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    return stored

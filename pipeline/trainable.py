@@ -5,6 +5,7 @@ State dicts go through torch.distributed.checkpoint, so that a checkpoint is the
 they share the weights out (FSDP2).
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -69,7 +70,8 @@ class Trainable:
             _shard(self.completions, workers)
         replicated = workers > 1 and not job.train.shard
         self._wrapped = DistributedDataParallel(self.completions) if replicated else self.completions
-        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.weights, self._names = list(learning.values()), set(learning)
         mixed = job.full and fast_dtype(job.train.dtype) != torch.float32
         self._precision = torch.autocast(device().type, fast_dtype(job.train.dtype), enabled=mixed)
 
@@ -90,14 +92,16 @@ class Trainable:
         return nullcontext() if now or not isinstance(self._wrapped, DistributedDataParallel) else self._wrapped.no_sync()
 
     def trained(self) -> dict[str, Any]:
-        """The weights that are trained, on the first worker; empty on the others. All of them must call it."""
+        """A copy of the weights that are trained, on the first worker; empty on the others. All of them must call it."""
         weights: dict[str, Any] = get_model_state_dict(self.model, options=TRAINED)
-        return weights
+        if not self.job.full:  # a frozen head that is tied to the embedding is not left out
+            weights = {name: weight for name, weight in weights.items() if name in self._names}
+        return _copy(weights)
 
     def state(self, trained: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What going on needs, on the first worker. All of them must call it."""
+        """A copy of what going on needs, on the first worker. All of them must call it."""
         # Before its first step an optimizer has none, and to be asked for it would count as a step.
-        moments = get_optimizer_state_dict(self.model, optimizer, options=TRAINED) if optimizer.state else None
+        moments = _copy(get_optimizer_state_dict(self.model, optimizer, options=TRAINED)) if optimizer.state else None
         return {"weights": {} if self.job.full else trained, "optimizer": moments}
 
     def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -163,6 +167,11 @@ def _build(job: Job, start: Path | None) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, fresh)
+
+
+def _copy(state: Any) -> Any:
+    """A state dict that training does not change: of a model on CPUs it is the weights themselves."""
+    return copy.deepcopy(state) if device().type == "cpu" else state
 
 
 def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:

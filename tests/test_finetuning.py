@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline.arms import CURVE_FILE, Arm, Job
+from pipeline.arms import CURVE_FILE, STATE_FILE, Arm, Job
 from pipeline.batches import batch_places
 from pipeline.engines.completion import score_tokens
 from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
-from pipeline.finetuning import Finetuning, evaluation_steps
+from pipeline.finetuning import Finetuning, Write, evaluation_steps
 from pipeline.profiler import STEPS
 from pipeline.storage import Folder
 
@@ -31,11 +31,13 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder, self.points = folder, []
 
-    def __call__(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+    def __call__(self, metrics: dict[str, Any], snapshot: Callable[[], Write | None]) -> None:
         self.points.append(metrics)
+        write = snapshot()
+        assert write
         folder = self.folder / str(metrics["step"])
         folder.mkdir(parents=True)
-        save(folder)
+        write(folder)
 
 
 def scoring(model: Any) -> Score:
@@ -82,6 +84,29 @@ def test_going_on_from_a_checkpoint_gives_the_same_curve(job: Callable[..., Job]
     assert again.evaluating > evaluated
     assert [point["step"] for point in resumed.points] == [6, 8]
     assert without_time(again.curve) == without_time([{"lr": 1e-2, "seed": 0, **point} for point in whole.points])
+
+
+@pytest.mark.parametrize("settings", [{"steps": 4, "evaluations": 2}, FULL], ids=["adapter", "all weights"])
+def test_a_checkpoint_can_be_written_after_training_went_on(
+    job: Callable[..., Job], without_time: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    taken: dict[int, Any] = {}
+    whole = Finetuning(job(**settings), 0, 1, lambda metrics, snapshot: taken.update({metrics["step"]: snapshot()}))
+    whole.run()
+    taken[2](tmp_path)
+    again = Finetuning(job(**settings), 0, 1, lambda metrics, snapshot: None)
+    again.restore(tmp_path)
+    again.run()
+    assert without_time(again.curve) == without_time(whole.curve)
+
+
+def test_a_checkpoint_holds_nothing_that_is_frozen(job: Callable[..., Job], tmp_path: Path) -> None:
+    finetuning = Finetuning(job(steps=1, evaluations=1), 0, 1, Checkpoints(tmp_path))
+    finetuning.run()
+    assert finetuning.trainable.model.config.tie_word_embeddings  # the head is listed beside the embedding
+    state = torch.load(tmp_path / "1" / STATE_FILE, weights_only=True)
+    assert all(".lora_" in name for name in state["weights"])
+    assert state["weights"].keys() == state["optimizer"]["state"].keys()
 
 
 @pytest.fixture

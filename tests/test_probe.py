@@ -26,7 +26,7 @@ def test_a_probe_is_a_short_finetuning_and_is_made_once(tmp_path: Path, job: Cal
     said: list[str] = []
     short = job(steps=3, evaluations=1)
     found = probe({"known": short, "fresh": short}, results, said.append)
-    here = Finetuning(short, 0, 1, lambda metrics, save: None)
+    here = Finetuning(short, 0, 1, lambda metrics, snapshot: None)
     here.run()
     assert found == {"known": 1.25, "fresh": pytest.approx(here.curve[-1]["eval_nll"], abs=1e-4)}
     assert results.read_json("fresh.json") == {"nll": found["fresh"]}

@@ -12,8 +12,9 @@ import pytest
 from pipeline.arms import Job
 from pipeline.evaluation import evaluate_on_test
 from pipeline.finetuning import Finetuning
+from pipeline.observe import worker_log
 from pipeline.storage import Folder
-from pipeline.train import fit, score_on_test
+from pipeline.train import _Reports, fit, score_on_test
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -23,7 +24,7 @@ def alone(job: Callable[..., Job]) -> Callable[..., list[dict[str, Any]]]:
     """alone(**train): the curve of one worker without Ray."""
 
     def train(**settings: Any) -> list[dict[str, Any]]:
-        finetuning = Finetuning(job(**settings), 0, 1, lambda metrics, save: None)
+        finetuning = Finetuning(job(**settings), 0, 1, lambda metrics, snapshot: None)
         finetuning.run()
         return finetuning.curve
 
@@ -64,6 +65,27 @@ def test_any_number_of_workers_gives_the_curve_of_one(
         left = storage.sub(*found["checkpoint"].split("/"))
         plain = evaluate_on_test(arm.base, arm.train.dtype, arm.data, left)
         assert score_on_test(arm, {"arm": left}, storage)["arm"] == pytest.approx(plain, abs=near)
+
+
+def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, copies, waited = threading.Event(), list[int](), list[bool]()
+
+    def snapshot() -> Callable[[Path], None]:
+        copies.append(len(copies))
+        return lambda folder: waited.append(written.wait(20))
+
+    monkeypatch.setattr("ray.train.report", lambda metrics, **given: None)
+    reports = _Reports(worker_log("train", "arm"))
+    point = {"step": 0, "eval_nll": 1.0}
+    reports(point, snapshot)  # comes back while the checkpoint is not written
+    second = threading.Thread(target=reports, args=(point, snapshot))
+    second.start()
+    second.join(0.5)
+    assert copies == [0]
+    written.set()
+    second.join(20)
+    assert copies == [0, 1]
+    assert waited[0]
 
 
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
