@@ -8,7 +8,7 @@ same threads and allocator. Without --train, rows of random tokens whose lengths
     over_trl_defaults           the same, of TRL with the gradient checkpointing that it has on by default
     memory_over_trl             peak memory of our process / of TRL's, model and libraries included
     loss_difference             the largest difference of a step's loss from TRL's, nats a token
-    loss_difference_float32     the same where both compute in float32
+    loss_difference_float32     the same of four steps where both compute in float32
     gemm_peak_share             FLOP/s of ours (counted by torch, padding included) / of one large matrix product
     allocator_gain              seconds a step of ours with the C library's allocator / with tcmalloc; null: there is none here
     sharing_gain                seconds a step of ours where each row is computed whole / with what rows begin with computed once
@@ -55,7 +55,7 @@ from pipeline.trainable import Trainable
 
 WARM = 2
 """First steps of a process, which are not counted."""
-BATCH_ROWS, RATE = 16, 5e-4
+BATCH_ROWS, RATE, FLOAT32_STEPS = 16, 5e-4, 4
 LORA = Lora(8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 PEERS = ("trl", "hf_trainer", "trl_defaults")
 
@@ -207,7 +207,7 @@ def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
     pairs = {kind: zip(found[kind], found["ours"], strict=True) for kind in kinds[1:]}
     ratio = {kind: statistics.median(a["seconds"] / b["seconds"] for a, b in both) for kind, both in pairs.items()}
     ours, trl = found["ours"][0], found["trl"][0]
-    exact = replace(job, train=job.train.model_copy(update={"dtype": "float32"}))
+    exact = replace(job, train=job.train.model_copy(update={"dtype": "float32", "steps": FLOAT32_STEPS}))
     in_float32 = [_in_process(kind, exact, environment) for kind in ("ours", "trl")]
     seconds = statistics.median(one["seconds"] for one in found["ours"])
     return {

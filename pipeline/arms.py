@@ -6,8 +6,10 @@ from pathlib import Path
 from pipeline.config import TrainConfig
 from pipeline.storage import Folder
 
-CURVE_FILE, STATE_FILE = "curve.json", "trainer_state.pt"
-"""In each checkpoint beside the weights: the curve up to it, and what going on from it needs."""
+CURVE_FILE = "curve.json"
+"""In each checkpoint beside the weights: the curve up to it."""
+STATE = "trainer_state"
+"""Begins the names of the files with what going on from a checkpoint needs, one of each worker that holds a share of it."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,11 @@ def row_ids(data: Folder, split: str) -> list[str]:
 
 def download_model(checkpoint: Folder, target: Path) -> None:
     """Copy the whole model of a checkpoint to a local folder, without what only going on needs."""
-    checkpoint.download([name for name in checkpoint.list_files() if name != STATE_FILE], target)
+    checkpoint.download([name for name in checkpoint.list_files() if not name.startswith(STATE)], target)
 
 
 def copy_weights(source: Folder, target: Folder) -> None:
     """Copy an adapter or a whole model, without PEFT's card and without what only training needs."""
     for file in source.list_files():
-        if file not in ("README.md", CURVE_FILE, STATE_FILE):
-            target.write_bytes(file, source.read_bytes(file))
+        if file not in ("README.md", CURVE_FILE) and not file.startswith(STATE):
+            target.copy_file(file, source)

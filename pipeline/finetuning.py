@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.arms import CURVE_FILE, STATE_FILE, Job, pass_tokens
+from pipeline.arms import CURVE_FILE, STATE, Job, pass_tokens
 from pipeline.basemodel import device
 from pipeline.batches import Share, make_steps
 from pipeline.engines.completion import collate
@@ -29,8 +29,8 @@ Write = Callable[[Path], None]
 """Writes a checkpoint to a folder."""
 
 Report = Callable[[dict[str, Any], Callable[[], Write | None]], None]
-"""Takes the metrics of an evaluation, and what copies the training's state: all workers call it, or none. The first worker's
-copy can be written at any time after."""
+"""Takes the metrics of an evaluation, and what copies this worker's share of a checkpoint, to be written at any time after (None:
+it has none). All workers call it, or none."""
 
 Feed = Callable[[Share, int, int], Iterator[dict[str, Any]]]
 """A share, the first step and the one after the last -> this worker's steps, schema `batches.STEP`."""
@@ -79,8 +79,12 @@ class Finetuning:
                 self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint that `_write` wrote."""
-        state = torch.load(folder / STATE_FILE, weights_only=True)
+        """Go on from a checkpoint that workers, however many, have written to `folder`."""
+        # On CPUs what is loaded is used as it is, and should not stay a file's.
+        mapped = device().type != "cpu"
+        state, *others = (torch.load(file, weights_only=True, mmap=mapped) for file in sorted(folder.glob(f"{STATE}-*.pt")))
+        for other in others:
+            state["optimizer"]["state"] |= other["optimizer"]["state"]
         outcome = json.loads((folder / CURVE_FILE).read_text())
         self.trainable.restore(state, self.optimizer, folder)
         self.schedule.load_state_dict(state["schedule"])
@@ -136,20 +140,25 @@ class Finetuning:
         self.report(point, self._snapshot)
 
     def _snapshot(self) -> Write | None:
-        """Copy what a checkpoint holds, on the first worker."""
-        trained = self.trainable.trained()
-        state = self.trainable.state(trained, self.optimizer)
-        if self.rank != 0:
-            return None
-        progress = {"schedule": self.schedule.state_dict(), "progress": (self.step, self.tokens, self.seconds)}
-        times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
-        outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **times}
-        return partial(self._write, trained, state | progress, outcome)
+        """Copy this worker's share of a checkpoint: the first has all but the optimizer's state of a full finetune."""
+        trained = self.trainable.trained(self.rank)
+        state = {"optimizer": self.trainable.moments(self.optimizer, self.rank)}
+        if self.rank == 0:
+            weights = {} if self.job.full else trained
+            progress = (self.step, self.tokens, self.seconds)
+            state |= {"weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
+            times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
+            outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **times}
+            return partial(self._write, trained, outcome, state)
+        return partial(self._write_state, state) if state["optimizer"]["state"] else None
 
-    def _write(self, trained: dict[str, Any], state: dict[str, Any], outcome: dict[str, Any], folder: Path) -> None:
+    def _write(self, trained: dict[str, Any], outcome: dict[str, Any], state: dict[str, Any], folder: Path) -> None:
         self.trainable.save(folder, trained)
-        torch.save(state, folder / STATE_FILE)
         (folder / CURVE_FILE).write_text(json.dumps(outcome))
+        self._write_state(state, folder)
+
+    def _write_state(self, state: dict[str, Any], folder: Path) -> None:
+        torch.save(state, folder / f"{STATE}-{self.rank}.pt")
 
 
 def _feed_from_memory(job: Job) -> Feed:

@@ -105,8 +105,8 @@ def _copy(run: Folder, target: Folder) -> str:
     """Copy the mashup with its card and the selection file. Returns where it is now."""
     mashup = run.sub("mashup")
     for file in mashup.list_files():
-        target.write_bytes(file, mashup.read_bytes(file))
-    target.write_bytes("selection.json", run.read_bytes("selection.json"))
+        target.copy_file(file, mashup)
+    target.copy_file("selection.json", run)
     return target.uri
 
 

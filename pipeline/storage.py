@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,20 +232,31 @@ class Folder:
                 if now - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream to a file that is seen once it is whole."""
         parent = self.join(name).rpartition("/")[0]
         self.files.create_dir(parent, recursive=True)
         # Only a local file system shows a file before it is closed.
         target = f"{parent}/.{uuid.uuid4().hex}{PARTIAL}" if self.is_local else self.join(name)
         try:
             with self.files.open_output_stream(target) as stream:
-                stream.write(content)
+                yield stream
             if self.is_local:
                 self.files.move(target, self.join(name))
         except BaseException:  # a full disk, for one: what is half written only takes more of it
             if self.is_local:
                 self.delete(target.removeprefix(f"{self.path}/"))
             raise
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        with self._writing(name) as stream:
+            stream.write(content)
+
+    def copy_file(self, name: str, source: "Folder") -> None:
+        """Copy the file `name` of another folder, of any size, a piece at a time."""
+        with source.files.open_input_stream(source.join(name)) as whole, self._writing(name) as stream:
+            shutil.copyfileobj(whole, stream, COPY_BYTES)
 
     def read_bytes(self, name: str) -> bytes:
         """What a file holds, of one version of it. S3 is asked for its size first and then for that many bytes, which are half
@@ -297,7 +309,7 @@ class Folder:
     def upload(self, source: Path, name: str) -> None:
         """Copy every file of the local folder `source` to `name`."""
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            self.write_bytes(f"{name}/{file.relative_to(source).as_posix()}", file.read_bytes())
+            self.sub(name).copy_file(file.relative_to(source).as_posix(), Folder.at(source))
 
     def download(self, names: list[str], target: Path) -> None:
         """Copy the files `names` of this folder into the local folder `target`; missing ones are passed over."""

@@ -162,7 +162,7 @@ def _trainer(
 
 class _Reports:
     """Gives evaluations to Ray Train, a barrier among the workers. Checkpoints are written and uploaded in the background, and
-    count once they are stored. No more than one copy of the state is in memory: a second waits for the first to be written."""
+    count once they are stored. A worker has no more than one copy of its share: a second waits for the first to be written."""
 
     def __init__(self, log: WorkerLog):
         self.log, self.writer = log, ThreadPoolExecutor(max_workers=1)

@@ -1,11 +1,10 @@
 """What an arm trains: an adapter on a frozen base, or all weights; made from its start, spread over the workers, saved and
 restored.
 
-State dicts go through torch.distributed.checkpoint, so that a checkpoint is the same whatever the number of workers and whether
-they share the weights out (FSDP2).
+A checkpoint holds whole weights and moments, so that it is the same whatever the number of workers and whether they share the
+weights out (FSDP2).
 """
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +14,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from pipeline.arms import Job, download_model
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
@@ -37,7 +37,8 @@ from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.storage import Folder
 
-TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+"""Of a state dict that is the same whatever the number of workers."""
 
 
 class Completions(nn.Module):
@@ -57,21 +58,22 @@ class Trainable:
     """A worker's model with what is trained of it."""
 
     def __init__(self, job: Job, workers: int):
-        self.job = job
+        self.job, self.workers = job, workers
         torch.manual_seed(job.arm.seed)
-        with _start(job) as start:
+        with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
             self.start = read_adapter(start) if start and job.folded and not job.full else None
             self.model = _build(job, start)
-        fuse(self.model)
-        if job.train.gradient_checkpointing:
-            causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-        self.completions = Completions(self.model)
-        if job.train.shard:
-            _shard(self.completions, workers)
+            fuse(self.model)
+            if job.train.gradient_checkpointing:
+                causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            self.completions = Completions(self.model)
+            if mesh:
+                _shard(self.completions, mesh)
         replicated = workers > 1 and not job.train.shard
         self._wrapped = DistributedDataParallel(self.completions) if replicated else self.completions
         learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.weights, self._names = list(learning.values()), set(learning)
+        self.weights = list(learning.values())
+        self._kept = set(learning) | ({name for name, _ in self.model.named_buffers()} if job.full else set())
         mixed = job.full and fast_dtype(job.train.dtype) != torch.float32
         self._precision = torch.autocast(device().type, fast_dtype(job.train.dtype), enabled=mixed)
 
@@ -91,25 +93,32 @@ class Trainable:
         """In which backward passes add to the gradients of this worker alone, unless it is `now` that workers sum them."""
         return nullcontext() if now or not isinstance(self._wrapped, DistributedDataParallel) else self._wrapped.no_sync()
 
-    def trained(self) -> dict[str, Any]:
-        """A copy of the weights that are trained, on the first worker; empty on the others. All of them must call it."""
-        weights: dict[str, Any] = get_model_state_dict(self.model, options=TRAINED)
-        if not self.job.full:  # a frozen head that is tied to the embedding is not left out
-            weights = {name: weight for name, weight in weights.items() if name in self._names}
-        return _copy(weights)
+    def trained(self, rank: int) -> dict[str, Any]:
+        """A copy of the weights that are trained, on the first worker. All of them must call it."""
+        live = {name: weight for name, weight in self.model.state_dict().items() if name in self._kept}
+        copied: dict[str, Any] = _copied(live, keep=rank == 0)
+        return copied
 
-    def state(self, trained: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """A copy of what going on needs, on the first worker. All of them must call it."""
+    def moments(self, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Any]:
+        """A copy of this worker's share of an optimizer's state, by the names of the weights. Of an adapter the first worker has
+        all of it. All of them must call it."""
         # Before its first step an optimizer has none, and to be asked for it would count as a step.
-        moments = _copy(get_optimizer_state_dict(self.model, optimizer, options=TRAINED)) if optimizer.state else None
-        return {"weights": {} if self.job.full else trained, "optimizer": moments}
+        found = get_optimizer_state_dict(self.model, optimizer) if optimizer.state else {"state": {}}
+        writers = self.workers if self.job.full else 1
+        mine = {}
+        for number, (name, moments) in enumerate(found["state"].items()):
+            copied = _copied(moments, keep=number % writers == rank)
+            if number % writers == rank:
+                mine[name] = copied
+        return {**found, "state": mine}
 
     def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Go on from what `state` gave; of all weights trained, those that `save` wrote to `folder`."""
+        """Go on from weights that `trained` gave and the moments of all workers; where all weights are trained, from those that
+        `save` wrote to `folder`."""
         weights = load_model(str(folder), torch.float32, torch.device("cpu")).state_dict() if self.job.full else state["weights"]
-        set_model_state_dict(self.model, weights, options=TRAINED)
-        if state["optimizer"] is not None:
-            set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=TRAINED)
+        set_model_state_dict(self.model, weights, options=WHOLE)
+        if state["optimizer"]["state"]:
+            set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=WHOLE)
 
     def save(self, folder: Path, trained: dict[str, Any]) -> None:
         """Write the adapter, or the model, as others read it."""
@@ -132,10 +141,21 @@ def trained(job: Job, checkpoint: Folder, workers: int) -> Trainable:
         return Trainable(replace(job, arm=replace(job.arm, init="base"), base=local), workers)
 
 
-def _shard(completions: Completions, workers: int) -> None:
+@contextmanager
+def _sharing_out(workers: int) -> Iterator[DeviceMesh]:
+    """The mesh of all workers, one of a node after the other: its memory need hold no more than one whole base."""
+    mesh = init_device_mesh(device().type, (workers,))
+    before = distributed.get_node_local_rank()
+    for _ in range(before):
+        distributed.barrier()
+    yield mesh
+    for _ in range(workers - before):
+        distributed.barrier()
+
+
+def _shard(completions: Completions, mesh: DeviceMesh) -> None:
     """Share the weights out among the workers, a decoder layer at a time (FSDP2)."""
     model = causal(completions.model)
-    mesh = init_device_mesh(device().type, (workers,))
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
@@ -169,9 +189,15 @@ def _build(job: Job, start: Path | None) -> Any:
     return get_peft_model(model, fresh)
 
 
-def _copy(state: Any) -> Any:
-    """A state dict that training does not change: of a model on CPUs it is the weights themselves."""
-    return copy.deepcopy(state) if device().type == "cpu" else state
+def _copied(tree: Any, keep: bool) -> Any:
+    """The tensors copied to the host's memory, each of them whole; None in their places where they are not to be kept. All
+    workers must call it."""
+
+    def copied(tensor: Tensor) -> Tensor | None:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.detach().to("cpu", copy=True) if keep else None
+
+    return tree_map_only(Tensor, copied, tree)
 
 
 def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:

@@ -199,7 +199,7 @@ def train_donor(
         training = Finetuning(Job(Arm("base", 1e-2, seed), tiny_base, lora, settings, data, data, "donor"), 0, 1, lambda *_: None)
         training.run()
         saved = tmp_path_factory.mktemp("saved")
-        training.trainable.save(saved, training.trainable.trained())
+        training.trainable.save(saved, training.trainable.trained(rank=0))
         target.mkdir(parents=True)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (target / name).write_bytes((saved / name).read_bytes())

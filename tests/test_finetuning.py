@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline.arms import CURVE_FILE, STATE_FILE, Arm, Job
+from pipeline.arms import CURVE_FILE, STATE, Arm, Job
 from pipeline.batches import batch_places
 from pipeline.engines.completion import score_tokens
 from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
@@ -104,7 +104,7 @@ def test_a_checkpoint_holds_nothing_that_is_frozen(job: Callable[..., Job], tmp_
     finetuning = Finetuning(job(steps=1, evaluations=1), 0, 1, Checkpoints(tmp_path))
     finetuning.run()
     assert finetuning.trainable.model.config.tie_word_embeddings  # the head is listed beside the embedding
-    state = torch.load(tmp_path / "1" / STATE_FILE, weights_only=True)
+    state = torch.load(tmp_path / "1" / f"{STATE}-0.pt", weights_only=True)
     assert all(".lora_" in name for name in state["weights"])
     assert state["weights"].keys() == state["optimizer"]["state"].keys()
 

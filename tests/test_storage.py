@@ -128,6 +128,14 @@ def test_folders_are_copied_there_and_named_files_back(folder: Folder, tmp_path:
     folder.sub("copy").download(["a.bin", "missing"], tmp_path / "back")
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["a.bin"]
     assert (tmp_path / "back" / "a.bin").read_bytes() == b"\x00\x01"
+    folder.copy_file("a.bin", folder.sub("copy"))
+    assert folder.read_bytes("a.bin") == b"\x00\x01"
+
+
+def test_a_file_that_cannot_be_copied_leaves_nothing(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.copy_file("a.bin", folder.sub("missing"))
+    assert not folder.exists("a.bin")
 
 
 def test_a_folder_travels_to_a_worker(folder: Folder) -> None:

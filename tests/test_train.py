@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from pipeline.arms import Job
 from pipeline.evaluation import evaluate_on_test
@@ -15,18 +16,19 @@ from pipeline.finetuning import Finetuning
 from pipeline.observe import worker_log
 from pipeline.storage import Folder
 from pipeline.train import _Reports, fit, score_on_test
+from pipeline.trainable import _sharing_out
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture
-def alone(job: Callable[..., Job]) -> Callable[..., list[dict[str, Any]]]:
-    """alone(**train): the curve of one worker without Ray."""
+def alone(job: Callable[..., Job]) -> Callable[..., Finetuning]:
+    """alone(**train): an arm of one worker without Ray, at its end."""
 
-    def train(**settings: Any) -> list[dict[str, Any]]:
+    def train(**settings: Any) -> Finetuning:
         finetuning = Finetuning(job(**settings), 0, 1, lambda metrics, snapshot: None)
         finetuning.run()
-        return finetuning.curve
+        return finetuning
 
     return train
 
@@ -55,8 +57,8 @@ def test_any_number_of_workers_gives_the_curve_of_one(
     found = fit(arm, storage)
     kind = {name: settings[name] for name in ("method", "dtype") if name in settings}
     one, near = alone(**UNEVEN, **kind), 1e-2 if "dtype" in kind else 1e-4
-    assert [row["step"] for row in found["curve"]] == [row["step"] for row in one] == [0, 3, 6]
-    for row, expected in zip(found["curve"], one, strict=True):
+    assert [row["step"] for row in found["curve"]] == [row["step"] for row in one.curve] == [0, 3, 6]
+    for row, expected in zip(found["curve"], one.curve, strict=True):
         assert row["eval_nll"] == pytest.approx(expected["eval_nll"], abs=near)
         assert row["train_nll"] == pytest.approx(expected["train_nll"], abs=near, nan_ok=True)
     weights = "model.safetensors" if settings.get("method") else "adapter_model.safetensors"
@@ -65,6 +67,14 @@ def test_any_number_of_workers_gives_the_curve_of_one(
         left = storage.sub(*found["checkpoint"].split("/"))
         plain = evaluate_on_test(arm.base, arm.train.dtype, arm.data, left)
         assert score_on_test(arm, {"arm": left}, storage)["arm"] == pytest.approx(plain, abs=near)
+    if settings.get("method"):
+        assert left.list_files(".pt") == ["trainer_state-0.pt", "trainer_state-1.pt"]
+        restored = Finetuning(job(**UNEVEN, **kind), 0, 1, lambda metrics, snapshot: None)
+        restored.restore(Path(left.path))
+        for weight, expected in zip(restored.trainable.weights, one.trainable.weights, strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                ours, theirs = restored.optimizer.state[weight][moment], one.optimizer.state[expected][moment]
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-2)
 
 
 def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +98,27 @@ def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pyt
     assert waited[0]
 
 
+def test_workers_of_a_node_load_a_base_that_they_share_out_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    barrier, here, log = threading.Barrier(3), threading.local(), list[str]()
+    monkeypatch.setattr("pipeline.trainable.init_device_mesh", lambda *given: None)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: barrier.wait(20))
+    monkeypatch.setattr("torch.distributed.get_node_local_rank", lambda: here.rank)
+
+    def load(rank: int) -> None:
+        here.rank = rank
+        with _sharing_out(3):
+            log.append(f"{rank} loads")
+            time.sleep(0.1)
+            log.append(f"{rank} is done")
+
+    threads = [threading.Thread(target=load, args=(rank,)) for rank in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert log == ["0 loads", "0 is done", "1 loads", "1 is done", "2 loads", "2 is done"]
+
+
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, "hit", killed))
@@ -95,7 +126,7 @@ def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, wi
     hit = fit(job("hit", steps=40, evaluations=10), Folder.at(tmp_path))
     killer.join()
     assert killed
-    assert without_time(hit["curve"]) == without_time(alone(steps=40, evaluations=10))
+    assert without_time(hit["curve"]) == without_time(alone(steps=40, evaluations=10).curve)
 
 
 def _kill_worker_after_checkpoint(storage: Path, key: str, killed: list[int]) -> None:
