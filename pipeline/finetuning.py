@@ -142,15 +142,15 @@ class Finetuning:
     def _snapshot(self) -> Write | None:
         """Copy this worker's share of a checkpoint: the first has all but the optimizer's state of a full finetune."""
         trained = self.trainable.trained(self.rank)
-        state = {"optimizer": self.trainable.moments(self.optimizer, self.rank)}
+        moments = self.trainable.moments(self.optimizer, self.rank)
         if self.rank == 0:
             weights = {} if self.job.full else trained
             progress = (self.step, self.tokens, self.seconds)
-            state |= {"weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
+            state = {"optimizer": moments, "weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
             times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
             outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **times}
             return partial(self._write, trained, outcome, state)
-        return partial(self._write_state, state) if state["optimizer"]["state"] else None
+        return partial(self._write_state, {"optimizer": moments}) if moments["state"] else None
 
     def _write(self, trained: dict[str, Any], outcome: dict[str, Any], state: dict[str, Any], folder: Path) -> None:
         self.trainable.save(folder, trained)

@@ -103,7 +103,7 @@ class Trainable:
         """A copy of this worker's share of an optimizer's state, by the names of the weights. Of an adapter the first worker has
         all of it. All of them must call it."""
         # Before its first step an optimizer has none, and to be asked for it would count as a step.
-        found = get_optimizer_state_dict(self.model, optimizer) if optimizer.state else {"state": {}}
+        found: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer) if optimizer.state else {"state": {}}
         writers = self.workers if self.job.full else 1
         mine = {}
         for number, (name, moments) in enumerate(found["state"].items()):
