@@ -240,7 +240,7 @@ class Folder:
         # Only a local file system shows a file before it is closed.
         target = f"{parent}/.{uuid.uuid4().hex}{PARTIAL}" if self.is_local else self.join(name)
         try:
-            with self.files.open_output_stream(target) as stream:
+            with self.files.open_output_stream(target, compression=None) as stream:  # else by the name's ending
                 yield stream
             if self.is_local:
                 self.files.move(target, self.join(name))
@@ -254,8 +254,8 @@ class Folder:
             stream.write(content)
 
     def copy_file(self, name: str, source: "Folder") -> None:
-        """Copy the file `name` of another folder, of any size, a piece at a time."""
-        with source.files.open_input_stream(source.join(name)) as whole, self._writing(name) as stream:
+        """Copy the file `name` of another folder, of any size, a piece at a time, byte by byte as it is."""
+        with source.files.open_input_stream(source.join(name), compression=None) as whole, self._writing(name) as stream:
             shutil.copyfileobj(whole, stream, COPY_BYTES)
 
     def read_bytes(self, name: str) -> bytes:
@@ -308,8 +308,9 @@ class Folder:
 
     def upload(self, source: Path, name: str) -> None:
         """Copy every file of the local folder `source` to `name`."""
+        target, local = self.sub(name), Folder.at(source)
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            self.sub(name).copy_file(file.relative_to(source).as_posix(), Folder.at(source))
+            target.copy_file(file.relative_to(source).as_posix(), local)
 
     def download(self, names: list[str], target: Path) -> None:
         """Copy the files `names` of this folder into the local folder `target`; missing ones are passed over."""

@@ -1,5 +1,6 @@
 """Folders on a local disk and on an S3 server: the same behaviour, whole files only."""
 
+import gzip
 import os
 import pickle
 from pathlib import Path
@@ -130,6 +131,12 @@ def test_folders_are_copied_there_and_named_files_back(folder: Folder, tmp_path:
     assert (tmp_path / "back" / "a.bin").read_bytes() == b"\x00\x01"
     folder.copy_file("a.bin", folder.sub("copy"))
     assert folder.read_bytes("a.bin") == b"\x00\x01"
+
+
+def test_a_compressed_file_is_written_and_copied_as_it_is(folder: Folder) -> None:
+    folder.write_bytes("copy/a.gz", gzip.compress(b"text"))
+    folder.copy_file("a.gz", folder.sub("copy"))
+    assert folder.read_bytes("copy/a.gz") == folder.read_bytes("a.gz") == b"text"  # pyarrow goes by the name
 
 
 def test_a_file_that_cannot_be_copied_leaves_nothing(folder: Folder) -> None:
