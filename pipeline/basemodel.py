@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.errors import InputError, first_line, one_line
+from pipeline.errors import InputError, first_line, one_line, unknown_base
 
 FIRST_VALUES = 256
 ADAPTER_CONFIG = "adapter_config.json"
@@ -165,6 +165,4 @@ def _from_pretrained(kind: Any, base: str) -> Any:
     try:
         return kind.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # of whatever kind: transformers trusts these files
-        raise InputError(
-            f"{base}: unknown base model; give a local folder or a Hub id within reach ({first_line(error)})"
-        ) from error
+        raise unknown_base(base, error) from error

@@ -50,6 +50,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def unknown_base(base: str, error: BaseException) -> InputError:
+    """Of a base model that a library cannot find or read, by the library's `error`."""
+    return InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({first_line(error)})")
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line for a person: the error's last one, and what to do where an object store is at fault."""
     worker, _, rest = str(error).rpartition(CAUSED)

@@ -30,6 +30,5 @@ def traced(name: str, folder: Folder | None) -> Iterator[Callable[[], None]]:
 
 def _store(name: str, folder: Folder, profiler: profile) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / name
-        profiler.export_chrome_trace(str(file))
-        folder.write_bytes(name, file.read_bytes())
+        profiler.export_chrome_trace(str(Path(scratch) / name))
+        folder.copy_file(name, Folder.at(scratch))

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
-from pipeline.errors import InputError, first_line, one_line
+from pipeline.errors import InputError, one_line, unknown_base
 from pipeline.ledger import digest
 from pipeline.lock import Lock, LockLostError
 from pipeline.progress import Progress
@@ -152,9 +152,7 @@ def _base_state(base: str) -> list[Any]:
     try:
         return [hf_hub_download(base, "config.json")]
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{base}: unknown base model; give a local folder or a Hub id within reach ({first_line(error)})"
-        ) from error
+        raise unknown_base(base, error) from error
 
 
 def _renew_all(

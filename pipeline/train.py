@@ -185,7 +185,7 @@ class _Reports:
         self.log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])
 
 
-def _upload(written: "Future[None]", checkpoint: Checkpoint, name: str) -> Checkpoint:
+def _upload(written: Future[None], checkpoint: Checkpoint, name: str) -> Checkpoint:
     """What Ray Train does itself, after the checkpoint is written."""
     written.result()
     stored: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)

@@ -107,8 +107,9 @@ class Trainable:
         writers = self.workers if self.job.full else 1
         mine = {}
         for number, (name, moments) in enumerate(found["state"].items()):
-            copied = _copied(moments, keep=number % writers == rank)
-            if number % writers == rank:
+            keep = number % writers == rank
+            copied = _copied(moments, keep)
+            if keep:
                 mine[name] = copied
         return {**found, "state": mine}
 
