@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 failed while working, the same command goes on from there;
 """
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -154,12 +155,17 @@ def submit(
 def main() -> None:
     """Run the command line with the exit codes of this module's docstring."""
     quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's own handler does, once a cluster is joined
     try:
         app(standalone_mode=True)
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", 1)
+    except SystemExit as ending:
+        if ending.code == signal.SIGTERM:
+            _fail("stopped; the same command goes on from here", 1)
+        raise
     except Exception as error:  # the last line of defence: one line for the user, the traceback on demand
         if os.environ.get("MASHUP_TRACEBACK"):
             raise

@@ -28,8 +28,8 @@ class AdapterError(ValueError):
 
 
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
-UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
-"""Marks of an object store's errors in what pyarrow raises."""
+UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode", "HTTP error")
+"""Marks of an object store's errors in what pyarrow and `uploads` raise."""
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 
 

@@ -1,9 +1,13 @@
-"""What of a run is done, for which input, and how long it took: `<run>/stages.json`.
+"""What of a run is done, for which input, and how long it took: `<run>/stages.json`, and the same in `stages.backup.json`.
 
 A stage is done for a key, the digest of everything that its result depends on. The same key again: its result is kept.
 Another key: what it left is removed and it runs anew, and the stages after it are open again. Seconds add up over the
 attempts of one key, so that a run which was interrupted is honest about its cost; of an attempt that is killed, what passed
 since its last `beat` is lost.
+
+Where the one file cannot be read, as a disk or a person damaged it, the other is used. What either says is done is so only where
+its files are there, whole. Both are written before the results of a stage are removed, so that neither vouches for those of
+another input.
 """
 
 import hashlib
@@ -17,6 +21,7 @@ from typing import Any
 from pipeline.storage import Folder
 
 FILE = "stages.json"
+BACKUP = "stages.backup.json"
 BEAT = 2.0
 """Seconds between two writes of the time spent."""
 
@@ -36,14 +41,17 @@ class Outputs:
 
 class Ledger:
     """The stages of one run folder; `stages` are their outputs, in the order in which they run. `tell` hears now and then how
-    many seconds the running stage has taken."""
+    many seconds the running stage has taken, `say` what a person should know."""
 
     def __init__(
-        self, run: Folder, stages: Mapping[str, Outputs], tell: Callable[[str, float], None] = lambda stage, seconds: None
+        self,
+        run: Folder,
+        stages: Mapping[str, Outputs],
+        tell: Callable[[str, float], None] = lambda stage, seconds: None,
+        say: Callable[[str], None] = lambda text: None,
     ):
         self._run, self._stages, self._tell = run, stages, tell
-        found = run.read_json(FILE) if run.is_whole(FILE) else {}
-        self.records: dict[str, dict[str, Any]] = found if isinstance(found, dict) else {}
+        self.records = _read(run, say)
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
 
@@ -69,25 +77,31 @@ class Ledger:
         """Add time that was spent outside of the stages."""
         self.records[name] = {"key": "", "done": True, "seconds": self.seconds(name) + seconds, "details": {}}
         self._write()
+        self._back_up()
 
     @contextmanager
     def perform(self, stage: str, key: str) -> Iterator[dict[str, Any]]:
         """Time an attempt at a stage and mark it done unless it raises. Yields the stage's details, to be filled in."""
         record = self.records.get(stage)
+        outdated: list[str] = []
         if record is None or record["key"] != key:
-            self._remove(self._stages[stage].work)
+            outdated += self._stages[stage].work
             record = {"key": key, "done": False, "seconds": 0.0, "details": {}}
-        self._reopen_from(stage)
+        outdated += self._reopen_from(stage)
         self.records[stage] = record | {"done": False}
         record = self.records[stage]
         self._running = (stage, time.perf_counter(), record["seconds"])
         self._write()
+        self._back_up()
+        for name in outdated:
+            self._run.delete(name)
         try:
             yield record["details"]
             record["files"] = [file for name in self._stages[stage].results for file in self._run.checked_files(name)]
             record["done"] = True
         finally:
             self.beat(force=True)
+            self._back_up()
             self._running = None
 
     def beat(self, force: bool = False) -> None:
@@ -99,18 +113,46 @@ class Ledger:
         self._write()
         self._tell(stage, seconds)
 
-    def _reopen_from(self, stage: str) -> None:
-        """Remove the results of this stage and of those after it: a reader must not take them for results of this input."""
+    def _reopen_from(self, stage: str) -> list[str]:
+        """This stage and those after it are not done any more. Gives the names of their results, which a reader must not take for
+        results of this input."""
         order = list(self._stages)
-        for later in order[order.index(stage) :]:
-            self._remove(self._stages[later].results)
-            if later in self.records:
-                self.records[later]["done"] = False
-
-    def _remove(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._run.delete(name)
+        later = order[order.index(stage) :]
+        for record in (self.records[name] for name in later if name in self.records):
+            record["done"] = False
+        return [result for name in later for result in self._stages[name].results]
 
     def _write(self) -> None:
         self._written = time.perf_counter()
         self._run.write_json(FILE, self.records)
+
+    def _back_up(self) -> None:
+        self._run.write_json(BACKUP, self.records)
+
+
+def _read(run: Folder, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The records of earlier attempts, from the first of the two files that can be read."""
+    problems: dict[str, str] = {}
+    for name in (FILE, BACKUP):
+        try:
+            found = run.read_json(name)
+        except FileNotFoundError:
+            problems[name] = "is missing"
+        except ValueError:
+            problems[name] = "is no valid JSON"
+        else:
+            if _are_records(found):
+                if problems:
+                    say(f"{FILE} {problems[FILE]}; {BACKUP} is used in its place")
+                return dict(found)
+            problems[name] = "holds no records of stages"
+    if set(problems.values()) != {"is missing"}:  # a new run
+        what = ", ".join(f"{name} {problem}" for name, problem in problems.items())
+        say(f"{what}; what is done is not known: all stages are done again, with the scores of the store")
+    return {}
+
+
+def _are_records(found: Any) -> bool:
+    """Whether a document is one that a ledger wrote."""
+    needed = {"key", "done", "seconds"}
+    return isinstance(found, dict) and all(isinstance(one, dict) and needed <= one.keys() for one in found.values())

@@ -38,8 +38,8 @@ class Run:
         self.config, self._once_joined = config, once_joined
         self.folder = Folder.at(config.run)
         self.folder.create()
-        self.ledger = Ledger(self.folder, STAGES, tell_stage)
         self.progress = Progress()
+        self.ledger = Ledger(self.folder, STAGES, tell_stage, self.progress.say)
         self.engines = Engines(config.search)
 
     @classmethod

@@ -1,19 +1,19 @@
 """Folders on a local disk or an object store, through pyarrow's file systems.
 
-Every table and document of a run is read and written here. Writes are atomic: a local file appears under its name only
-when it is whole, and an object store shows an object only when its upload is complete. Until then a local file is
-`.<id>.partial` beside its place, which no listing here shows.
+Every table and document of a run is read and written here. All writing goes through `Folder.put`: whatever breaks it off, a
+reader sees the old file or the whole new one. Until a local file is whole it is `.<id>.partial` beside its place; no listing
+here shows that. A folder's file system is given to Ray as well, whose own documents are so written whole, too.
 """
 
 import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline import uploads, whole_files
 from pipeline.errors import InputError, may_pass
-
-COPY_BYTES = 8 << 20  # read at once; an object store serves each read as one request
+from pipeline.whole_files import PARTIAL
 
 LISTED_APART = 32
 """Folders directly below one that are listed side by side at most; more of them are mostly one adapter each."""
@@ -39,7 +39,6 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_PATH = 4095
 """Bytes; Linux opens no longer one."""
 
-PARTIAL = ".partial"
 ABANDONED = 3600.0
 """Seconds after which nobody is writing at a file any more."""
 
@@ -107,14 +106,14 @@ class Folder:
             raise InputError(f"{text}: a location of an object store has two slashes, as in s3://BUCKET/...")
         if "://" not in text:
             local = _absolute(text)
-            return cls(local, local, fs.LocalFileSystem())
+            return cls(local, local, whole_files.LocalFiles())
         try:
             files, path = fs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
             raise InputError(f"{text}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
         if not path or isinstance(files, fs.PyFileSystem):
             raise InputError(f"{text}: cannot open this location; use a local path, s3://BUCKET/... or gs://BUCKET/...")
-        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, files)
+        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, whole_files.writing_whole(files))
 
     @property
     def is_local(self) -> bool:
@@ -232,31 +231,17 @@ class Folder:
                 if now - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[pa.NativeFile]:
-        """A stream to a file that is seen once it is whole."""
-        parent = self.join(name).rpartition("/")[0]
-        self.files.create_dir(parent, recursive=True)
-        # Only a local file system shows a file before it is closed.
-        target = f"{parent}/.{uuid.uuid4().hex}{PARTIAL}" if self.is_local else self.join(name)
-        try:
-            with self.files.open_output_stream(target, compression=None) as stream:  # else by the name's ending
-                yield stream
-            if self.is_local:
-                self.files.move(target, self.join(name))
-        except BaseException:  # a full disk, for one: what is half written only takes more of it
-            if self.is_local:
-                self.delete(target.removeprefix(f"{self.path}/"))
-            raise
+    def put(self, name: str, pieces: Iterator[bytes]) -> None:
+        """Write a file of any size, in pieces as `whole_files.put` takes them. It is seen once it is whole."""
+        whole_files.put(self.files, self.join(name), pieces)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        with self._writing(name) as stream:
-            stream.write(content)
+        self.put(name, whole_files.pieces_of(content))
 
     def copy_file(self, name: str, source: "Folder") -> None:
         """Copy the file `name` of another folder, of any size, a piece at a time, byte by byte as it is."""
-        with source.files.open_input_stream(source.join(name), compression=None) as whole, self._writing(name) as stream:
-            shutil.copyfileobj(whole, stream, COPY_BYTES)
+        with source.files.open_input_stream(source.join(name), compression=None) as stream:
+            self.put(name, iter(partial(stream.read, uploads.PART_BYTES), b""))
 
     def read_bytes(self, name: str) -> bytes:
         """What a file holds, of one version of it. S3 is asked for its size first and then for that many bytes, which are half
@@ -326,4 +311,4 @@ def _is_partial(name: str) -> bool:
 
 def _copy(source: pa.NativeFile, target: Path) -> None:
     with target.open("wb") as file:
-        shutil.copyfileobj(source, file, COPY_BYTES)
+        shutil.copyfileobj(source, file, uploads.PART_BYTES)  # an object store serves each read as one request

@@ -45,7 +45,7 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     """
     # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    given = {"job": job, "rows": ray.put(job.data.read_table("train.parquet"))}
+    given = {"job": job, "rows": ray.put(job.data.read_table("train.parquet")), "storage": storage.sub(job.name)}
     kept = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="eval_nll", checkpoint_score_order="min")
     trainer = _trainer(train_loop, given, job, storage, job.name, checkpoint_config=kept, callbacks=list(callbacks))
     started = time.perf_counter()
@@ -79,7 +79,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     context = ray.train.get_context()
-    report = _Reports(worker_log("train", job.arm.name))
+    report = _Reports(config["storage"], worker_log("train", job.arm.name))
     feed = partial(stream_steps, config["rows"])
     finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed)
     if checkpoint := ray.train.get_checkpoint():
@@ -161,11 +161,12 @@ def _trainer(
 
 
 class _Reports:
-    """Gives evaluations to Ray Train, a barrier among the workers. Checkpoints are written and uploaded in the background, and
-    count once they are stored. A worker has no more than one copy of its share: a second waits for the first to be written."""
+    """Gives evaluations to Ray Train, a barrier among the workers. Checkpoints are written and uploaded to `storage`, the arm's
+    own folder, in the background, and count once they are stored. A worker has no more than one copy of its share: a second
+    waits for the first to be written."""
 
-    def __init__(self, log: WorkerLog):
-        self.log, self.writer = log, ThreadPoolExecutor(max_workers=1)
+    def __init__(self, storage: Folder, log: WorkerLog):
+        self.storage, self.log, self.writer = storage, log, ThreadPoolExecutor(max_workers=1)
         self.written: Future[None] | None = None
 
     def __call__(self, metrics: dict[str, Any], snapshot: Callable[[], Callable[[Path], None] | None]) -> None:
@@ -175,7 +176,8 @@ class _Reports:
         if write := snapshot():
             folder = tempfile.mkdtemp()
             self.written = self.writer.submit(write, Path(folder))
-            given = {"checkpoint": Checkpoint.from_directory(folder), "checkpoint_upload_fn": partial(_upload, self.written)}
+            upload = partial(_upload, self.storage, self.written)
+            given = {"checkpoint": Checkpoint.from_directory(folder), "checkpoint_upload_fn": upload}
         ray.train.report(
             metrics | {TUNE_STEP: metrics["step"]},
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -185,8 +187,9 @@ class _Reports:
         self.log.info("step %d, validation NLL %.4f", metrics["step"], metrics["eval_nll"])
 
 
-def _upload(written: Future[None], checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """What Ray Train does itself, after the checkpoint is written."""
+def _upload(storage: Folder, written: Future[None], checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """What Ray Train does itself, after the checkpoint is written, but that each file is stored whole or not at all."""
     written.result()
-    stored: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
-    return stored
+    ray.train.get_context().get_storage()._check_validation_file()  # a disk that is not every node's
+    storage.upload(Path(checkpoint.path), name)
+    return Checkpoint(storage.join(name), storage.files)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from store_server import StoreServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -237,20 +238,21 @@ def small_config(tiny_base: str, write_jsonl: Any, word_rows: list[dict[str, Any
 
 
 @pytest.fixture(scope="session")
-def object_store() -> Iterator[str]:
-    """A local S3 server that the usual AWS variables point to; gives its endpoint."""
-    from moto.server import ThreadedMotoServer
+def store_server() -> Iterator[StoreServer]:
+    server = StoreServer()
+    yield server
+    server.stop()
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+
+@pytest.fixture(scope="session")
+def object_store(store_server: StoreServer) -> Iterator[str]:
+    """A local S3 server that the usual AWS variables point to; gives its endpoint."""
     settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    settings |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    settings |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": store_server.endpoint}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        yield settings["AWS_ENDPOINT_URL"]
-    server.stop()
+        yield store_server.endpoint
 
 
 @pytest.fixture

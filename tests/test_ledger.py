@@ -1,5 +1,6 @@
 """The ledger: what counts as done, what is removed, and time that adds up over attempts."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,12 +45,75 @@ def test_a_stage_whose_result_is_cut_short_or_gone_is_not_done(name: str, gone: 
     assert not Ledger(folder, stages).done("search", "a")
 
 
-@pytest.mark.parametrize("content", ['{"search": {"ke', "[]", "5"])
-def test_a_ledger_that_is_cut_short_counts_as_empty(content: str, tmp_path: Path) -> None:
+DAMAGED = ["", '{"search": {"ke', "[]", "5", '{"search": 5}', '{"search": {"done": true}}', "\x00\x00", None]
+"""Contents of a ledger that cannot be read; None: it is gone."""
+
+
+def damage(file: Path, content: str | None) -> None:
+    file.write_text(content) if content is not None else file.unlink()
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_where_the_ledger_cannot_be_read_its_backup_is_used_and_that_is_said(content: str | None, tmp_path: Path) -> None:
+    with ledger(tmp_path).perform("search", "a") as details:
+        details["adapters"] = 3
+    damage(tmp_path / "stages.json", content)
+    said: list[str] = []
+    found = Ledger(Folder.at(tmp_path), STAGES, say=said.append)
+    assert found.done("search", "a")
+    assert found.records["search"]["details"] == {"adapters": 3}
+    assert len(said) == 1
+    assert said[0].startswith("stages.json ")
+    assert said[0].endswith("stages.backup.json is used in its place")
+    with found.perform("merge", "b"):
+        pass
+    assert ledger(tmp_path).done("search", "a")
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_where_neither_can_be_read_it_is_said_that_nothing_is_known(content: str | None, tmp_path: Path) -> None:
     with ledger(tmp_path).perform("search", "a"):
         pass
-    (tmp_path / "stages.json").write_text(content)
-    assert not ledger(tmp_path).done("search")
+    (tmp_path / "stages.json").write_text("")
+    damage(tmp_path / "stages.backup.json", content)
+    said: list[str] = []
+    assert not Ledger(Folder.at(tmp_path), STAGES, say=said.append).done("search")
+    assert said[-1].endswith("what is done is not known: all stages are done again, with the scores of the store")
+
+
+def test_a_new_folder_has_no_ledger_and_nothing_is_said_of_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert Ledger(Folder.at(tmp_path), STAGES, say=said.append).records == {}
+    assert said == []
+
+
+def test_the_backup_does_not_vouch_for_results_of_another_input(tmp_path: Path) -> None:
+    """An attempt with a new key is killed after its results are there; then the ledger is damaged."""
+    folder = Folder.at(tmp_path)
+    with ledger(tmp_path).perform("search", "a"):
+        folder.write_json("board", {"key": "a"})
+    killed = ledger(tmp_path).perform("search", "b")  # never left
+    killed.__enter__()
+    folder.write_json("board", {"key": "b"})
+    (tmp_path / "stages.json").write_text("")
+    assert not ledger(tmp_path).done("search", "a")
+
+
+def test_results_are_removed_once_both_files_say_that_the_stage_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ledger(tmp_path).perform("search", "a"):
+        Folder.at(tmp_path).write_text("board", "1")
+    again, done = ledger(tmp_path), list[bool]()
+
+    def delete(self: Folder, name: str) -> None:
+        done.extend(json.loads((tmp_path / file).read_text())["search"]["done"] for file in ("stages.json", "stages.backup.json"))
+
+    monkeypatch.setattr(Folder, "delete", delete)
+    with again.perform("search", "b"):
+        pass
+    assert done
+    assert not any(done)
 
 
 def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: Path) -> None:

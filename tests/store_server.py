@@ -1,0 +1,34 @@
+"""An S3 server on this machine whose requests a test sees, and may refuse."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.server import ThreadedMotoServer
+
+
+class StoreServer:
+    """A local S3 server: what it is asked, and what it refuses."""
+
+    def __init__(self) -> None:
+        self.requests = list[str]()
+        self.refuse: Callable[[str], bool] = lambda request: False
+        """Requests, such as 'PUT /bucket/key?partNumber=2', that are answered with 503."""
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        assert self._server._server is not None
+        self._app, self._server._server.app = self._server._server.app, self._answer
+        self.endpoint = "http://{}:{}".format(*self._server.get_host_and_port())
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        query = environ["QUERY_STRING"]
+        request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' * bool(query)}{query}"
+        self.requests.append(request)
+        if self.refuse(request):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        answer: Iterable[bytes] = self._app(environ, start_response)
+        return answer
