@@ -1,7 +1,8 @@
 # make setup   install everything into $(VENV); does nothing where nothing changed
 # make demo    the whole method on a real model and a real pool; the last line is the path of the report
 # make test    lint, types, tests
-# make test-long   faults at random moments of whole runs
+# make test-all    these, and the tests that take minutes each
+# make test-faults   an hour of faults at random moments of whole runs
 # make bench   speed and memory, as ratios in one run
 # make lock    requirements-cpu.lock anew, after a change of the dependencies
 # make sbom    sbom.cdx.json, the bill of materials of the lock
@@ -31,7 +32,7 @@ UNFIT  := torchvision torchaudio torchcodec
 
 TARGET := .cache/demo-target/train.jsonl
 
-.PHONY: setup lock sbom browser demo test lint typecheck pytest test-long bench clean
+.PHONY: setup lock sbom browser demo test lint typecheck pytest pytest-long test-all test-faults bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -97,10 +98,17 @@ typecheck: setup
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
+# One after the other: each keeps both cores busy.
+pytest-long: export MASHUP_KILLS ?= 100
+pytest-long: setup
+	$(BIN)/python -m pytest -m long
+
+test-all: test pytest-long
+
 # An hour or more; says each fault as it comes.
-test-long: export MASHUP_FAULTS ?= 200
-test-long: setup
-	$(BIN)/python -m pytest -s tests/test_disturbed.py
+test-faults: export MASHUP_FAULTS ?= 200
+test-faults: setup
+	$(BIN)/python -m pytest -s -m "long or not long" tests/test_disturbed.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead

@@ -34,7 +34,7 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from pipeline.cards import CARD_FILE
-from pipeline.errors import AdapterError, InputError
+from pipeline.errors import AdapterError, InputError, verdict
 from pipeline.fetch import MAX_ADAPTER_BYTES, locate, require_size
 from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
@@ -98,6 +98,7 @@ class AdapterCache:
 
         Raises:
             AdapterError: it cannot be fetched.
+            OSError: nor now, but perhaps later; see `errors.may_pass`.
         """
         with self._guard:
             coming = self._coming.pop(uri, None)
@@ -140,7 +141,7 @@ class AdapterCache:
         try:
             entry, lock = self._lock_entry(place)
         except OSError as error:
-            raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
+            raise verdict(error, f"cannot be fetched from {uri} ({error})") from error
         return Hold(uri, entry, lock)
 
     def _lock_entry(self, store: Folder) -> tuple[Path, int]:

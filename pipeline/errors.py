@@ -29,6 +29,7 @@ class AdapterError(ValueError):
 
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode", "HTTP error")
+OVERLOADED = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "THROTTLING", "HTTP status 5", "HTTP status 429")
 """Marks of an object store's errors in what pyarrow and `uploads` raise."""
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 
@@ -36,7 +37,14 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 def may_pass(error: BaseException) -> bool:
     """Whether an error is of the disk, the network or the object store, and not of what was asked of it: the same may work
     later."""
-    return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in UNREACHABLE))
+    marks = (*UNREACHABLE, *OVERLOADED)
+    return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in marks))
+
+
+def verdict(error: Exception, reason: str) -> Exception:
+    """What to raise of an adapter that cannot be read for an error: that it cannot be a donor, with the reason; but an error that
+    may pass is none of the adapter's, and is raised as it is."""
+    return error if may_pass(error) else AdapterError(reason)
 
 
 CAUSED = "The above exception was the direct cause of the following exception"

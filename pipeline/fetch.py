@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.errors import AdapterError, InputError, first_line
+from pipeline.errors import AdapterError, InputError, first_line, verdict
 from pipeline.merge.adapter import FILES
 from pipeline.storage import Folder
 
@@ -39,6 +39,7 @@ def fetch_adapter(uri: str, cache: Path) -> Path:
 
     Raises:
         AdapterError: it cannot be reached.
+        OSError: nor now, but perhaps later; see `errors.may_pass`.
     """
     place = locate(uri)
     if isinstance(place, Path):
@@ -47,7 +48,7 @@ def fetch_adapter(uri: str, cache: Path) -> Path:
     try:
         place.download(FILES, target)
     except OSError as error:
-        raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
+        raise verdict(error, f"cannot be fetched from {uri} ({error})") from error
     return target
 
 

@@ -196,6 +196,8 @@ class Inspector:
         except AdapterError as error:
             return row | {"status": "set_aside", "reason": str(error)}
         except Exception as error:  # what no check foresaw in one adapter must not stop the others
+            if may_pass(error):
+                raise
             worker_log("index", shown(listed.adapter_id, MAX_REASON)).exception("the check failed")
             return row | {"status": "set_aside", "reason": str(AdapterError(f"cannot be checked ({one_line(error)})"))}
         return row | {"warning": "; ".join(filter(None, [_other_base(adapter, self.base), _of_newer_peft(unknown)])) or None}

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import yaml
 from nodes import descendants, end_node, free_ports, kill, start_node
+
+from pipeline.storage import Folder
 
 FAULTY = Path(__file__).parent / "faulty"
 FLAG = "MASHUP_FAULT"
@@ -57,13 +58,13 @@ class Cluster:
 
 
 class Command:
-    """`mashup run` of one run folder."""
+    """`mashup run` of one run folder, `run`; in the local `folder` are its config and its log."""
 
-    def __init__(self, config: dict[str, Any], folder: Path, flag: Path, cluster: Cluster | None):
-        self.run, self.log, self.flag, self.cluster = folder / "run", folder / "log", flag, cluster
+    def __init__(self, config: dict[str, Any], folder: Path, run: str, flag: Path, cluster: Cluster | None):
+        self.run, self.log, self.flag, self.cluster = Folder.at(run), folder / "log", flag, cluster
         self._file = folder / "config.yaml"
         folder.mkdir(exist_ok=True)
-        self._file.write_text(yaml.safe_dump({**config, "run": str(self.run)}))
+        self._file.write_text(yaml.safe_dump({**config, "run": run}))
         self.process: psutil.Popen | None = None
         self._family = set[psutil.Process]()
 
@@ -100,8 +101,7 @@ class Command:
 
     def tables(self) -> Tables:
         """What a run comes to, without times and places."""
-        curves = [row | {"seconds": None} for row in pq.read_table(self.run / "comparison.parquet").to_pylist()]
-        selection = json.loads((self.run / "selection.json").read_text())
+        curves = [row | {"seconds": None} for row in self.run.read_table("comparison.parquet").to_pylist()]
         names = ("catalogue.parquet", "leaderboard.parquet", "samples.parquet")
-        tables = {name: pq.read_table(self.run / name).to_pylist() for name in names}
-        return tables | {"comparison.parquet": json.dumps(curves), "selection.json": selection}
+        tables = {name: self.run.read_table(name).to_pylist() for name in names}
+        return tables | {"comparison.parquet": json.dumps(curves), "selection.json": self.run.read_json("selection.json")}

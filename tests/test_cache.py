@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs
+from store_server import StoreServer
 
 from pipeline.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
 from pipeline.errors import AdapterError, InputError
@@ -123,6 +124,17 @@ def test_an_adapter_that_is_missing_is_named_and_stops_no_other(bucket: str, cac
         with pytest.raises(AdapterError, match=f"cannot be fetched from {uri}"):
             cache.get(uri)
     assert (cache.get(there) / WEIGHTS_FILE).read_text() == "weights"
+
+
+def test_a_store_that_does_not_answer_says_nothing_of_an_adapter(
+    bucket: str, cache: AdapterCache, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = put(Folder.at(bucket), "a")
+    monkeypatch.setattr(store_server, "refuse", lambda request: True)
+    with pytest.raises(OSError, match="503"):  # and no AdapterError
+        cache.get(uri)
+    monkeypatch.setattr(store_server, "refuse", lambda request: False)
+    assert (cache.get(uri) / WEIGHTS_FILE).read_text() == "weights"
 
 
 def test_local_adapters_are_used_in_place(tmp_path: Path, cache: AdapterCache) -> None:

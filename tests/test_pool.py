@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from store_server import StoreServer
 
 from pipeline.basemodel import linear_shapes
 from pipeline.config import MAX_RANK
@@ -394,6 +395,15 @@ def test_a_pool_without_a_valid_adapter_is_an_input_error(tmp_path: Path, tiny_b
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_no_adapter_is_set_aside_for_what_its_store_does(
+    bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Folder.at(bucket).upload(make_adapter(tmp_path / "a", tiny_base), "adapters/a")
+    monkeypatch.setattr(store_server, "refuse", lambda request: request.startswith("GET") and "a/adapter_" in request)
+    with pytest.raises(OSError, match="503"):
+        inspected(tiny_base, f"{bucket}/adapters")
+
+
 def test_an_object_store_prefix_is_a_pool(bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     store = Folder.at(f"{bucket}/adapters")
     for number, name in enumerate(["a", "deep/b"]):

@@ -77,7 +77,7 @@ def test_any_number_of_workers_gives_the_curve_of_one(
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-2)
 
 
-def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written, copies, waited = threading.Event(), list[int](), list[bool]()
 
     def snapshot() -> Callable[[Path], None]:
@@ -85,7 +85,7 @@ def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pyt
         return lambda folder: waited.append(written.wait(20))
 
     monkeypatch.setattr("ray.train.report", lambda metrics, **given: None)
-    reports = _Reports(worker_log("train", "arm"))
+    reports = _Reports(Folder.at(tmp_path), worker_log("train", "arm"))
     point = {"step": 0, "eval_nll": 1.0}
     reports(point, snapshot)  # comes back while the checkpoint is not written
     second = threading.Thread(target=reports, args=(point, snapshot))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.basemodel import Shapes
-from pipeline.errors import AdapterError
+from pipeline.errors import AdapterError, verdict
 from pipeline.merge.declared import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_declared, open_weights, read_declared, split_name
 from pipeline.merge.delta import Factors, pad, without_nothing
 
@@ -81,7 +81,7 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 halves[split_name(name)] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
+        raise verdict(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
     tensors = {module: (halves[module, "A"], halves[module, "B"]) for module in declared.sizes}
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.basemodel import ADAPTER_CONFIG, Shapes
 from pipeline.config import MAX_RANK
-from pipeline.errors import AdapterError
+from pipeline.errors import AdapterError, verdict
 from pipeline.merge.patterns import own_scales, tails, targets
 from pipeline.storage import MAX_HEADER_BYTES
 
@@ -151,7 +151,7 @@ def open_weights(path: Path) -> safe_open:
             )
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"corrupt weights: {path.name} cannot be read ({error})") from error
+        raise verdict(error, f"corrupt weights: {path.name} cannot be read ({error})") from error
 
 
 def check_dtype(name: str, dtype: str) -> None:
@@ -192,7 +192,7 @@ def _read_config(folder: Path) -> LoraConfig:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"corrupt config: {CONFIG_FILE} is not valid JSON ({error})") from error
     except OSError as error:
-        raise AdapterError(f"{CONFIG_FILE} cannot be read ({error.strerror})") from error
+        raise verdict(error, f"{CONFIG_FILE} cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise AdapterError(f"corrupt config: {CONFIG_FILE} holds no JSON object")
     _check_config(content)

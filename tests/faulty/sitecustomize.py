@@ -11,7 +11,9 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -45,23 +47,14 @@ def require_space() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-class Filling:
-    """An output stream on a disk that may be full: what is written is then cut short."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def __enter__(self) -> "Filling":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.stream.close()
-
-    def write(self, content: bytes) -> int:
+def filling(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """A file's content on its way to a place that may be full, or that may fail half-way."""
+    for piece in pieces:
+        misbehave()
         if fault() == "full":
-            self.stream.write(content[: len(content) // 2])
+            yield piece[: len(piece) // 2]
         require_space()
-        return int(self.stream.write(content))
+        yield piece
 
 
 def badly(method: Any, *before: Any) -> Any:
@@ -73,38 +66,43 @@ def badly(method: Any, *before: Any) -> Any:
     return call
 
 
-def bad_disk(disk: type) -> type:
-    """A class of local file systems that misbehave. It is known here by its name, so that processes can send it to each other."""
+METHODS = ("move", "delete_dir", "delete_file", "get_file_info", "open_input_stream", "open_input_file")
 
-    class BadDisk(disk):  # type: ignore[misc]
+
+@cache
+def bad(kind: type) -> type:
+    """A class of file systems that misbehave as `kind` does not. It is known here by its name, so that processes can send it to
+    each other."""
+
+    class Bad(kind):  # type: ignore[misc]
         def __reduce__(self) -> Any:
-            return make_bad_disk, ()
+            return made_bad, super().__reduce__()
 
-        def open_output_stream(self, *args: Any, **kwargs: Any) -> Filling:
-            misbehave()
-            return Filling(super().open_output_stream(*args, **kwargs))
-
-    for name in ("create_dir", "move", "delete_dir", "delete_file", "get_file_info", "open_input_stream", "open_input_file"):
-        setattr(BadDisk, name, badly(getattr(disk, name), *([require_space] if name == "create_dir" else [])))
-    return BadDisk
+    Bad.create_dir = badly(kind.create_dir, require_space)  # type: ignore[attr-defined]
+    for name in METHODS:
+        setattr(Bad, name, badly(getattr(kind, name)))
+    return Bad
 
 
-def make_bad_disk() -> Any:
-    from pipeline.storage import Folder
+def made_bad(make: Any, given: tuple[Any, ...]) -> Any:
+    """The like of a file system that `make(*given)` gives, which misbehaves."""
+    good = make(*given)
+    from pipeline.uploads import options
 
-    return Folder.at("/").files
+    return bad(type(good))(**options(good))
 
 
 def patch(storage: ModuleType) -> None:
-    """Folders stand on a bad disk. What pyarrow does in C++, beyond the methods of a disk's class, misbehaves as a whole."""
-    at, files = storage.Folder.at, storage.fs
-    disk = bad_disk(files.LocalFileSystem)()
+    """Folders stand on a bad disk, or in a bad store. What pyarrow does in C++, beyond the methods of a file system's class,
+    misbehaves as a whole."""
+    at, files, put = storage.Folder.at, storage.fs, storage.whole_files.put
 
-    def on_a_bad_disk(uri: Any) -> Any:
+    def on_a_bad_place(uri: Any) -> Any:
         folder = at(uri)
-        return replace(folder, files=disk) if folder.is_local else folder
+        return replace(folder, files=made_bad(lambda: folder.files, ()))
 
-    storage.Folder.at = on_a_bad_disk
+    storage.Folder.at = on_a_bad_place
+    storage.whole_files.put = lambda files, path, pieces: badly(put)(files, path, filling(pieces))
     for name in ("read_table", "dataset", "walk"):
         setattr(storage.Folder, name, badly(getattr(storage.Folder, name)))
     files.copy_files = badly(files.copy_files, require_space)
