@@ -11,14 +11,12 @@ Ray itself reports exit code 1 for every job that did not end with 0: who needs 
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.errors import InputError, one_line
-from pipeline.progress import quiet_libraries
+from pipeline.progress import exit_when_stopped, quiet_libraries
 
 RUN = "folder of the run, in place of the config's"
 
@@ -40,7 +38,7 @@ def arguments(about: str | None, **options: str) -> argparse.Namespace:
 
 def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
     """Do the work, print its result as the last line and exit. `work` may give an exit code of its own as `exit_code`."""
-    signal.signal(signal.SIGTERM, _stop)
+    exit_when_stopped()
     quiet_libraries()
     ending: dict[str, Any] = {"status": "done", "exit_code": 0}
     try:
@@ -55,8 +53,3 @@ def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
         ending = {"status": "failed", "exit_code": 1, "error": one_line(error)}
     print(json.dumps(ending), flush=True)
     sys.exit(ending["exit_code"])
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """As Ray's own handler does, which takes the place of this one once the cluster is joined."""
-    sys.exit(number)

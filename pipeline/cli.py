@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import InputError, one_line
-from pipeline.progress import quiet_libraries
+from pipeline.progress import exit_when_stopped, quiet_libraries
 
 app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
@@ -155,7 +155,7 @@ def submit(
 def main() -> None:
     """Run the command line with the exit codes of this module's docstring."""
     quiet_libraries()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's own handler does, once a cluster is joined
+    exit_when_stopped()
     try:
         app(standalone_mode=True)
     except InputError as error:

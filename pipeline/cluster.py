@@ -3,6 +3,8 @@
 import logging
 import os
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,10 +55,18 @@ def connect() -> float:
             join(address)
         else:
             _start()
+        _have_time_to_stop()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return time.perf_counter() - started
+
+
+def _have_time_to_stop() -> None:
+    """Leave a SIGTERM to its Python handler. The one that Ray installs below it aborts the process three seconds later, whatever
+    that is putting down: absl's failure signal handler sets an alarm."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare: int = 1) -> Resources:

@@ -64,7 +64,7 @@ def test_any_number_of_workers_gives_the_curve_of_one(
     assert storage.exists(f"{found['checkpoint']}/{weights}")
     if settings.get("shard"):
         left = storage.sub(*found["checkpoint"].split("/"))
-        plain = evaluate_on_test(arm.base, arm.train.dtype, arm.data, left)
+        plain = evaluate_on_test(arm.base, "float32", arm.data, left)  # bfloat16 rounds PEFT's layers otherwise than ours
         assert score_on_test(arm, {"arm": left}, storage)["arm"] == pytest.approx(plain, abs=near)
     if settings.get("method"):
         assert left.list_files(".pt") == ["trainer_state-0.pt", "trainer_state-1.pt"]
