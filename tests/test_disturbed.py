@@ -137,6 +137,7 @@ def test_after_faults_the_same_command_ends_with_the_same_tables(
         runs.end()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_stopped_in_each_stage_goes_on_where_it_was(
     cluster: Cluster, place: Place, undisturbed: tuple[Tables, float], tmp_path: Path

@@ -1,6 +1,12 @@
 """Progress: lines on standard error, and not too many of them."""
 
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
+from nodes import descendants, kill
 
 from pipeline.progress import Progress
 
@@ -28,3 +34,39 @@ def test_a_line_is_not_repeated_at_once(capsys: pytest.CaptureFixture[str], monk
         progress.now_and_then("5 scored" if second < 50 else "9 scored")
     lines = [line.split()[-2] for line in capsys.readouterr().err.strip().splitlines()]
     assert lines == ["5", "5", "9"]
+
+
+STOPPED = """
+import os, signal, sys, time
+from pipeline.progress import exit_when_stopped
+exit_when_stopped()
+if "ray" in sys.argv:
+    from pipeline.cluster import connect
+    connect()
+try:
+    print("at work", flush=True)
+    time.sleep(60)
+except SystemExit as ending:
+    assert ending.code == signal.SIGTERM
+    time.sleep(4)  # longer than Ray would leave it
+    print("put down", flush=True)
+    os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("at", ["start", "ray"])
+def test_who_is_stopped_has_time_to_put_down_where_it_is(at: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, at], stdout=subprocess.PIPE, text=True, env=environment)
+    family: list[Any] = []
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "at work\n":
+            assert process.poll() is None
+        family = descendants(process.pid)
+        process.terminate()
+        assert process.communicate(timeout=60)[0] == "put down\n"
+        assert process.returncode == 1
+    finally:
+        for one in [process, *family]:
+            kill(one.pid)
