@@ -131,7 +131,7 @@ def _training(run: Run, merged: bool) -> Training:
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
-        at_once=min(len(arms), arms_at_once(train)),
+        at_once=arms_at_once(train, len(arms)),
         tokens=float(np.mean([arm_tokens(rows, train, seed, tokens) for seed in train.seeds])),
         evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
         test_tokens=int(tested * test.sum()),

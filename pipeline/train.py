@@ -116,9 +116,11 @@ def training_kind(train: TrainConfig) -> str:
     return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 
 
-def arms_at_once(train: TrainConfig) -> int:
-    """How many arms the cluster has room for."""
-    return max(1, cluster.engine_slots(training_resources(train)) // train.workers)
+def arms_at_once(train: TrainConfig, arms: int) -> int:
+    """How many of so many arms to start at once: those that there is room for, and where an autoscaler may bring nodes those that
+    wait for them."""
+    ahead = cluster.MOST_AHEAD * train.workers
+    return max(1, cluster.workers_at_once(training_resources(train), arms * train.workers, ahead) // train.workers)
 
 
 def require_workers(train: TrainConfig) -> None:
