@@ -113,14 +113,18 @@ def live_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def describe(resources: Resources) -> str:
+def describe(resources: Resources, named: bool = True) -> str:
     """What computes in a worker of this kind, so that speeds measured on one kind are not taken for those of another: GPUs by
-    the names that Ray has for them, CPUs by this machine's model."""
+    the names that Ray has for them, CPUs by this machine's model.
+
+    Args:
+        named: else GPUs are counted alone, as where no node has one yet.
+    """
     if not resources.gpus:
         return f"{resources.threads} x {_cpu_model()}"
     mark = "accelerator_type:"
     models = sorted({name.removeprefix(mark) for node in live_nodes() for name in node if name.startswith(mark)})
-    return f"{resources.gpus} x {' or '.join(models) or 'GPU'}"
+    return f"{resources.gpus} x {(named and ' or '.join(models)) or 'GPU'}"
 
 
 def require(resources: Resources, section: Literal["search", "train"], count: int = 1, beside: float = 0.0) -> None:

@@ -109,9 +109,9 @@ def training_resources(train: TrainConfig) -> cluster.Resources:
     return cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
 
 
-def training_kind(train: TrainConfig) -> str:
-    """What a measured speed of training holds for."""
-    workers = f"{train.workers} x {cluster.describe(training_resources(train))}"
+def training_kind(train: TrainConfig, named: bool = True) -> str:
+    """What a measured speed of training holds for; `named` as of `cluster.describe`."""
+    workers = f"{train.workers} x {cluster.describe(training_resources(train), named)}"
     memory = f"{train.tokens_per_pass} tokens a pass, shared out: {train.shard}, checkpointing: {train.gradient_checkpointing}"
     return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 

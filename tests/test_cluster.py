@@ -41,6 +41,8 @@ def test_workers_of_other_devices_or_of_more_of_them_are_of_another_kind(nodes: 
     nodes({"CPU": 8, "GPU": 1, "accelerator_type:A100": 1}, {"CPU": 8})
     one, threads = worker_resources("auto", "auto"), worker_resources("auto", 0)
     assert describe(one) == "1 x A100"
+    assert describe(one, named=False) == "1 x GPU"
+    assert describe(threads, named=False) == describe(threads)
     assert describe(threads).startswith("8 x ")
     kinds = {describe(one), describe(threads), describe(worker_resources("auto", 2)), describe(worker_resources(4, 0))}
     nodes({"CPU": 8, "GPU": 1, "accelerator_type:T4": 1})

@@ -70,9 +70,9 @@ def scoring_resources(search: SearchConfig) -> cluster.Resources:
     return cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
 
 
-def scoring_kind(search: SearchConfig) -> str:
-    """What a measured speed of scoring holds for, beside the scope of the score store."""
-    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search))}"
+def scoring_kind(search: SearchConfig, named: bool = True) -> str:
+    """What a measured speed of scoring holds for, beside the scope of the score store; `named` as of `cluster.describe`."""
+    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search), named)}"
 
 
 def engines_at_once(search: SearchConfig, candidates: int) -> int:
