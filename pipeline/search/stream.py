@@ -4,6 +4,10 @@ A ticket stands for one batch of work; which, the scoreboard says when the ticke
 far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
 grows and shrinks the pool with the cluster, and gives the ticket of an actor that died to another. An actor stores the scores
 of a batch, whole or not at all, before it reports them.
+
+On a GPU vLLM's kernels add in an order that changes from call to call: a score that is made again may differ in its last bits. A
+search that is taken up again keeps all scores that are stored, and ends like one that ran through, but where two adapters are
+closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM always adds in one order, and is slower.
 """
 
 import math

@@ -232,3 +232,12 @@ def test_it_says_what_reading_adapters_took_and_reads_none_that_it_holds(
     vllm_score([copy], samples)
     read = engine("read").since(before)
     assert (read.adapters, read.bytes, read.seconds > 0) == (1, (tmp_path / "copy" / WEIGHTS_FILE).stat().st_size, True)
+
+
+def test_what_the_environment_says_of_vllm_are_words_that_it_knows() -> None:
+    from vllm.envs import environment_variables
+
+    from pipeline.cluster import CARRIED, Resources, worker_env
+
+    said = {*CARRIED, *worker_env(Resources(1, 0, 2))["env_vars"]}
+    assert {name for name in said if name.startswith("VLLM_")} - environment_variables.keys() == set()
