@@ -4,7 +4,7 @@
 # make test-all    these, and the tests that take minutes each
 # make test-faults   an hour of faults at random moments of whole runs
 # make bench   speed and memory, as ratios in one run
-# make lock    requirements-cpu.lock anew, after a change of the dependencies
+# make lock    requirements-cpu.lock and requirements-gpu.lock anew, after a change of the dependencies; lock-cpu, lock-gpu: one
 # make sbom    sbom.cdx.json, the bill of materials of the lock
 
 VENV   ?= .venv
@@ -13,16 +13,20 @@ PYTHON ?= python3
 EXTRAS ?= cpu,demo,dev
 # Further arguments for pip and uv, e.g. an index that has the CPU build of torch.
 PIP_ARGS ?=
-# LOCKED=1: exactly what requirements-cpu.lock names, for Linux x86_64 and Python 3.11.
+# LOCKED=1: exactly what requirements-cpu.lock names, or with EXTRAS=gpu,demo,dev requirements-gpu.lock; for Linux x86_64 and
+# Python 3.11.
 LOCKED ?=
 
 BIN    := $(VENV)/bin
 comma  := ,
-STAMP  := $(VENV)/.installed-$(if $(LOCKED),locked,$(subst $(comma),-,$(EXTRAS)))
+DEVICE := $(firstword $(subst $(comma), ,$(EXTRAS)))
+STAMP  := $(VENV)/$(if $(LOCKED),.locked-$(DEVICE),.installed-$(subst $(comma),-,$(EXTRAS)))
 
-LOCK   := requirements-cpu.lock
-ifneq ($(if $(LOCKED),$(EXTRAS)),$(if $(LOCKED),cpu$(comma)demo$(comma)dev))
-$(error LOCKED=1 is for EXTRAS=cpu,demo,dev; $(LOCK) has no other set)
+LOCK   := requirements-$(DEVICE).lock
+ifneq ($(LOCKED),)
+ifeq ($(filter cpu$(comma)demo$(comma)dev gpu$(comma)demo$(comma)dev,$(EXTRAS)),)
+$(error LOCKED=1 is for EXTRAS=cpu,demo,dev or gpu,demo,dev; no lock has another set)
+endif
 endif
 # What makes the lock and the bill of materials is no part of them: it has a venv of its own.
 TOOLS  := .cache/tools-uv-0.13.8-cyclonedx-7.5.0
@@ -32,7 +36,7 @@ UNFIT  := torchvision torchaudio torchcodec
 
 TARGET := .cache/demo-target/train.jsonl
 
-.PHONY: setup lock sbom browser demo test lint typecheck pytest pytest-long test-all test-faults bench clean
+.PHONY: setup lock lock-cpu lock-gpu sbom browser demo test lint typecheck pytest pytest-long test-all test-faults bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -52,8 +56,8 @@ $(VENV)/.installed-%: pyproject.toml
 	@$(BIN)/python -c 'import torchvision' >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes $(UNFIT)
 	@touch $@
 
-# --no-deps: the lock is the whole closure but for UNFIT. The project is built by the setuptools that the lock names.
-$(VENV)/.installed-locked: pyproject.toml $(LOCK)
+# --no-deps: the lock is the whole closure, that for CPUs but for UNFIT. The project is built by the setuptools that the lock names.
+$(VENV)/.locked-%: pyproject.toml requirements-%.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "$(LOCK) is for Python 3.11: make setup LOCKED=1 PYTHON=python3.11"; exit 2; }
 	$(make-venv)
@@ -66,11 +70,18 @@ $(TOOLS)/.installed:
 	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 cyclonedx-bom==7.5.0
 	@touch $@
 
-# Versions stay as they are where they fit; PIP_ARGS=--upgrade takes the newest.
-lock: $(TOOLS)/.installed
-	$(TOOLS)/bin/uv pip compile --quiet --system-certs $(PIP_ARGS) --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-		--extra cpu --extra demo --extra dev $(addprefix --no-emit-package ,$(UNFIT)) --generate-hashes \
-		--custom-compile-command 'make lock' --output-file $(LOCK) pyproject.toml
+# Versions stay as they are where they fit; PIP_ARGS=--upgrade takes the newest. An index that has the CPU build of torch is for the
+# first of the two alone.
+lock: lock-cpu lock-gpu
+
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --system-certs $(PIP_ARGS) --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --generate-hashes --custom-compile-command 'make lock' pyproject.toml
+
+lock-cpu: $(TOOLS)/.installed
+	$(COMPILE) --extra cpu --extra demo --extra dev $(addprefix --no-emit-package ,$(UNFIT)) --output-file requirements-cpu.lock
+
+lock-gpu: $(TOOLS)/.installed
+	$(COMPILE) --extra gpu --extra demo --extra dev --output-file requirements-gpu.lock
 
 sbom: $(TOOLS)/.installed
 	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json $(LOCK)

@@ -149,9 +149,8 @@ class Bench:
     def _screen(self, donors: pa.Table, samples: pa.Table) -> dict[str, Any]:
         """A Ray task only for a process with the same threads as the engine's."""
         resources = cluster.worker_resources("auto", "auto")
-        task = ray.remote(screen_timed).options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env=cluster.worker_env(resources)
-        )
+        asked = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "runtime_env": cluster.worker_env(resources)}
+        task = ray.remote(**asked)(screen_timed)
         modules = touched_modules(self.base, donors["target_modules"].to_pylist())
         result: dict[str, Any] = ray.get(task.remote(self.base, samples, modules, donors["uri"].to_pylist()))
         return result

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.arms import Arm
 from pipeline.config import Config
-from pipeline.costs import training_rates
+from pipeline.costs import knows_scoring, training_rates
 from pipeline.ledger import digest
 from pipeline.pool import valid_adapters
 from pipeline.racing import CANDIDATE, in_order, make_engine, make_work, race, rates_of, servable
@@ -40,7 +40,7 @@ def calibrate(run: Run) -> None:
     """Measure what no earlier run of this store measured on workers of this kind; what it took stands in the ledger beside the
     stages."""
     started, rates, config = time.perf_counter(), rates_of(run), run.config
-    if not rates.recent(scoring_kind(config.search)):
+    if not knows_scoring(rates.recent(scoring_kind(config.search))):
         run.progress.say("no earlier run measured scoring here: a batch of adapters is scored on a few samples; this is kept")
         _score_a_little(run)
     if not rates.recent(training_kind(config.train)):
@@ -55,13 +55,12 @@ def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
     tokens = int(lengths_of(run.folder.read_table("data/validation.parquet")).sum())
     found = [rates for outcome in outcomes if (rates := training_rates(outcome, tokens))]
     if found:
-        measured = {name: median(rates[name] for rates in found) for name in found[0]}
-        rates_of(run).keep(training_kind(run.config.train), measured)
+        _keep_training(run, {name: median(rates[name] for rates in found) for name in found[0]})
 
 
-def merging_kind(config: Config) -> str:
-    """What measured seconds of merging, beside scoring the merges, hold for."""
-    return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search)}"
+def merging_kind(config: Config, named: bool = True) -> str:
+    """What measured seconds of merging, beside scoring the merges, hold for; `named` as of `cluster.describe`."""
+    return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search, named)}"
 
 
 def lengths_of(rows: pa.Table) -> Indices:
@@ -70,7 +69,13 @@ def lengths_of(rows: pa.Table) -> Indices:
     return lengths
 
 
+def _keep_training(run: Run, measured: dict[str, float]) -> None:
+    train = run.config.train
+    rates_of(run).keep(training_kind(train), measured, asked=training_kind(train, named=False))
+
+
 def _score_a_little(run: Run) -> None:
+    """One sample first, with which the engine reads the adapters and compiles its kernels: scoring is what comes after that."""
     failures = run.folder.sub("failures")
     catalogue = servable(run, valid_adapters(run.folder.read_table("catalogue.parquet")), failures)
     drawn = run.folder.read_table("samples.parquet")
@@ -79,9 +84,11 @@ def _score_a_little(run: Run) -> None:
     store = make_work(run, adapters.select(CANDIDATE), few, failures).store
     unknown = np.isnan(store.load(adapters["adapter_hash"].to_pylist(), few).nll_NS).all(axis=1)
     batch = adapters.filter(pa.array(unknown)).slice(0, run.config.search.adapters_per_batch)
-    work = make_work(run, batch.select(CANDIDATE), few, failures)
     engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
-    race(run, work, engine, make_plan(len(work.candidates), len(few), 0, share=1), {})
+    with run.engines.kept():
+        for samples in (few.slice(0, 1), few):
+            work = make_work(run, batch.select(CANDIDATE), samples, failures)
+            race(run, work, engine, make_plan(len(work.candidates), len(samples), 0, share=1), {})
 
 
 def _train_a_little(run: Run) -> None:
@@ -95,5 +102,5 @@ def _train_a_little(run: Run) -> None:
     (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])])
     outcome = fit(replace(job, train=short, data=place, key=FOLDER), place)
     if measured := training_rates(outcome, int(lengths_of(validation).sum())):
-        rates_of(run).keep(training_kind(train), measured)
+        _keep_training(run, measured)
     run.folder.delete(FOLDER)

@@ -25,6 +25,14 @@ START_ATTEMPTS = 3
 NODE_GROUP = "ray.io/node-group"
 """Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
 
+MOST_AHEAD = 16
+"""Workers that an autoscaler is asked for at once where the config does not say how many; more come as these are busy. Each arm
+that waits for its nodes holds some hundred MB of the head's memory."""
+
+CARRIED = ("HF_HUB_OFFLINE", "HF_HOME", "VLLM_BATCH_INVARIANT", "VLLM_USE_V2_MODEL_RUNNER")
+"""Settings of the driver's environment that hold for its workers, too: no network; scores that do not depend on the batch, bit by
+bit, for some speed; vLLM's older model runner."""
+
 WORKER = {"search": "actor", "train": "worker"}
 """What the config's keys call a worker, by section."""
 
@@ -72,8 +80,9 @@ def _have_time_to_stop() -> None:
 def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare: int = 1) -> Resources:
     """Resolve 'auto' against the cluster, for `workers` that run at once.
 
-    A worker takes a GPU where there is one. On CPUs the workers share out a node's CPUs less `spare`, which stay free for Ray
-    Data's reading and writing, and compute with as many threads together as the node has cores.
+    A worker takes a GPU where there is one, and computes with the share of its node's CPUs that falls to one GPU: the least one,
+    where nodes differ. On CPUs the workers share out a node's CPUs less `spare`, which stay free for Ray Data's reading and
+    writing, and compute with as many threads together as the node has cores.
     """
     total = ray.cluster_resources()
     n_gpus = (1 if total.get("GPU", 0) else 0) if gpus == "auto" else int(gpus)
@@ -81,7 +90,8 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare
     if cpus != "auto":
         return Resources(float(cpus), n_gpus, max(1, int(cpus)))
     if n_gpus:
-        return Resources(1.0, n_gpus, max(1, node_cpus // max(1, int(total.get("GPU", 1)))))
+        shares = [int(node.get("CPU", 1) // node["GPU"]) for node in live_nodes() if node.get("GPU", 0) >= 1]
+        return Resources(1.0, n_gpus, max(1, min(shares, default=node_cpus)))
     nodes = max(1, int(total.get("CPU", 1)) // node_cpus)
     here = -(-workers // nodes)
     return Resources(max(1, node_cpus - spare) / here, 0, max(1, node_cpus // here))
@@ -96,19 +106,35 @@ def engine_slots(resources: Resources, spare: int = 1) -> int:
     return max(1, slots)
 
 
+def workers_at_once(resources: Resources, wanted: int, ahead: int = MOST_AHEAD, spare: int = 1) -> int:
+    """How many of `wanted` workers of this kind to ask for at once: as many as the nodes hold that are up, or `ahead` of them
+    where an autoscaler may bring further nodes. `spare` as of `engine_slots`."""
+    slots = engine_slots(resources, spare)
+    return min(wanted, max(slots, ahead) if may_grow() else slots)
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler may bring nodes; it does not say which, or how many."""
+    return any(NODE_GROUP in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
+
+
 def live_nodes() -> list[dict[str, float]]:
     """The resources of each node that is up."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def describe(resources: Resources) -> str:
+def describe(resources: Resources, named: bool = True) -> str:
     """What computes in a worker of this kind, so that speeds measured on one kind are not taken for those of another: GPUs by
-    the names that Ray has for them, CPUs by this machine's model."""
+    the names that Ray has for them, CPUs by this machine's model.
+
+    Args:
+        named: else GPUs are counted alone, as where no node has one yet.
+    """
     if not resources.gpus:
         return f"{resources.threads} x {_cpu_model()}"
     mark = "accelerator_type:"
     models = sorted({name.removeprefix(mark) for node in live_nodes() for name in node if name.startswith(mark)})
-    return f"{resources.gpus} x {' or '.join(models) or 'GPU'}"
+    return f"{resources.gpus} x {(named and ' or '.join(models)) or 'GPU'}"
 
 
 def require(resources: Resources, section: Literal["search", "train"], count: int = 1, beside: float = 0.0) -> None:
@@ -121,13 +147,12 @@ def require(resources: Resources, section: Literal["search", "train"], count: in
     Raises:
         InputError: it cannot; Ray would wait for ever.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [node["Resources"] for node in alive]
+    nodes = live_nodes()
     room = sum(_room(node, resources) for node in nodes)
     if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + beside:
         return
     missing = _missing(resources, section, count, room, nodes)
-    if not any(NODE_GROUP in node.get("Labels", {}) for node in alive):
+    if not may_grow():
         raise InputError(f"{missing}; ask for less, or add nodes to the cluster")
     logging.getLogger(__name__).warning("%s; waiting for the autoscaler to bring more", missing)
 
@@ -135,14 +160,16 @@ def require(resources: Resources, section: Literal["search", "train"], count: in
 def compute_task(
     function: Callable[..., Any], cpus: float | str = "auto", gpus: int | str = "auto", on_held_cpus: bool = False
 ) -> Any:
-    """`function` as a Ray task with the resources and the environment of one compute worker.
+    """`function` as a Ray task with the resources and the environment of one compute worker. Where it gets a GPU, its process
+    ends with it: idle, that would hold the card's memory, which the next engine wants.
 
     Args:
         on_held_cpus: workers of ours that are idle hold the CPUs, and Ray has none to give.
     """
     resources = worker_resources(cpus, gpus)
     given = 0 if on_held_cpus else resources.cpus
-    return ray.remote(function).options(num_cpus=given, num_gpus=resources.gpus, runtime_env=worker_env(resources))
+    # Not by `.options()`: Ray ends a task's process only where the decorator asks for the GPU.
+    return ray.remote(num_cpus=given, num_gpus=resources.gpus, runtime_env=worker_env(resources))(function)
 
 
 def worker_env(resources: Resources) -> dict[str, Any]:
@@ -157,8 +184,7 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-            # Where a network is not to be used, workers must know it too.
-            **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
+            **{name: os.environ[name] for name in CARRIED if name in os.environ},
         }
     }
 
@@ -204,7 +230,8 @@ def _cpu_model() -> str:
 
 def _cpu_env() -> dict[str, str]:
     # vLLM compiles at the first batch: measured, that one took 68 s instead of 23 s, and later ones gained nothing.
-    env = {"TORCHDYNAMO_DISABLE": "1"}
+    # Ray leaves all GPUs of a node visible to whoever asked for none.
+    env = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # By its name alone, so that a node which has it elsewhere finds it and one which has it not goes on without.
     if tcmalloc := find_library("tcmalloc_minimal") or find_library("tcmalloc"):
         env["LD_PRELOAD"] = ":".join(filter(None, (tcmalloc, os.environ.get("LD_PRELOAD"))))

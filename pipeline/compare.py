@@ -111,7 +111,9 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
         tune.with_resources(drive, {"CPU": TRIAL_CPUS}),
         param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=arms_at_once(train), trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+            max_concurrent_trials=arms_at_once(train, len(jobs)),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name="tune",

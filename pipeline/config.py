@@ -181,7 +181,7 @@ class TrainConfig(Section):
         "auto", description="of the frozen base, or of the products where all weights are trained; what is trained is float32"
     )
     cpus_per_worker: float | Auto = "auto"
-    gpus_per_worker: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs")
+    gpus_per_worker: int | Auto = Field("auto", description="0 or 1; auto: 1 where the cluster has GPUs")
 
     @field_validator("seeds")
     @classmethod
@@ -195,6 +195,15 @@ class TrainConfig(Section):
     def fewest_workers_first(self) -> "TrainConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"train.min_workers {self.min_workers} is above train.workers {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def one_gpu_a_worker(self) -> "TrainConfig":
+        if self.gpus_per_worker not in ("auto", 0, 1):
+            raise ValueError(
+                f"train.gpus_per_worker {self.gpus_per_worker}: a worker computes on one GPU; set it to 1 and train.workers to "
+                f"{self.workers * int(self.gpus_per_worker)}, and train.shard: true where the base does not fit one"
+            )
         return self
 
     @field_validator("learning_rates", "seeds")

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.batches import batch_places, padded_tokens
 from pipeline.cluster import Resources
 from pipeline.config import TrainConfig
-from pipeline.search.race import Indices, Race
+from pipeline.search.race import BASE, Indices, Race
 
 Seconds = float | None
 """None: nobody measured what it takes to say."""
@@ -21,11 +21,13 @@ Seconds = float | None
 
 @dataclass(frozen=True)
 class Scoring:
-    """Input tokens that are to be scored by engines side by side; the race ends after `limit` seconds."""
+    """Input tokens that are to be scored by engines side by side, and the bytes of the adapters that they read for it; the race
+    ends after `limit` seconds."""
 
     tokens: int
     engines: int
     limit: float = math.inf
+    load_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,31 @@ def arm_tokens(lengths: Indices, train: TrainConfig, seed: int, tokens: int) -> 
     return sum(padded_tokens(batch.tolist(), train.workers, tokens) for batch in steps)
 
 
+def loads_at_most(race: Race) -> int:
+    """How often an adapter is read for a race at most: once for each rung that it is scored in, as another engine may have it by
+    then."""
+    if race.over:
+        return 0
+    lacking_N = np.isnan(race.nll_NS[:, : race.plan.rungs[race.rung]]).sum(axis=1)
+    lacking_N[(race.rungs_N <= race.rung) | race.aside_N] = 0
+    later, steps = left_to_score(race) - int(lacking_N.sum()), np.diff(race.plan.rungs[race.rung :])
+    lacking_N[BASE] = 0  # which is no adapter
+    return int(np.count_nonzero(lacking_N)) + (later // int(steps.min()) if len(steps) else 0)
+
+
+def knows_scoring(rates: Mapping[str, float]) -> bool:
+    """Whether these rates say how long scoring takes."""
+    return "tokens_per_second" in rates
+
+
 def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:
-    """Engine start and scoring; nothing is started where nothing is to be scored."""
+    """Engine start, reading adapters and scoring; nothing is started where nothing is to be scored."""
     if not work.tokens:
         return 0.0
-    if not rates:
+    if not knows_scoring(rates):
         return None
-    return rates["start_seconds"] + min(work.limit, work.tokens / (rates["tokens_per_second"] * work.engines))
+    working = work.tokens / rates["tokens_per_second"] + work.load_bytes * rates.get("load_seconds_per_byte", 0.0)
+    return rates.get("start_seconds", 0.0) + min(work.limit, working / work.engines)
 
 
 def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:

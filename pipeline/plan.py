@@ -16,9 +16,21 @@ import pyarrow.compute as pc
 from pipeline.arms import pass_tokens
 from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
-from pipeline.cluster import Resources, live_nodes, worker_env
+from pipeline.cluster import Resources, live_nodes, may_grow, worker_env
 from pipeline.compare import RESULT_FILE
-from pipeline.costs import Scoring, Training, against, arm_tokens, hours, left_to_score, scoring_seconds, total, training_seconds
+from pipeline.costs import (
+    Scoring,
+    Training,
+    against,
+    arm_tokens,
+    hours,
+    knows_scoring,
+    left_to_score,
+    loads_at_most,
+    scoring_seconds,
+    total,
+    training_seconds,
+)
 from pipeline.engines.scorer import EngineConfig
 from pipeline.ledger import digest
 from pipeline.pool import valid_adapters
@@ -50,7 +62,7 @@ def write_plan(run: Run, merged: bool = False) -> dict[str, Any]:
 def estimate_before_search(run: Run) -> None:
     """Keep an estimate of a run that begins, unless it has one, where earlier runs measured what it takes to make one."""
     rates, config = rates_of(run), run.config
-    measured = rates.recent(scoring_kind(config.search)) and rates.recent(training_kind(config.train))
+    measured = knows_scoring(rates.recent(scoring_kind(config.search))) and rates.recent(training_kind(config.train))
     if not measured or _plan_of(run):
         return
     stages = write_plan(run)["stages"].items()
@@ -68,7 +80,7 @@ def settle(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     merging = run.ledger.records["merge"]
     if "race_seconds" in merging["details"]:
         seconds = max(0.0, merging["seconds"] - merging["details"]["race_seconds"])
-        rates_of(run).keep(merging_kind(run.config), {"seconds": seconds})
+        rates_of(run).keep(merging_kind(run.config), {"seconds": seconds}, asked=merging_kind(run.config, named=False))
     plan = _plan_of(run)
     if plan is None:
         return {}
@@ -86,7 +98,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     entrants = count_entrants(run, usable)  # which ones is known after the screen; any so many stand for them
     work, plan = line_up(run, usable.slice(0, entrants), drawn, failures)
     race = Scoreboard(work, plan).race
-    scoring, merging = _scoring(run, race, drawn, merged)
+    scoring, merging = _scoring(run, race, usable, drawn, merged)
     training = _training(run, merged)
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
     candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": entrants}
@@ -98,6 +110,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
         "adapter_samples": samples,
         "tokens": tokens,
         "fetch": to_fetch(work, race, usable),
+        "load_bytes": {"search": round(scoring.load_bytes), "merge": round(merging.load_bytes)},
         "engines": {"count": scoring.engines, "memory_bytes": memory_of_engine(config.search.engine, engine, _resources(run)[0])},
         "arms": {"count": training.arms, "at_once": training.at_once},
         **_time(run, scoring, merging, training),
@@ -105,18 +118,19 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     }
 
 
-def _scoring(run: Run, race: Race, drawn: pa.Table, merged: bool) -> tuple[Scoring, Scoring]:
-    """What the search and what the merge have to score."""
+def _scoring(run: Run, race: Race, usable: pa.Table, drawn: pa.Table, merged: bool) -> tuple[Scoring, Scoring]:
+    """What the search and what the merge have to score; a merge is taken to be as large as the mean adapter of the pool."""
     config = run.config
-    mean = float(np.mean(lengths_of(drawn)))
+    mean, size = float(np.mean(lengths_of(drawn))), pc.mean(usable["bytes"]).as_py() or 0.0
     search = Scoring(
         round(left_to_score(race) * mean),
         engines_at_once(config.search, len(race.nll_NS)),
         config.search.budget.seconds or math.inf,
+        loads_at_most(race) * size,
     )
     recipes = 0 if merged else most_recipes(config.merge, len(race.nll_NS) - 1)
     holdout = int(lengths_of(split_of(drawn, "holdout")).sum())
-    return search, Scoring(recipes * holdout, engines_at_once(config.search, recipes))
+    return search, Scoring(recipes * holdout, engines_at_once(config.search, recipes), load_bytes=recipes * size)
 
 
 def _training(run: Run, merged: bool) -> Training:
@@ -131,7 +145,7 @@ def _training(run: Run, merged: bool) -> Training:
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
-        at_once=min(len(arms), arms_at_once(train)),
+        at_once=arms_at_once(train, len(arms)),
         tokens=float(np.mean([arm_tokens(rows, train, seed, tokens) for seed in train.seeds])),
         evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
         test_tokens=int(tested * test.sum()),
@@ -171,6 +185,7 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
         "the time of the screen is not in it": config.search.screen < 1,
         "merging is in it only as far as merges are scored: no earlier run measured the rest": merge.tokens and not merging,
         "arms may end early: train.patience": config.train.patience,
+        "it is taken that the autoscaler brings all the nodes that are asked for": may_grow(),
     }
     return [note for note, holds in notes.items() if holds]
 

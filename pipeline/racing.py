@@ -116,8 +116,8 @@ def race(
     spent = {"adapter_samples": board.adapter_samples, "tokens": board.tokens, "scoring_seconds": board.seconds}
     for name, value in ({"engine_start_seconds": board.startup} | spent | {"race_seconds": wall}).items():
         details[name] = round(details.get(name, 0) + value, 1)
-    if board.tokens:
-        rates_of(run).keep(scoring_kind(run.config.search), _speed(board, wall))
+    if measured := speed_of(board, wall):
+        rates_of(run).keep(scoring_kind(run.config.search), measured, asked=scoring_kind(run.config.search, named=False))
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
 
 
@@ -136,11 +136,19 @@ def rates_of(run: Run) -> Rates:
     return Rates.beside(_store(run))
 
 
-def _speed(board: Progress, wall: float) -> dict[str, float]:
-    """Input tokens a second of one engine, and the seconds in which nothing was scored: mostly Ray's workers and engines that
+def speed_of(board: Progress, wall: float) -> dict[str, float]:
+    """What a race of `wall` seconds measured of one engine, as far as it did: input tokens a second once it is warm, the seconds
+    that reading an adapter takes, and a byte of one, and those in which nothing was scored: mostly Ray's workers and engines that
     started."""
-    start = max(0.0, wall - board.seconds / board.engines)
-    return {"tokens_per_second": board.tokens / board.seconds, "start_seconds": start}
+    measured: dict[str, float] = {}
+    if board.warm_seconds:
+        measured["tokens_per_second"] = board.warm_tokens / board.warm_seconds
+    if board.loaded.adapters:
+        measured["load_seconds_per_adapter"] = board.loaded.seconds / board.loaded.adapters
+        measured["load_seconds_per_byte"] = board.loaded.seconds / board.loaded.bytes
+    if board.startup:  # else it found them up
+        measured["start_seconds"] = max(0.0, wall - board.seconds / board.engines)
+    return measured
 
 
 def _store(run: Run) -> ScoreStore:

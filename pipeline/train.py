@@ -109,16 +109,18 @@ def training_resources(train: TrainConfig) -> cluster.Resources:
     return cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
 
 
-def training_kind(train: TrainConfig) -> str:
-    """What a measured speed of training holds for."""
-    workers = f"{train.workers} x {cluster.describe(training_resources(train))}"
+def training_kind(train: TrainConfig, named: bool = True) -> str:
+    """What a measured speed of training holds for; `named` as of `cluster.describe`."""
+    workers = f"{train.workers} x {cluster.describe(training_resources(train), named)}"
     memory = f"{train.tokens_per_pass} tokens a pass, shared out: {train.shard}, checkpointing: {train.gradient_checkpointing}"
     return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 
 
-def arms_at_once(train: TrainConfig) -> int:
-    """How many arms the cluster has room for."""
-    return max(1, cluster.engine_slots(training_resources(train)) // train.workers)
+def arms_at_once(train: TrainConfig, arms: int) -> int:
+    """How many of so many arms to start at once: those that there is room for, and where an autoscaler may bring nodes those that
+    wait for them."""
+    ahead = cluster.MOST_AHEAD * train.workers
+    return max(1, cluster.workers_at_once(training_resources(train), arms * train.workers, ahead) // train.workers)
 
 
 def require_workers(train: TrainConfig) -> None:

@@ -1,11 +1,14 @@
 """Wishes into Ray's resources, for clusters that are not at hand: what a worker would get with GPUs and on many nodes."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from pipeline import cluster
-from pipeline.cluster import Resources, describe, engine_slots, require, worker_env, worker_resources
+from pipeline.cluster import Resources, describe, engine_slots, require, worker_env, worker_resources, workers_at_once
 from pipeline.errors import InputError
 
 
@@ -38,6 +41,8 @@ def test_workers_of_other_devices_or_of_more_of_them_are_of_another_kind(nodes: 
     nodes({"CPU": 8, "GPU": 1, "accelerator_type:A100": 1}, {"CPU": 8})
     one, threads = worker_resources("auto", "auto"), worker_resources("auto", 0)
     assert describe(one) == "1 x A100"
+    assert describe(one, named=False) == "1 x GPU"
+    assert describe(threads, named=False) == describe(threads)
     assert describe(threads).startswith("8 x ")
     kinds = {describe(one), describe(threads), describe(worker_resources("auto", 2)), describe(worker_resources(4, 0))}
     nodes({"CPU": 8, "GPU": 1, "accelerator_type:T4": 1})
@@ -67,9 +72,43 @@ def test_tensor_parallel_engines_take_several_gpus_and_their_own_processes(nodes
     assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
 
 
+def test_a_worker_with_a_gpu_computes_with_its_own_nodes_share_of_cpus(nodes: Any) -> None:
+    nodes({"CPU": 2}, *[{"CPU": 64, "GPU": 8}] * 4)
+    assert worker_resources("auto", "auto").threads == 8
+    assert worker_resources("auto", 4).threads == 8  # each of its processes
+    nodes({"CPU": 96}, {"CPU": 64, "GPU": 4}, {"CPU": 8, "GPU": 4})
+    assert worker_resources("auto", 1).threads == 2
+
+
 def test_gpus_can_be_left_alone(nodes: Any) -> None:
     nodes({"CPU": 16, "GPU": 2})
     assert worker_resources("auto", 0).gpus == 0
+
+
+GPU_TASKS = """
+import os, ray
+from pipeline.cluster import compute_task
+
+def look(gpus):
+    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+for gpus in (1, 0):
+    task = compute_task(look, cpus=1, gpus=gpus)
+    print(*(value for _ in range(2) for value in ray.get(task.remote(gpus))), sep=",")
+"""
+
+
+def test_a_task_with_a_gpu_gives_its_memory_back_and_one_without_sees_none() -> None:
+    """On a real node that says it has a GPU: what a process holds of it is free when the process has ended."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run([sys.executable, "-c", GPU_TASKS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with_gpu, without = [line.split(",") for line in done.stdout.splitlines()]
+    assert with_gpu[0] != with_gpu[2]
+    assert (with_gpu[1], with_gpu[3]) == ("0", "0")
+    assert without[0] == without[2]
+    assert (without[1], without[3]) == ("", "")
 
 
 def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
@@ -118,9 +157,29 @@ def test_nodes_that_an_autoscaler_may_bring_are_waited_for(
     assert "waiting for the autoscaler" in caplog.text
 
 
-def test_workers_know_that_the_network_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert worker_env(Resources(1, 0, 2))["env_vars"]["HF_HUB_OFFLINE"] == "1"
+@pytest.mark.parametrize(
+    ("wanted", "ahead", "fixed", "growing"), [(40, 16, 3, 16), (2, 16, 2, 2), (40, 8, 3, 8), (40, 2, 3, 3), (0, 16, 0, 0)]
+)
+def test_workers_are_asked_for_all_at_once_where_an_autoscaler_may_bring_nodes(
+    monkeypatch: pytest.MonkeyPatch, wanted: int, ahead: int, fixed: int, growing: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 3.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == fixed
+    nodes[1]["Labels"] = {"ray.io/node-group": "gone"}
+    assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == fixed
+    nodes[0]["Labels"] = {"ray.io/node-group": "gpu"}
+    assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == growing
+
+
+@pytest.mark.parametrize("name", cluster.CARRIED)
+def test_workers_know_what_the_drivers_environment_says_of_the_network_and_of_vllm(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert worker_env(Resources(1, 0, 2))["env_vars"][name] == "1"
+    monkeypatch.delenv(name)
+    assert name not in worker_env(Resources(1, 0, 2))["env_vars"]
 
 
 @pytest.mark.parametrize(("known", "preloaded"), [("libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4:own.so"), (None, None)])

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import compare
+from pipeline import cluster, compare
 from pipeline.arms import Job
 from pipeline.compare import _chosen, parity, with_overhead
+from pipeline.config import TrainConfig
 from pipeline.storage import Folder
+from pipeline.train import arms_at_once
 
 
 def arm(init: str, losses: list[float], *, lr: float = 1e-4, seed: int = 0, diverged_at: int | None = None) -> dict[str, Any]:
@@ -114,3 +116,18 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
     assert tested_now(2) == names[1:]
     data.write_table("test.parquet", data.read_table("test.parquet").slice(1))
     assert tested_now(2) == names
+
+
+def test_all_arms_wait_for_nodes_that_an_autoscaler_may_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head of a cluster that starts from zero; then with a node for two workers."""
+    head = {"Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head])
+    train = TrainConfig(workers=2, gpus_per_worker=1)
+    assert arms_at_once(train, 12) == 1
+    head["Labels"] = {cluster.NODE_GROUP: "head"}
+    assert arms_at_once(train, 12) == 12
+    assert arms_at_once(train, 1000) == cluster.MOST_AHEAD
+    node = {"Alive": True, "Resources": {"CPU": 96.0, "GPU": 80.0}}
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head, node])
+    assert arms_at_once(train, 1000) == 40

@@ -101,6 +101,10 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"pool": "runs/../out/pool.txt", "run": "out"}, "pool: runs/../out/pool.txt lies in the run folder out"),
         ({"merge": {"probe": 4}, "train": {"shard": True}}, "merge.probe trains on one device"),
         ({"train": {"workers": 2, "min_workers": 3}}, "train.min_workers 3 is above train.workers 2"),
+        (
+            {"train": {"workers": 2, "gpus_per_worker": 4}},
+            "train.gpus_per_worker 4: .*set it to 1 and train.workers to 8",
+        ),
         ({"train": {"tokens_per_pass": 0}}, "train.tokens_per_pass: must be positive"),
         ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),
         ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),

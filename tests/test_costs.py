@@ -17,6 +17,7 @@ from pipeline.costs import (
     arm_tokens,
     hours,
     left_to_score,
+    loads_at_most,
     scoring_seconds,
     total,
     training_rates,
@@ -36,12 +37,17 @@ def new_race(n: int, share: float | None, nll_NS: Any = None) -> Race:
 
 def run_through(race: Race, truth_NS: Any) -> int:
     """Score whatever the race asks for. Gives how many adapter-samples that were."""
-    scored = 0
+    return sum(jobs_of(race, truth_NS))
+
+
+def jobs_of(race: Race, truth_NS: Any) -> list[int]:
+    """Score whatever the race asks for, one candidate a time. Gives the samples of each time."""
+    jobs = []
     while not race.over:
         (candidate,), samples = race.take(1)
         race.report(candidate, samples, truth_NS[candidate, samples])
-        scored += len(samples)
-    return scored
+        jobs.append(len(samples))
+    return jobs
 
 
 @settings(deadline=None, max_examples=60)
@@ -50,10 +56,20 @@ def test_a_race_never_asks_for_more_than_was_said(n: int, share: float | None, k
     generator = np.random.default_rng(seed)
     truth_NS = generator.gamma(2, 1, (n, S)).astype(np.float32)
     race = new_race(n, share, np.where(generator.random((n, S)) < known, truth_NS, np.nan).astype(np.float32))
-    said = left_to_score(race)
+    said, loads = left_to_score(race), loads_at_most(race)
     assert said <= n * S
-    assert run_through(race, truth_NS) <= said
-    assert left_to_score(race) == 0
+    jobs = jobs_of(race, truth_NS)
+    assert sum(jobs) <= said
+    assert left_to_score(race) == loads_at_most(race) == 0
+    if not known:  # else some that are asked for are in the store
+        assert len(jobs) - 1 <= loads  # the base is no adapter
+
+
+def test_an_adapter_is_read_once_for_a_pool_that_is_scored_in_one_go() -> None:
+    assert loads_at_most(new_race(8, 0.1)) == 7  # the base is none
+    known = np.zeros((8, S), np.float32)
+    known[2, 5] = known[3, :] = np.nan
+    assert loads_at_most(new_race(8, 0.1, known)) == 2
 
 
 def test_small_pools_are_scored_in_full_and_large_ones_within_the_budget() -> None:
@@ -74,6 +90,18 @@ def test_scoring_is_the_start_and_the_tokens_shared_by_the_engines() -> None:
     assert scoring_seconds(Scoring(4000, engines=2, limit=15), RATES) == 10 + 15
     assert scoring_seconds(Scoring(0, engines=2), RATES) == 0
     assert scoring_seconds(Scoring(4000, engines=2), {}) is None
+    assert scoring_seconds(Scoring(4000, engines=2), {"start_seconds": 10.0}) is None
+
+
+def test_reading_adapters_is_work_of_the_engines_beside_scoring() -> None:
+    rates = RATES | {"load_seconds_per_byte": 0.01}
+    assert scoring_seconds(Scoring(4000, engines=2, load_bytes=6000.0), rates) == 10 + (80 + 60) / 2
+    assert scoring_seconds(Scoring(4000, engines=2, load_bytes=6000.0), RATES) == 10 + 40
+    assert scoring_seconds(Scoring(4000, engines=2, limit=15, load_bytes=6000.0), rates) == 10 + 15
+
+
+def test_engines_that_are_up_already_do_not_start() -> None:
+    assert scoring_seconds(Scoring(100, engines=1), {"tokens_per_second": 50.0}) == 2
 
 
 def test_arms_train_side_by_side_and_are_tested_at_the_end() -> None:

@@ -1,6 +1,8 @@
 """cluster.yaml and kuberay/: against the schemas of those who read them, and what must hold whatever the schemas allow."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,67 @@ def test_nodes_get_this_source_and_the_ray_that_it_names(cluster: dict[str, Any]
     assert all((ROOT / source).exists() for source in cluster["file_mounts"].values() if not source.startswith("~"))
 
 
+def test_all_nodes_that_are_asked_for_are_started_at_once(cluster: dict[str, Any]) -> None:
+    """Both of Ray's autoscalers start speed x (the nodes of a kind that run, or one) at a time."""
+    gpu_worker = cluster["available_node_types"]["gpu_worker"]
+    assert cluster["upscaling_speed"] >= gpu_worker["max_workers"]
+    text = (ROOT / "cluster.yaml").read_text()
+    assert f"search: {{gpus_per_actor: 1, actors: {gpu_worker['max_workers']}}}" in text
+    for spec in clusters():
+        assert spec["autoscalerOptions"].get("upscalingMode", "Default") != "Conservative"
+        (group,) = spec["workerGroupSpecs"]
+        assert {one["search"]["actors"] for one in configs().values()} == {group["maxReplicas"]}
+
+
+@pytest.mark.parametrize(("driver", "accepted"), [("580.95.05", True), ("610.1", True), ("570.133.20", False), (None, True)])
+def test_a_node_whose_driver_is_too_old_is_refused(
+    cluster: dict[str, Any], driver: str | None, accepted: bool, tmp_path: Path
+) -> None:
+    """And one without a GPU is not."""
+    (command,) = [command for command in cluster["worker_setup_commands"] if "driver" in command]
+    if driver:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "head").symlink_to(str(shutil.which("head")))
+    done = subprocess.run(["/bin/bash", "-c", command], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == accepted, done.stderr
+    assert accepted or f"NVIDIA driver {driver}: CUDA 13 wants 580 or newer" in done.stderr
+
+
+def test_kernels_can_be_compiled_where_gpus_are(cluster: dict[str, Any]) -> None:
+    """Triton needs a C compiler, the C library's headers and Python's."""
+    installed = " ".join(cluster["worker_setup_commands"])
+    assert all(re.search(rf"apt-get .*\b{package}\b", installed) for package in ("gcc", "libc6-dev", "python3-dev"))
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", dockerfile)
+    assert "Python.h" in dockerfile
+    assert 'NVIDIA_REQUIRE_CUDA="cuda>=13.0"' in dockerfile
+
+
+def test_adapters_are_kept_on_a_disk_that_can_feed_a_gpu(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """The local one where it is mounted, which a worker's processes learn from the environment that Ray starts in."""
+    disk = cluster["available_node_types"]["gpu_worker"]["node_config"]["BlockDeviceMappings"][0]["Ebs"]
+    assert disk["Throughput"] >= 500
+    assert disk["Throughput"] <= disk["Iops"] / 4  # EBS allows no more
+    _, start = start_commands(cluster)
+    for mounted in (False, True):
+        place = tmp_path / "mashup"
+        if mounted:
+            place.mkdir()
+        command = start.replace("/opt/dlami/nvme", str(tmp_path)).partition("ray start")[0] + 'echo "${TMPDIR-}"'
+        done = subprocess.run(["/bin/bash", "-c", command], env={"HOME": "/"}, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == (str(place) if mounted else "")
+    for spec in clusters():
+        worker = spec["workerGroupSpecs"][0]["template"]["spec"]
+        (container,) = worker["containers"]
+        places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume["emptyDir"] for volume in worker["volumes"]}
+        env = {one["name"]: one["value"] for one in container["env"]}
+        assert "medium" not in volumes[places[env["TMPDIR"]]]
+        assert env["HF_HOME"].startswith(env["TMPDIR"] + "/")
+        assert volumes[places["/dev/shm"]]["medium"] == "Memory"
+
+
 def test_the_manifests_are_what_kubernetes_expects() -> None:
     """Unknown fields are errors. The pod templates inside Ray's own kinds are core Kubernetes, and checked as such."""
     version = kubernetes_validate.latest_version()
@@ -170,8 +233,13 @@ def test_both_clusters_have_the_same_nodes_and_ask_for_the_token() -> None:
         assert (group["minReplicas"], spec["enableInTreeAutoscaling"]) == (0, True)
 
 
+def configs() -> dict[str, dict[str, Any]]:
+    """What the manifests ask for, by the name of their ConfigMap."""
+    return {name: yaml.safe_load(one["data"]["config.yaml"]) for name, one in documents("ConfigMap").items()}
+
+
 def test_the_configs_ask_for_accelerators_that_are_not_there_yet() -> None:
-    asked = {name: yaml.safe_load(one["data"]["config.yaml"]) for name, one in documents("ConfigMap").items()}
+    asked = configs()
     run = build_config(asked["ConfigMap/mashup-run"], "manifest")
     assert (run.search.gpus_per_actor, run.train.gpus_per_worker) == (1, 1)
     assert checked(RefreshConfig, asked["ConfigMap/mashup-refresh"], "manifest").search.gpus_per_actor == 1

@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.cluster import Resources
 from pipeline.config import Config, build_config
 from pipeline.engines.scorer import EngineConfig
+from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.plan import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.racing import CANDIDATE
 from pipeline.run import plan_run, run_all
@@ -99,6 +100,11 @@ def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(
     assert plan["arms"]["count"] == 1
     assert plan["fetch"] == {"adapters": 0, "bytes": 0, "bytes_at_most": 0}
     assert plan["engines"]["memory_bytes"]["weights"] > 0
+    scoring = next(rates for kind, rates in plan["rates"].items() if kind.startswith("scoring"))
+    assert scoring.keys() == {"tokens_per_second", "start_seconds", "load_seconds_per_adapter", "load_seconds_per_byte"}
+    assert all(value > 0 for value in scoring.values())
+    weights = [(tmp_path / f"pool/{name}/{WEIGHTS_FILE}").stat().st_size for name in ("1", "2")]
+    assert plan["load_bytes"]["search"] == sum(weights)
     assert all(stage["seconds"] > 0 and stage["gpu_hours"] == 0 for stage in plan["stages"].values())
     assert plan["total"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"].values()))
 

@@ -9,8 +9,10 @@ import pytest
 
 from pipeline import racing
 from pipeline.config import build_config
+from pipeline.engines.scorer import Loaded
 from pipeline.errors import InputError
 from pipeline.run_folder import Run
+from pipeline.search.board import Progress
 from pipeline.search.screen import SCREEN
 from pipeline.search.store import read_failures
 from pipeline.tables import SCORES
@@ -32,6 +34,20 @@ def test_the_screen_lets_the_best_estimates_into_the_race(tmp_path: Path, monkey
     for share, entrants in ((0.5, names[3:23]), (0.1, names[3:19]), (1.0, names)):
         run = Run(build_config({**asked(tmp_path), "search": {"screen": share}}, "test"))
         assert racing.screened(run, catalogue, samples)["adapter_id"].to_pylist() == entrants
+
+
+def test_a_race_measures_what_it_shows_and_no_more() -> None:
+    """Two engines, 20 seconds each of 25. Nothing is warm where each had one batch, nothing starts where engines were kept."""
+    race = Progress(tokens=900, seconds=40.0, engines=2, startup=9.0)
+    assert racing.speed_of(race, 25.0) == {"start_seconds": 5.0}
+    race.loaded = Loaded(adapters=4, bytes=800, seconds=2.0)
+    race.warm_tokens, race.warm_seconds, race.startup = 600, 12.0, 0.0
+    assert racing.speed_of(race, 25.0) == {
+        "tokens_per_second": 50.0,
+        "load_seconds_per_adapter": 0.5,
+        "load_seconds_per_byte": 0.0025,
+    }
+    assert racing.speed_of(Progress(), 1.0) == {}
 
 
 def test_an_adapter_that_the_engine_has_no_room_for_is_set_aside(tmp_path: Path) -> None:

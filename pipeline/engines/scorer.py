@@ -3,8 +3,10 @@
 Both engines give the same table, so that the slow and plain one (`transformers`) is the oracle of the fast one (`vllm`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +40,39 @@ class EngineConfig:
     tensor_parallel_size: int = 1
 
 
+@dataclass
+class Loaded:
+    """Adapters that an engine has read into its memory since it is up: how many, of how many bytes, in how many seconds."""
+
+    adapters: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def reading(self, weights: Path) -> Iterator[None]:
+        """Within, the adapter of this file of weights is read; one that cannot be does not count."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+        self.adapters += 1
+        self.bytes += weights.stat().st_size
+
+    def so_far(self) -> "Loaded":
+        return replace(self)
+
+    def add(self, other: "Loaded") -> None:
+        self.adapters += other.adapters
+        self.bytes += other.bytes
+        self.seconds += other.seconds
+
+    def since(self, before: "Loaded") -> "Loaded":
+        return Loaded(self.adapters - before.adapters, self.bytes - before.bytes, self.seconds - before.seconds)
+
+
 class Scorer(Protocol):
     """Scores candidates on samples. It may be called again with the same candidate and further samples."""
+
+    loaded: Loaded
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         """Score every candidate on every sample.

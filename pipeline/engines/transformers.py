@@ -10,8 +10,8 @@ from peft import PeftModel
 from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.batches import length_batches
 from pipeline.engines.completion import collate, score_rows
-from pipeline.engines.scorer import Candidate, EngineConfig
-from pipeline.merge.adapter import for_engine
+from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
+from pipeline.merge.adapter import WEIGHTS_FILE, for_engine
 from pipeline.tables import SCORES
 
 BATCH_TOKENS = 2048
@@ -22,7 +22,7 @@ class TransformersScorer:
     """Holds the base model; an adapter is put on, scored and taken off again."""
 
     def __init__(self, config: EngineConfig):
-        self.config = config
+        self.config, self.loaded = config, Loaded()
         self._load()
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
@@ -35,7 +35,10 @@ class TransformersScorer:
         if candidate.folder is None:
             return self._score_rows(candidate.adapter_id, samples)
         try:
-            with TemporaryDirectory(prefix="mashup-plain-") as scratch:
+            with (
+                self.loaded.reading(candidate.folder / WEIGHTS_FILE),
+                TemporaryDirectory(prefix="mashup-plain-") as scratch,
+            ):
                 adapted = PeftModel.from_pretrained(self.model, str(for_engine(candidate.folder, Path(scratch)))).eval()
         except Exception:
             self._load()  # what PEFT had put into the layers before it failed would be scored with the next one

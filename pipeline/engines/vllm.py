@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 
 from pipeline.basemodel import fast_dtype
 from pipeline.engines import vllm_cpu
-from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_head import START
 from pipeline.merge.adapter import WEIGHTS_FILE, for_engine
 from pipeline.tables import SCORES
@@ -71,7 +71,7 @@ class VllmScorer:
     """One vLLM engine. It holds the adapters of a batch and as many others as fit; those used longest ago make room."""
 
     def __init__(self, config: EngineConfig):
-        self._places = config.adapters_per_batch
+        self._places, self.loaded = config.adapters_per_batch, Loaded()
         self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
         self._numbers = itertools.count(1)
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
@@ -117,7 +117,7 @@ class VllmScorer:
 
     def _load(self, folder: Path) -> Held:
         """Have vLLM read an adapter, before there are requests for it: one that it refuses then leaves nothing behind."""
-        with tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
+        with self.loaded.reading(folder / WEIGHTS_FILE), tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
             plain = for_engine(folder, Path(scratch))
             # Not under the adapter's id: an engine serves several races, whose ids may be alike.
             held = Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)

@@ -38,6 +38,7 @@ class ScoringActor:
         self._tell(self.board.hello, self.name)
         self.scorer: Scorer = build_scorer(engine, config)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
+        self.warm = False
         startup = time.perf_counter() - started
         self._log().info("engine up in %.1f s", startup)
         self._tell(self.board.ready, startup)
@@ -83,7 +84,7 @@ class ScoringActor:
         with ExitStack() as leases:
             candidates, failures = _fetch(rows, self.adapters, leases)
             self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
-            tokens = len(candidates) * sum(len(ids) for ids in samples["input_ids"])
+            tokens, before = len(candidates) * sum(len(ids) for ids in samples["input_ids"]), self.scorer.loaded.so_far()
             scores, failed = self._watched(candidates, samples, tokens)
         record_failures(self.work.failures, failures | failed)
         names = rows["adapter_id"].to_pylist()
@@ -91,7 +92,9 @@ class ScoringActor:
         if len(scores):
             self.news.skip(self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True))))
         nll = _by_place(scores, dict(zip(names, places, strict=True)))
-        self._tell(self.board.report, self.name, nll | found, tokens, len(found))
+        loaded = self.scorer.loaded.since(before)
+        self._tell(self.board.report, self.name, nll | found, tokens, len(found), loaded, self.warm)
+        self.warm = self.warm or any(candidate.folder for candidate in candidates)  # their kernels are compiled by now
 
     def _found(self, job: Job, samples: pa.Table) -> dict[int, list[float]]:
         """Losses of the candidates, by their places, that another run has scored on these samples since the race began."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from pipeline.engines.scorer import Loaded
 from pipeline.search.race import BASE, Plan, Race
 from pipeline.search.store import ScoreStore, read_failures, record_failures
 from pipeline.storage import Folder
@@ -56,11 +57,16 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a search is. `seconds` are those of all engines together, their start apart."""
+    """How far a search is. `seconds` are those of all engines together, their start apart; `loaded` are the adapters that they
+    read in these; `warm_seconds` are the others from each engine's second batch of adapters on, for `warm_tokens`: with its first
+    one an engine compiles kernels."""
 
     adapter_samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    warm_tokens: int = 0
+    warm_seconds: float = 0.0
+    loaded: Loaded = field(default_factory=Loaded)
     engines: int = 0
     startup: float = 0.0
     rung: int = 0
@@ -133,12 +139,22 @@ class Scoreboard:
             self._changed.notify_all()
         return None
 
-    async def report(self, engine: str, nll: dict[int, Sequence[float]], tokens: int, found: int = 0) -> None:
+    async def report(
+        self,
+        engine: str,
+        nll: dict[int, Sequence[float]],
+        tokens: int,
+        found: int = 0,
+        loaded: Loaded | None = None,
+        warm: bool = True,
+    ) -> None:
         """The scores of a job, in the order of its samples; a candidate without any is set aside.
 
         Args:
             tokens: input tokens that the engine read for them.
             found: candidates whose scores it found in the store.
+            loaded: adapters that it read for them.
+            warm: whether it had scored a batch of adapters before.
         """
         async with self._changed:
             lease = self._held.pop(engine, None)
@@ -147,6 +163,11 @@ class Scoreboard:
             seconds = time.monotonic() - lease.started
             self._jobs += 1
             self._tell.seconds += seconds
+            loaded = loaded or Loaded()
+            self._tell.loaded.add(loaded)
+            if warm:
+                self._tell.warm_tokens += tokens
+                self._tell.warm_seconds += max(0.0, seconds - loaded.seconds)
             self._tell.tokens += tokens
             self._tell.adapter_samples += (len(nll) - found) * len(lease.job.samples)
             for candidate in lease.job.candidates:

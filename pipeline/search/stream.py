@@ -4,6 +4,10 @@ A ticket stands for one batch of work; which, the scoreboard says when the ticke
 far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
 grows and shrinks the pool with the cluster, and gives the ticket of an actor that died to another. An actor stores the scores
 of a batch, whole or not at all, before it reports them.
+
+On a GPU vLLM's kernels add in an order that changes from call to call: a score that is made again may differ in its last bits. A
+search that is taken up again keeps all scores that are stored, and ends like one that ran through, but where two adapters are
+closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM always adds in one order, and is slower.
 """
 
 import math
@@ -23,6 +27,7 @@ from pipeline import cluster
 from pipeline.basemodel import fast_dtype
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import EngineConfig, import_scorer
+from pipeline.errors import InputError
 from pipeline.search.actor import ScoringActor
 from pipeline.search.board import Progress, Scoreboard, Work
 from pipeline.search.lobby import Lobby, Race
@@ -69,25 +74,32 @@ def scoring_resources(search: SearchConfig) -> cluster.Resources:
     return cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
 
 
-def scoring_kind(search: SearchConfig) -> str:
-    """What a measured speed of scoring holds for, beside the scope of the score store."""
-    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search))}"
+def scoring_kind(search: SearchConfig, named: bool = True) -> str:
+    """What a measured speed of scoring holds for, beside the scope of the score store; `named` as of `cluster.describe`."""
+    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search), named)}"
 
 
 def engines_at_once(search: SearchConfig, candidates: int) -> int:
-    """How many engines score so many candidates where the cluster is all ours."""
+    """How many engines are asked for at once to score so many candidates, where the cluster is all ours. On one that grows, those
+    that `search.actors` names; the race begins with the first that is up."""
     batches = math.ceil(candidates / search.adapters_per_batch)
-    slots = cluster.engine_slots(scoring_resources(search), spare=0)
-    return max(1, min(slots, batches if search.actors == "auto" else search.actors))
+    wanted, ahead = (batches, cluster.MOST_AHEAD) if search.actors == "auto" else (min(batches, search.actors), search.actors)
+    return max(1, cluster.workers_at_once(scoring_resources(search), wanted, ahead, spare=0))
 
 
 def require_engine(search: SearchConfig) -> None:
-    """See to it that the cluster can hold an engine.
+    """See to it that the cluster can hold an engine, and the engine compute what it is asked to.
 
     Raises:
         InputError: it cannot.
     """
-    cluster.require(scoring_resources(search), "search")
+    resources = scoring_resources(search)
+    if search.engine == "vllm" and resources.gpus and scoring_dtype(search) == "float32":
+        raise InputError(
+            "search.dtype: float32 is not for search.engine vllm on a GPU, whose LoRA kernels compute in 16 bits; set "
+            "search.dtype: auto (bfloat16 there), or search.engine: transformers"
+        )
+    cluster.require(resources, "search")
 
 
 def score_stream(
@@ -227,7 +239,10 @@ def _tickets(engine: EngineConfig, search: SearchConfig, lobby: Any, candidates:
         ScoringActor,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
+        compute=ActorPoolStrategy(
+            min_size=engines_at_once(search, candidates), max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
+        ),
         fn_constructor_args=(search.engine, engine, lobby),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,

@@ -10,8 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
+from pipeline.engines.scorer import Candidate, EngineConfig, Loaded, build_scorer
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.errors import AdapterError
 from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.tables import BASE_ID, SCORES
 
@@ -94,3 +95,16 @@ def test_an_adapter_that_fails_leaves_no_trace_either(
 
 def test_the_engine_is_built_by_its_name(engine_config: EngineConfig) -> None:
     assert isinstance(build_scorer("transformers", engine_config), TransformersScorer)
+
+
+def test_it_says_what_reading_adapters_took(scorer: TransformersScorer, candidates: list[Candidate], samples: pa.Table) -> None:
+    """But not of the base, nor of one that cannot be read."""
+    scorer.score(candidates[:1], samples)
+    assert scorer.loaded == Loaded()
+    before = scorer.loaded.so_far()
+    scorer.score(candidates[:3], samples)
+    with pytest.raises(AdapterError, match="is missing"):
+        scorer.score([Candidate("gone", Path("gone"))], samples)
+    read = scorer.loaded.since(before)
+    assert (read.adapters, read.bytes) == (2, sum((one.folder / WEIGHTS_FILE).stat().st_size for one in candidates[1:3]))  # type: ignore[operator]
+    assert read.seconds > 0

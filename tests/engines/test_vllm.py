@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.engines.scorer import Candidate, EngineConfig
+from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.tables import SCORES
@@ -50,6 +50,10 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
         def loaded(self) -> int:
             """Adapters in vLLM's memory."""
             return len(self.scorer.llm.llm_engine.list_loras())
+
+        def read(self) -> Loaded:
+            """Adapters that it has read so far."""
+            return self.scorer.loaded
 
         def limit(self, size: int) -> None:
             """Of what it keeps beside a batch, in bytes."""
@@ -212,3 +216,28 @@ def test_the_plugin_is_at_work(engine: Callable[..., Any]) -> None:
 
     expected = current_platform.is_cpu() and vllm.__version__.startswith(KNOWN)
     assert engine("wrapper").endswith("vllm_cpu.SegmentedLora") == expected
+
+
+def test_it_says_what_reading_adapters_took_and_reads_none_that_it_holds(
+    engine: Callable[..., Any],
+    vllm_score: Callable[..., pa.Table],
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tmp_path: Path,
+) -> None:
+    assert candidates[1].folder
+    copy = Candidate("copy", Path(shutil.copytree(candidates[1].folder, tmp_path / "copy")))
+    before = engine("read")
+    vllm_score([copy], samples)
+    vllm_score([copy], samples)
+    read = engine("read").since(before)
+    assert (read.adapters, read.bytes, read.seconds > 0) == (1, (tmp_path / "copy" / WEIGHTS_FILE).stat().st_size, True)
+
+
+def test_what_the_environment_says_of_vllm_are_words_that_it_knows() -> None:
+    from vllm.envs import environment_variables
+
+    from pipeline.cluster import CARRIED, Resources, worker_env
+
+    said = {*CARRIED, *worker_env(Resources(1, 0, 2))["env_vars"]}
+    assert {name for name in said if name.startswith("VLLM_")} - environment_variables.keys() == set()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.engines.scorer import Loaded
 from pipeline.search import board as board_module
 from pipeline.search.board import Scoreboard, Work
 from pipeline.search.race import Plan
@@ -44,6 +45,24 @@ def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
     assert (progress.engines, progress.startup, progress.tokens) == (1, 2.5, 9)
     assert progress.adapter_samples == 16
     assert progress.seen == [4, 4, 4, 4]
+
+
+def test_reading_adapters_and_an_engines_first_batch_are_no_scoring(tmp_path: Path) -> None:
+    """Each job takes ten seconds, three of which go to reading its adapter."""
+
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+        for loaded, warm in ((None, False), (Loaded(1, 500, 3.0), False), (Loaded(1, 700, 3.0), True)):
+            job = await board.take("one", 1)
+            assert job is not None
+            board._held["one"].started -= 10
+            await board.report("one", losses(job), tokens=70, loaded=loaded, warm=warm)
+        progress = board.progress()
+        assert (progress.tokens, progress.seconds) == (210, pytest.approx(30, abs=1))
+        assert (progress.warm_tokens, progress.warm_seconds) == (70, pytest.approx(7, abs=1))
+        assert progress.loaded == Loaded(2, 1200, 6.0)
+
+    asyncio.run(scenario())
 
 
 def test_scores_that_were_found_count_for_the_race_and_not_as_made(tmp_path: Path) -> None:

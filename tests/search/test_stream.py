@@ -12,15 +12,25 @@ import pyarrow as pa
 import pytest
 import ray
 
+from pipeline import cluster
 from pipeline.config import SearchConfig
 from pipeline.engines.scorer import Candidate
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.errors import InputError
 from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.search import stream
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import Plan, make_plan
 from pipeline.search.store import ScoreStore, read_failures
-from pipeline.search.stream import Engines, Lobby, engine_config, score_stream, scoring_dtype
+from pipeline.search.stream import (
+    Engines,
+    Lobby,
+    engine_config,
+    engines_at_once,
+    require_engine,
+    score_stream,
+    scoring_dtype,
+)
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, SCORES
 
@@ -138,6 +148,53 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     assert last.adapter_samples == sum(last.seen)
     again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
     assert again.seen == last.seen
+
+
+def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three engines of three CPUs each on a node of four, of a cluster that might grow and does not: two wait to the end."""
+    monkeypatch.setattr(cluster, "may_grow", lambda: True)
+    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(3)}
+    work = work_on(uris, samples, Folder.at(tmp_path))
+    waiting, last = Counter[str](), Progress()
+    for last in start(tiny_base, work, actors=3, cpus_per_actor=3):  # noqa: B007 (the last one is looked at)
+        actors = [actor for actor in ray._private.state.actors().values() if actor["ActorClassName"].startswith("MapWorker")]
+        waiting |= Counter(actor["State"] for actor in actors)
+    assert waiting["PENDING_CREATION"] >= 2
+    assert waiting["ALIVE"] == 1
+    assert (last.seen, last.engines) == ([4] * 13, 1)
+
+
+def test_as_many_engines_are_asked_for_as_have_work_or_as_the_config_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node of four CPUs; two adapters a batch, and the base is one more."""
+
+    def asked(candidates: int, **search: Any) -> int:
+        return engines_at_once(SearchConfig(adapters_per_batch=2, cpus_per_actor=1, **search), candidates)
+
+    assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 4, 2, 4]
+    monkeypatch.setattr(cluster, "may_grow", lambda: True)
+    assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 16, 2, 50]
+
+
+@pytest.mark.parametrize(
+    ("search", "refused"),
+    [
+        ({"dtype": "float32", "gpus_per_actor": 1}, True),
+        ({"dtype": "float32", "gpus_per_actor": 0}, False),
+        ({"dtype": "auto", "gpus_per_actor": 1}, False),
+        ({"dtype": "float32", "gpus_per_actor": 1, "engine": "transformers"}, False),
+    ],
+)
+def test_a_type_that_vllm_has_no_kernels_for_is_refused_before_it_starts(
+    search: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "require", lambda *wish: None)
+    if refused:
+        with pytest.raises(InputError, match=r"^search\.dtype: float32 .* search\.dtype: auto .* search\.engine: transformers"):
+            require_engine(SearchConfig(**search))
+    else:
+        require_engine(SearchConfig(**search))
 
 
 def test_engines_that_are_kept_serve_the_next_race(
