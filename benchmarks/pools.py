@@ -54,8 +54,8 @@ def tiny_llama(vocabulary: int, heads: int) -> LlamaForCausalLM:
 def random_adapters(
     folder: Path, base: str, count: int, rank: int, targets: Iterable[str] = TARGETS, size: float = 0.02
 ) -> pa.Table:
-    """`count` adapters of random weights on the layers whose names end in `targets`, as catalogue rows (adapter_id, uri); `size` is
-    the standard deviation of B."""
+    """`count` adapters of random weights on the layers whose names end in `targets`, as catalogue rows (adapter_id, uri); `size`
+    is the standard deviation of B."""
     shapes, _ = linear_shapes(base)
     chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
     names = [f"random-{number:05d}" for number in range(count)]

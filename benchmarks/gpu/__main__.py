@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --out gpu.json --stages A           # what needs neither Ray nor vLLM
     python -m benchmarks.gpu --out gpu.json --device cpu         # the same checks at tiny sizes, without a GPU
 
-No network is needed: models have random weights at real shapes (SmolLM2-135M, Llama 1B and 8B), made on the device. On a bare machine
-with torch, transformers, PEFT and pyarrow, stage A needs pydantic beside them, B Ray and rich, C vLLM; put what is missing on
-PYTHONPATH. Without an installation, run it in the checkout.
+No network is needed: models have random weights at real shapes (SmolLM2-135M, Llama 1B and 8B), made on the device. On a machine that
+has torch, transformers, PEFT and pyarrow, stage A needs pydantic beside them, B and C also Ray, rich and datasets, C vLLM. Run it in
+the checkout, which then needs no installation; packages that are unpacked elsewhere are found by PYTHONPATH.
 
     stage   checks                                                                                      seconds at most
     A       torch alone: losses and gradients against plain transformers, the fused LoRA layer against PEFT,   240
@@ -15,9 +15,10 @@ PYTHONPATH. Without an installation, run it in the checkout.
     B       with Ray: a whole run on a tiny base; what a task leaves in the device's memory                    180
     C       with vLLM: scores against transformers, an adapter that gives NaN, loading, tokens/s               240
 
-Each check prints a line as it ends: 'ok', 'FAILED' or 'skipped' with the reason, its figures, its seconds. The file of --out has the
-same, written anew after each check. A stage runs in a process of its own, which is stopped a minute after its time; what it was at
-has then failed. A check that breaks its process fails, and the others go on in a fresh one. What cannot be imported is skipped.
+Each check prints a line as it ends: 'ok', 'FAILED' or 'skipped' with the reason, its figures, its seconds. The file of --out has
+the same, written anew after each check. A stage runs in a process of its own, which is stopped a minute after its time; what it
+was at has then failed. A check that breaks its process fails, and the others go on in a fresh one. A stage that cannot be imported
+is skipped.
 
 The last line is the content of the file as one JSON object. Exit code 1: something failed.
 """

@@ -25,7 +25,7 @@ FLOAT32 = 1e-3
 """The largest `Computed.errors` in float32."""
 
 TIMES_PLAIN, ROUNDING = 2.0, 1e-3
-"""In bfloat16 our errors, from float32, may be so many times those of plain transformers or PEFT in bfloat16, and so much more."""
+"""In bfloat16 our errors may be so many times those of plain transformers or PEFT in bfloat16, and so much more."""
 
 TIMES_NOISE, CURVE = 10.0, 1e-4
 """A resumed curve may differ from an undisturbed one, in nats, by so many times what two undisturbed ones differ, or by this."""
@@ -103,7 +103,9 @@ def _completions(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     shared = _computed(model, lambda: completion_nll(model, batch))
     counting.remove()
     if len(passes) != 2:
-        raise WrongError(f"{batch.n_shared} tokens that {len(longer)} rows begin with took {len(passes)} passes of the model, not 2")
+        raise WrongError(
+            f"{batch.n_shared} tokens that {len(longer)} rows begin with took {len(passes)} passes of the model, not 2"
+        )
     return _judged({"whole": whole.errors(exact), "shared": shared.errors(exact)}, plain, dtype)
 
 
@@ -132,7 +134,7 @@ def _fused_lora(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
 
 def _judged(ours: dict[str, dict[str, float]], plain: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     figures = {f"{name}_{kind}": error for name, errors in ours.items() for kind, error in errors.items()}
-    limits = {name: FLOAT32 for name in figures}
+    limits = dict.fromkeys(figures, FLOAT32)
     if dtype != torch.float32:
         limits = {name: TIMES_PLAIN * plain[name.rpartition("_")[2]] + ROUNDING for name in figures}
         figures |= {f"plain_{kind}": error for kind, error in plain.items()}

@@ -67,6 +67,8 @@ def saved_base(setting: Setting, name: str) -> str:
     if not folder.exists():
         byte_tokenizer().save_pretrained(folder)
         make_model(shape_of(setting, name), torch.bfloat16, setting.device).save_pretrained(folder)
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()  # an engine in another process may want nearly all of the device
     return str(folder)
 
 

@@ -1,11 +1,12 @@
-"""Stage A, what is measured: memory and speed of a pass at 8B, the share of the time that a small model keeps the device busy, and
-how fast adapters come to it and merges are cut."""
+"""Stage A, what is measured: memory and speed of a pass at 8B, the share of the time that a small model keeps the device busy,
+and how fast adapters come to it and merges are cut."""
 
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ def adapters_to_the_device(setting: Setting) -> dict[str, Any]:
         files = _write_adapters(setting, rank)
         slot = {name: tensor.to(setting.device) for name, tensor in load_file(files[0]).items()}
         megabytes = files[0].stat().st_size / 1e6
-        for name, loaded in {"serial": map(load_file, files), "threaded": _ahead(files, pinned=not setting.tiny)}.items():
-            seconds = _timed(lambda loaded=loaded, slot=slot: _fill(slot, loaded)) / len(files)
+        ways = {"serial": partial(map, load_file), "threaded": partial(_ahead, pinned=not setting.tiny)}
+        for name, load in ways.items():
+            _fill(slot, load(files))  # torch keeps pinned memory that it once has
+            seconds = _timed(lambda load=load, slot=slot, files=files: _fill(slot, load(files))) / len(files)
             figures |= {f"rank{rank}_{name}_mb_s": megabytes / seconds, f"rank{rank}_{name}_s": seconds}
         _require_equal(slot, load_file(files[-1]))
         for file in files:
@@ -158,8 +161,10 @@ def _pass(adapted: Any, batch: Any, loss: Callable[[Any, Any], Tensor], optimize
     except torch.OutOfMemoryError:
         optimizer.zero_grad(set_to_none=True)
         return {"result": "out_of_memory"}
-    peak = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
-    return {"tokens_s": batch.ids_BT.numel() / seconds, **peak}
+    figures = {"tokens_s": batch.ids_BT.numel() / seconds}
+    if cuda:
+        figures |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+    return figures
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -180,7 +185,7 @@ def _write_adapters(setting: Setting, rank: int) -> list[Path]:
     shape = TINY if setting.tiny else SHAPES["8B"]
     narrow = shape.hidden * shape.kv_heads // shape.heads
     sizes = {"k_proj": (narrow, shape.hidden), "v_proj": (narrow, shape.hidden), "down_proj": (shape.hidden, shape.intermediate)}
-    sizes |= {name: (shape.intermediate, shape.hidden) for name in ("gate_proj", "up_proj")}
+    sizes |= dict.fromkeys(("gate_proj", "up_proj"), (shape.intermediate, shape.hidden))
     tensors = {}
     for layer in range(shape.layers):
         for name in LINEAR:
@@ -209,7 +214,7 @@ def _ahead(files: Sequence[Path], pinned: bool) -> Iterator[dict[str, Tensor]]:
         yield coming.result()
 
 
-def _fill(slot: dict[str, Tensor], loaded: Iterator[dict[str, Tensor]]) -> None:
+def _fill(slot: dict[str, Tensor], loaded: Iterable[dict[str, Tensor]]) -> None:
     for tensors in loaded:
         for name, tensor in tensors.items():
             slot[name].copy_(tensor, non_blocking=True)
@@ -225,7 +230,8 @@ def _require_equal(slot: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
 def _mean_of_donors(outputs: int, inputs: int) -> Factors:
     generator = torch.Generator().manual_seed(0)
     parts = [
-        Factors(torch.randn(16, inputs, generator=generator), torch.randn(outputs, 16, generator=generator)) for _ in range(DONORS)
+        Factors(torch.randn(16, inputs, generator=generator), torch.randn(outputs, 16, generator=generator))
+        for _ in range(DONORS)
     ]
     return weighted_sum(parts, [1 / DONORS] * DONORS)
 

@@ -28,7 +28,9 @@ def main(stage: str, device: str, out: Path, scratch: Path, end: float) -> None:
     """Run what has no record of a stage yet; `end` is as `time.time()` gives it."""
     results = Results(out)
     if device == "cuda" and not torch.cuda.is_available():
-        results.end(Record(stage, "device", FAILED, why="torch finds no CUDA device; --device cpu tries the checks at tiny sizes"))
+        results.end(
+            Record(stage, "device", FAILED, why="torch finds no CUDA device; --device cpu tries the checks at tiny sizes")
+        )
         return
     if device == "cuda":
         results.tell(gpu=torch.cuda.get_device_name(), memory_gb=round(torch.cuda.mem_get_info()[1] / 1e9, 1))
@@ -44,6 +46,10 @@ def main(stage: str, device: str, out: Path, scratch: Path, end: float) -> None:
 
 
 def _checks(stage: str) -> Sequence[Check]:
+    if stage != "A":
+        from pipeline.progress import quiet_libraries  # needs rich
+
+        quiet_libraries()
     return [check for name in MODULES[stage] for check in importlib.import_module(name).CHECKS]
 
 
