@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --out gpu.json --stages A           # what needs neither Ray nor vLLM
     python -m benchmarks.gpu --out gpu.json --device cpu         # the same checks at tiny sizes, without a GPU
 
-No network is needed: models have random weights at real shapes (SmolLM2-135M, Llama 1B and 8B), made on the device. On a machine that
-has torch, transformers, PEFT and pyarrow, stage A needs pydantic beside them, B and C also Ray, rich and datasets, C vLLM. Run it in
-the checkout, which then needs no installation; packages that are unpacked elsewhere are found by PYTHONPATH.
+No network is needed: models have random weights at real shapes (SmolLM2-135M, Llama 1B and 8B), made on the device. On a machine
+that has torch, transformers, PEFT and pyarrow, stage A needs pydantic beside them, B Ray with its data and train extras, datasets
+and rich, C Ray and vLLM; what is unpacked elsewhere is found by PYTHONPATH. Run it in the checkout, which needs no installation.
 
     stage   checks                                                                                      seconds at most
     A       torch alone: losses and gradients against plain transformers, the fused LoRA layer against PEFT,   240
@@ -17,8 +17,8 @@ the checkout, which then needs no installation; packages that are unpacked elsew
 
 Each check prints a line as it ends: 'ok', 'FAILED' or 'skipped' with the reason, its figures, its seconds. The file of --out has
 the same, written anew after each check. A stage runs in a process of its own, which is stopped a minute after its time; what it
-was at has then failed. A check that breaks its process fails, and the others go on in a fresh one. A stage that cannot be imported
-is skipped.
+was at has then failed. A check that breaks its process fails, and the others go on in a fresh one. A stage that cannot be
+imported is skipped.
 
 The last line is the content of the file as one JSON object. Exit code 1: something failed.
 """

@@ -5,6 +5,7 @@ Results are in a JSON file, written anew when a check begins and when it ends: a
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -164,4 +165,11 @@ def _run(stage: str, check: Check, setting: Setting) -> Record:
     except Exception as error:  # of whatever kind: the next check goes on
         traceback.print_exc(file=sys.stderr)
         status, why = FAILED, f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"
-    return Record(stage, check.__name__, status, round(time.perf_counter() - started, 2), figures, why)
+    return Record(stage, check.__name__, status, round(time.perf_counter() - started, 2), _for_json(figures), why)
+
+
+def _for_json(figures: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()
+    }

@@ -96,7 +96,7 @@ def agrees_with_transformers(setting: Setting) -> dict[str, Any]:
     dtype = fast_dtype("auto")
     difference_CS = _nll(found, candidates) - _nll(expected, candidates)
     expected_CS = _nll(expected, candidates)
-    figures = {
+    figures: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "sample": float(np.abs(difference_CS).max()),
         "mean": float(np.abs(difference_CS.mean(axis=1)).max()),

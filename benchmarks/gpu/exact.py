@@ -2,7 +2,7 @@
 one that does not, one worker that holds all shares beside one without FSDP2, merges on the device beside those on a CPU."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ def _completions(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     batch = collate(rows["input_ids"].to_pylist(), rows["learn_mask"].to_pylist(), torch.device(setting.device))
     model = make_model(shape, torch.bfloat16, setting.device).float()  # so that both types have the same weights
     exact = _by_row(model, batch)
-    plain = _by_row(model.to(dtype), batch).errors(exact)
+    _cast(model.parameters(), dtype)
+    plain = _by_row(model, batch).errors(exact)
     whole = _computed(model, lambda: completion_nll(model, replace(batch, n_shared=0)))
     passes: list[Any] = []
     counting = model.get_decoder().register_forward_hook(lambda *given: passes.append(None))
@@ -121,9 +122,7 @@ def _fused_lora(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
         return _computed(adapted, lambda: completion_nll(adapted.get_base_model(), batch))
 
     exact = computed()
-    for weight in adapted.parameters():
-        if not weight.requires_grad:
-            weight.data = weight.data.to(dtype)
+    _cast([weight for weight in adapted.parameters() if not weight.requires_grad], dtype)
     plain = computed().errors(exact)
     fuse(adapted)
     fused = sum("forward" in vars(module) for module in adapted.modules())
@@ -139,6 +138,12 @@ def _judged(ours: dict[str, dict[str, float]], plain: dict[str, float], dtype: t
         limits = {name: TIMES_PLAIN * plain[name.rpartition("_")[2]] + ROUNDING for name in figures}
         figures |= {f"plain_{kind}": error for kind, error in plain.items()}
     return within(figures, limits)
+
+
+def _cast(weights: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """The weights alone: a model's own `to` would round the frequencies of its positions, too."""
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
 
 
 def _by_row(model: Any, batch: Batch) -> Computed:

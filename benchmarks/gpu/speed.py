@@ -4,7 +4,7 @@ and how fast adapters come to it and merges are cut."""
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,9 @@ TRUNCATION = 1e-3
 """||merge on the device - merge on the CPU|| / ||merge on the CPU||, at most."""
 KERNELS = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
 """Categories in a trace of what keeps the device busy."""
+
+Load = Callable[[Sequence[Path]], Iterator[dict[str, Tensor]]]
+"""Adapter files -> what each of them holds, one after the other."""
 
 
 def training_pass_8b(setting: Setting) -> dict[str, Any]:
@@ -87,16 +90,16 @@ def adapters_to_the_device(setting: Setting) -> dict[str, Any]:
     """MB/s and seconds an adapter from a file, in the page cache, to a slot on the device: one after the other, and with a thread
     that reads the next one into pinned memory meanwhile. All linear layers of 8B in bfloat16."""
     figures: dict[str, Any] = {}
+    ways: dict[str, Load] = {"serial": _in_turn, "threaded": partial(_ahead, pinned=not setting.tiny)}
     for rank in RANKS:
         files = _write_adapters(setting, rank)
-        slot = {name: tensor.to(setting.device) for name, tensor in load_file(files[0]).items()}
         megabytes = files[0].stat().st_size / 1e6
-        ways = {"serial": partial(map, load_file), "threaded": partial(_ahead, pinned=not setting.tiny)}
         for name, load in ways.items():
-            _fill(slot, load(files))  # torch keeps pinned memory that it once has
-            seconds = _timed(lambda load=load, slot=slot, files=files: _fill(slot, load(files))) / len(files)
+            slot = {name: torch.zeros_like(tensor, device=setting.device) for name, tensor in load_file(files[0]).items()}
+            _fill(slot, load, files)  # torch keeps pinned memory that it once has
+            seconds = _timed(partial(_fill, slot, load, files)) / len(files)
+            _require_equal(slot, load_file(files[-1]))
             figures |= {f"rank{rank}_{name}_mb_s": megabytes / seconds, f"rank{rank}_{name}_s": seconds}
-        _require_equal(slot, load_file(files[-1]))
         for file in files:
             file.unlink()
     return figures
@@ -114,8 +117,8 @@ def truncation(setting: Setting) -> dict[str, Any]:
         moved, kept_there = truncate(there, 32)  # warms up, too
         back = Factors(moved.a_RI.cpu(), moved.b_OR.cpu())
         figures |= {
-            f"{name}_cpu_s": _timed(lambda merged=merged: truncate(merged, 32)),
-            f"{name}_device_s": _timed(lambda there=there: truncate(there, 32)),
+            f"{name}_cpu_s": _timed(partial(truncate, merged, 32)),
+            f"{name}_device_s": _timed(partial(truncate, there, 32)),
             f"{name}_difference": _difference(back, cut),
             f"{name}_kept_difference": abs(kept - kept_there),
         }
@@ -146,18 +149,18 @@ def _pass(adapted: Any, batch: Any, loss: Callable[[Any, Any], Tensor], optimize
     """Peak memory and speed of steps of one pass each."""
     cuda = batch.ids_BT.is_cuda
 
-    def step() -> None:
-        loss(adapted, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def steps(count: int) -> None:
+        for _ in range(count):
+            loss(adapted, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     try:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(WARM):
-            step()
-        seconds = _timed(lambda: [step() for _ in range(TIMED)]) / TIMED
+        steps(WARM)
+        seconds = _timed(partial(steps, TIMED)) / TIMED
     except torch.OutOfMemoryError:
         optimizer.zero_grad(set_to_none=True)
         return {"result": "out_of_memory"}
@@ -200,6 +203,10 @@ def _write_adapters(setting: Setting, rank: int) -> list[Path]:
     return files
 
 
+def _in_turn(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
+    return map(load_file, files)
+
+
 def _ahead(files: Sequence[Path], pinned: bool) -> Iterator[dict[str, Tensor]]:
     """What each file holds, read by a thread while the one before is worked on."""
 
@@ -214,8 +221,8 @@ def _ahead(files: Sequence[Path], pinned: bool) -> Iterator[dict[str, Tensor]]:
         yield coming.result()
 
 
-def _fill(slot: dict[str, Tensor], loaded: Iterable[dict[str, Tensor]]) -> None:
-    for tensors in loaded:
+def _fill(slot: dict[str, Tensor], load: Load, files: Sequence[Path]) -> None:
+    for tensors in load(files):
         for name, tensor in tensors.items():
             slot[name].copy_(tensor, non_blocking=True)
         _wait_for_device()

@@ -46,7 +46,7 @@ def main(stage: str, device: str, out: Path, scratch: Path, end: float) -> None:
 
 
 def _checks(stage: str) -> Sequence[Check]:
-    if stage != "A":
+    if stage == "B":
         from pipeline.progress import quiet_libraries  # needs rich
 
         quiet_libraries()
@@ -55,7 +55,7 @@ def _checks(stage: str) -> Sequence[Check]:
 
 def _usable() -> bool:
     gc.collect()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
