@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
@@ -11,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.merge.adapter import from_factors, write_adapter
 from pipeline.merge.delta import Factors
-from pipeline.search.board import Work
-from pipeline.search.store import ScoreStore
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID, SAMPLES
+
+if TYPE_CHECKING:
+    from pipeline.search.board import Work
 
 TARGETS = ("q_proj", "v_proj")
 VOCABULARY = 512
@@ -49,13 +51,16 @@ def tiny_llama(vocabulary: int, heads: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def random_adapters(folder: Path, base: str, count: int, rank: int, targets: Iterable[str] = TARGETS) -> pa.Table:
-    """`count` adapters of random weights on the layers whose names end in `targets`, as catalogue rows (adapter_id, uri)."""
+def random_adapters(
+    folder: Path, base: str, count: int, rank: int, targets: Iterable[str] = TARGETS, size: float = 0.02
+) -> pa.Table:
+    """`count` adapters of random weights on the layers whose names end in `targets`, as catalogue rows (adapter_id, uri); `size`
+    is the standard deviation of B."""
     shapes, _ = linear_shapes(base)
     chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
     names = [f"random-{number:05d}" for number in range(count)]
     for seed, name in enumerate(names):
-        write_adapter(folder / name, from_factors(base, _random_deltas(chosen, rank, seed), rank, 2 * rank, shapes, seed))
+        write_adapter(folder / name, from_factors(base, _random_deltas(chosen, rank, seed, size), rank, 2 * rank, shapes, seed))
     return pa.table({"adapter_id": names, "uri": [str(folder / name) for name in names]})
 
 
@@ -76,19 +81,22 @@ def random_samples(count: int, length: int, vocabulary: int, completion: int = 8
     return pa.Table.from_pylist(rows, schema=SAMPLES)
 
 
-def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> Work:
+def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> "Work":
     """The base and these adapters on these samples, with a score store at `scores`."""
+    from pipeline.search.board import Work  # needs Ray, which half of the GPU check does without
+    from pipeline.search.store import ScoreStore
+
     base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
     candidates = pa.concat_tables([base, adapters.select(["adapter_id", "uri"])])
     hashed = candidates.append_column("adapter_hash", candidates["adapter_id"])
     return Work(hashed, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
 
 
-def _random_deltas(shapes: Shapes, rank: int, seed: int) -> dict[str, Factors]:
+def _random_deltas(shapes: Shapes, rank: int, seed: int, size: float) -> dict[str, Factors]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: Factors(
-            torch.randn(rank, inputs, generator=generator) / inputs**0.5, torch.randn(outputs, rank, generator=generator) * 0.02
+            torch.randn(rank, inputs, generator=generator) / inputs**0.5, torch.randn(outputs, rank, generator=generator) * size
         )
         for name, (outputs, inputs) in shapes.items()
     }

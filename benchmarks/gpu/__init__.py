@@ -1,0 +1,1 @@
+"""The GPU check: see `benchmarks/gpu/__main__.py`."""
