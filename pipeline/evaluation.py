@@ -43,7 +43,14 @@ class Rows:
     def counted(self, places: Sequence[int]) -> Tensor:
         """Which of the tokens that count in `batch` are of the completion; bool, shape (N,)."""
         pairs = (zip(self.learn[p][1:], self.completion[p][1:], strict=True) for p in places)
-        return copied_to(device(), torch.tensor([inside for row in pairs for learned, inside in row if learned], dtype=torch.bool))
+        inside = [counts for row in pairs for learned, counts in row if learned]
+        return copied_to(device(), torch.tensor(inside, dtype=torch.bool))
+
+    def widest(self, tokens: int) -> Batch:
+        """The longest row as often as it fits into so many tokens, once at least; every token counts."""
+        row = max(self.ids, key=len)
+        copies = max(1, tokens // len(row))
+        return collate([row] * copies, [[True] * len(row)] * copies, device())
 
 
 def causal(model: Any) -> Any:
@@ -98,6 +105,15 @@ def sum_over_workers(values: Tensor, workers: int) -> Tensor:
     shared = values.to(device())
     dist.all_reduce(shared)
     return shared.cpu()
+
+
+def least_over_workers(value: int, workers: int) -> int:
+    """The least that a worker of one training run has; all of them must call it."""
+    if workers == 1:
+        return value
+    shared = torch.tensor(value, device=device())
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
 
 
 def on_test(metrics: dict[str, float]) -> dict[str, float]:
