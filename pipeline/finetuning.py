@@ -130,8 +130,8 @@ class Finetuning:
         return min(losses[-patience:]) >= min(losses[:-patience])
 
     def _train_step(self, step: dict[str, Any]) -> float | None:
-        """The mean NLL a learned token of the global batch. Where it is not finite, the weights stay as they are. None: a worker ran
-        out of memory, and nothing has changed but the size of the passes to come."""
+        """The mean NLL a learned token of the global batch. Where it is not finite, the weights stay as they are. None: a worker
+        ran out of memory, and nothing has changed but the size of the passes to come."""
         assert step["number"] == self.step
         sums, smaller = self._add_gradients(step)
         nll, out_of_memory = sum_over_workers(sums, self.workers).tolist()  # the one time in a step that the device is waited for

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, P of them shared, N positions that count, H hidden fea
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def completion_nll(model: Any, batch: Batch) -> Tensor:
     chunks = _chunks(model, batch)
     if len(chunks) == 1:
         return _nll(model, *chunks[0])
-    return torch.cat([checkpoint(_nll, model, *chunk, use_reentrant=False) for chunk in chunks])
+    again = partial(checkpoint, _nll, model, use_reentrant=False, preserve_rng_state=False)  # a head draws no numbers
+    return torch.cat([again(*chunk) for chunk in chunks])
 
 
 def completion_targets(batch: Batch) -> Tensor:
