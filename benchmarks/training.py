@@ -98,10 +98,11 @@ class Timed(Finetuning):
         super().__init__(job, 0, 1, lambda metrics, snapshot: None)
         self.losses, self.ends = list[float](), list[float]()
 
-    def _train_step(self, step: dict[str, Any]) -> float:
-        self.losses.append(super()._train_step(step))
-        self.ends.append(time.perf_counter())
-        return self.losses[-1]
+    def _train_step(self, step: dict[str, Any]) -> float | None:
+        if (loss := super()._train_step(step)) is not None:
+            self.losses.append(loss)
+            self.ends.append(time.perf_counter())
+        return loss
 
 
 def ours(job: Job) -> Timed:

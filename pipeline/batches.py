@@ -93,6 +93,13 @@ def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
     }
 
 
+def halved(passes: Sequence[Sequence[dict[str, Any]]]) -> int:
+    """Padded tokens a pass with which the largest of these passes, as a step has them, would take half as many; 0: none has more
+    than one row."""
+    sizes = (len(rows) * max(len(row["ids"]) for row in rows) for rows in passes if len(rows) > 1)
+    return max(sizes, default=0) // 2
+
+
 def make_steps(rows: pa.Table, share: Share, first: int, end: int) -> Iterator[dict[str, Any]]:
     """The steps from `first` to before `end`, schema STEP."""
     return (make_step(rows, number, share) for number in range(first, end))

@@ -169,7 +169,7 @@ def compute_task(
     resources = worker_resources(cpus, gpus)
     given = 0 if on_held_cpus else resources.cpus
     # Not by `.options()`: Ray ends a task's process only where the decorator asks for the GPU.
-    return ray.remote(num_cpus=given, num_gpus=resources.gpus, runtime_env=worker_env(resources))(function)
+    return ray.remote(num_cpus=given, num_gpus=resources.gpus, runtime_env=torch_env(resources))(function)
 
 
 def worker_env(resources: Resources) -> dict[str, Any]:
@@ -187,6 +187,16 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             **{name: os.environ[name] for name in CARRIED if name in os.environ},
         }
     }
+
+
+def torch_env(resources: Resources) -> dict[str, Any]:
+    """The runtime environment of a worker that computes with torch alone: on GPUs its allocator grows the blocks that it has, as
+    passes of many widths would leave memory in pieces that fit none of them. Not for vLLM, some of whose parts refuse it."""
+    env, growing = worker_env(resources), "expandable_segments:True"
+    if resources.gpus:
+        # torch 2.9 and later read the first, and what looks for the setting elsewhere, as Ray and vLLM do, the second.
+        env["env_vars"] |= {"PYTORCH_ALLOC_CONF": growing, "PYTORCH_CUDA_ALLOC_CONF": growing}
+    return env
 
 
 def _start() -> None:

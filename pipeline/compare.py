@@ -214,6 +214,9 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
         "checkpoint": f"train/{best['checkpoint']}",
         "train_seconds": fmean(arm["curve"][-1]["seconds"] for arm in arms),
         "startup_seconds": fmean(arm["startup_seconds"] for arm in arms),
+        "tokens_per_pass": {
+            one["name"]: one["tokens_per_pass"] for one in outcomes if one["init"] == init and "tokens_per_pass" in one
+        },
         "diverged": {one["name"]: one["diverged_at"] for one in outcomes if one["init"] == init and one["diverged_at"]},
     }
 

@@ -27,6 +27,19 @@ class AdapterError(ValueError):
         super().__init__(shown(reason, MAX_REASON))
 
 
+class PassTooLargeError(RuntimeError):
+    """A training pass ran out of memory in one of several workers that hold a part of the model each: the others wait for it, and
+    all must start anew."""
+
+    def __init__(self, sizes: list[int]):
+        super().__init__(sizes)
+        self.sizes = sizes
+        """Padded tokens a pass: those that were tried, and last the one to try next."""
+
+    def __str__(self) -> str:
+        return f"a worker ran out of memory; training goes on with {self.sizes[-1]} padded tokens a pass"
+
+
 REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode", "HTTP error")
 OVERLOADED = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "THROTTLING", "HTTP status 5", "HTTP status 429")

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.arms import download_model
 from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.batches import share_out
-from pipeline.engines.completion import Batch, collate, score_tokens
+from pipeline.engines.completion import Batch, collate, copied_to, score_tokens
 from pipeline.fetch import fetch_adapter
 from pipeline.merge.adapter import CONFIG_FILE
 from pipeline.storage import Folder
@@ -40,6 +40,18 @@ class Rows:
         """The rows with what is learned of them."""
         return collate([self.ids[p] for p in places], [self.learn[p] for p in places], device())
 
+    def counted(self, places: Sequence[int]) -> Tensor:
+        """Which of the tokens that count in `batch` are of the completion; bool, shape (N,)."""
+        pairs = (zip(self.learn[p][1:], self.completion[p][1:], strict=True) for p in places)
+        inside = [counts for row in pairs for learned, counts in row if learned]
+        return copied_to(device(), torch.tensor(inside, dtype=torch.bool))
+
+    def widest(self, tokens: int) -> Batch:
+        """The longest row as often as it fits into so many tokens, once at least; every token counts."""
+        row = max(self.ids, key=len)
+        copies = max(1, tokens // len(row))
+        return collate([row] * copies, [[True] * len(row)] * copies, device())
+
 
 def causal(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
@@ -60,21 +72,19 @@ def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tenso
     Returns:
         float64, shape (5,).
     """
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64, device=device())  # on the device until all is done: to read is to wait for it
     for chosen in share_out([len(ids) for ids in rows.ids], workers, EVALUATION_TOKENS)[rank]:
         if not chosen:
             score(collate([rows.ids[0][:2]], [[False, False]], device()))  # the others wait for this worker's part of the model
             continue
         batch = rows.batch(chosen)
         nll_N, hit_N = score(batch)
-        counted_BT = collate([rows.ids[p] for p in chosen], [rows.completion[p] for p in chosen], device()).mask_BT
-        counted_N = counted_BT[:, 1:][batch.mask_BT[:, 1:]]
+        counted_N = rows.counted(chosen)
         misses_B = torch.zeros(len(chosen), device=hit_N.device).index_add(0, batch.row_N, (~hit_N).float())
-        sums += torch.tensor(
-            [nll_N[counted_N].sum(), counted_N.sum(), hit_N[counted_N].sum(), len(chosen), (misses_B == 0).sum()],
-            dtype=torch.float64,
-        )
-    return sums
+        sums[:3] += torch.stack([torch.where(counted_N, nll_N, 0.0).sum(), counted_N.sum(), (hit_N & counted_N).sum()])
+        sums[3] += len(chosen)
+        sums[4] += (misses_B == 0).sum()
+    return sums.cpu()
 
 
 def as_metrics(sums: Tensor) -> dict[str, float]:
@@ -95,6 +105,15 @@ def sum_over_workers(values: Tensor, workers: int) -> Tensor:
     shared = values.to(device())
     dist.all_reduce(shared)
     return shared.cpu()
+
+
+def least_over_workers(value: int, workers: int) -> int:
+    """The least that a worker of one training run has; all of them must call it."""
+    if workers == 1:
+        return value
+    shared = torch.tensor(value, device=device())
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
 
 
 def on_test(metrics: dict[str, float]) -> dict[str, float]:

@@ -8,19 +8,22 @@ is computed in. A run that resumes from a checkpoint goes on as if nothing had h
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.arms import CURVE_FILE, STATE, Job, pass_tokens
+from pipeline.arms import CURVE_FILE, STATE, Job
 from pipeline.basemodel import device
-from pipeline.batches import Share, make_steps
+from pipeline.batches import Share, halved, make_steps
 from pipeline.engines.completion import collate
-from pipeline.evaluation import Rows, as_metrics, evaluate, sum_over_workers
+from pipeline.errors import PassTooLargeError
+from pipeline.evaluation import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
+from pipeline.passes import choose_tokens
 from pipeline.profiler import traced
 from pipeline.trainable import Trainable
 
@@ -43,14 +46,15 @@ def evaluation_steps(steps: int, evaluations: int) -> list[int]:
 
 
 class Finetuning:
-    """One worker's share of an arm. `feed` gives the steps, by default from the split in memory."""
+    """One worker's share of an arm. `feed` gives the steps, by default from the split in memory; `sizes` are those of an attempt
+    that a PassTooLargeError ended."""
 
-    def __init__(self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None):
+    def __init__(self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None, sizes: Sequence[int] = ()):
         started = time.perf_counter()
         self.job, self.arm = job, job.arm
         self.rank, self.workers, self.report = rank, workers, report
-        tokens = pass_tokens(job.train, gpu=device().type == "cuda")
-        self.share = Share(job.train.batch_size, job.arm.seed, rank, workers, tokens)
+        self.sizes = list(sizes)  # padded tokens a pass: what was chosen, then what was taken for want of memory
+        self.end = job.last_step or job.train.steps
         self.feed = feed or _feed_from_memory(job)
         self.validation = Rows(job.data.read_table("validation.parquet"))
         self.trainable = Trainable(job, workers)
@@ -63,18 +67,30 @@ class Finetuning:
         self.diverged_at: int | None = None
         self.startup = time.perf_counter() - started
 
+    @property
+    def share(self) -> Share:
+        """What tells this worker's share of every step, once it is known how large a pass may be."""
+        return Share(self.job.train.batch_size, self.arm.seed, self.rank, self.workers, self.sizes[-1])
+
     def run(self) -> None:
-        """Train to the last step; evaluate, checkpoint and report on the way."""
-        end = self.job.last_step or self.job.train.steps
+        """Train to the last step; evaluate, checkpoint and report on the way.
+
+        Raises:
+            PassTooLargeError: a worker ran out of memory, and all must go on from the last checkpoint with its `sizes`.
+            RuntimeError: a row alone is too long for the memory.
+        """
+        if not self.sizes:
+            chosen = choose_tokens(self.job, self.trainable, self.validation)
+            self.sizes = [least_over_workers(chosen, self.workers)]
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
-        steps = self.feed(self.share, self.step, end)
+        self.steps = self.feed(self.share, self.step, self.end)
         with traced(self.job.trace, self.job.profile if self.rank == 0 else None) as tick:
-            for stop in [stop for stop in evaluation_steps(end, self.job.train.evaluations) if stop > self.step]:
+            for stop in [stop for stop in evaluation_steps(self.end, self.job.train.evaluations) if stop > self.step]:
                 if self.diverged_at is not None or self._stalled():
                     return
                 started = time.perf_counter()
-                losses = list(self._advance(steps, stop, tick))
+                losses = list(self._advance(stop, tick))
                 self.seconds += time.perf_counter() - started
                 self._evaluate(train_nll=sum(losses) / max(1, len(losses)))
 
@@ -91,11 +107,14 @@ class Finetuning:
         self.step, self.tokens, self.seconds = state["progress"]
         self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
         self.evaluating = outcome["evaluation_seconds"]
+        self.sizes = max(self.sizes, outcome.get("tokens_per_pass", []), key=len)  # an older checkpoint has none
 
-    def _advance(self, steps: Iterator[dict[str, Any]], stop: int, tick: Callable[[], None]) -> Iterator[float]:
+    def _advance(self, stop: int, tick: Callable[[], None]) -> Iterator[float]:
         """Train up to `stop`; yields the mean NLL a learned token of each global batch. Ends early where it diverges."""
         while self.step < stop:
-            nll = self._train_step(next(steps))
+            nll = self._train_step(next(self.steps))
+            if nll is None:
+                continue  # the same step comes again, in smaller passes
             self.step += 1
             tick()
             if not math.isfinite(nll):
@@ -110,25 +129,59 @@ class Finetuning:
             return False
         return min(losses[-patience:]) >= min(losses[:-patience])
 
-    def _train_step(self, step: dict[str, Any]) -> float:
-        """The mean NLL a learned token of the global batch. Where it is not finite, the weights stay as they are."""
+    def _train_step(self, step: dict[str, Any]) -> float | None:
+        """The mean NLL a learned token of the global batch. Where it is not finite, the weights stay as they are. None: a worker
+        ran out of memory, and nothing has changed but the size of the passes to come."""
         assert step["number"] == self.step
-        total = torch.zeros(1, dtype=torch.float64)
-        for number, rows in enumerate(step["passes"], start=1):
-            batch = collate([row["ids"] for row in rows], [row["learn"] for row in rows], device())
-            with self.trainable.gathering(now=number == len(step["passes"])):
-                loss = self.trainable.loss(batch)
-                # DDP and FSDP average gradients over workers; the loss is a mean over the tokens of all of them.
-                (loss * self.workers / step["n_learned"]).backward()
-            total += loss.detach().double().cpu()
-        nll = float(sum_over_workers(total, self.workers)) / step["n_learned"]
+        sums, smaller = self._add_gradients(step)
+        nll, out_of_memory = sum_over_workers(sums, self.workers).tolist()  # the one time in a step that the device is waited for
+        if out_of_memory:
+            self._take_smaller_passes(smaller)
+            return None
+        nll /= step["n_learned"]
         if math.isfinite(nll):
+            self.trainable.average_gradients()
             torch.nn.utils.clip_grad_norm_(self.trainable.weights, 1.0)
             self.optimizer.step()
             self.schedule.step()
             self.tokens += step["n_padded"]
         self.optimizer.zero_grad(set_to_none=True)
-        return nll
+        return float(nll)
+
+    def _add_gradients(self, step: dict[str, Any]) -> tuple[Tensor, int]:
+        """Compute this worker's passes of a step.
+
+        Returns:
+            Its summed NLL and whether it ran out of memory, 0 or 1; float64, shape (2,), on the device. And how many tokens of a
+            pass its memory holds.
+        """
+        sums, failed = torch.zeros(2, dtype=torch.float64, device=device()), False
+        try:
+            for rows in step["passes"]:
+                sums[0] += self._pass(rows, step["n_learned"])
+        except torch.OutOfMemoryError:
+            failed = True
+        # The error is gone by now, and with it what it held of the pass.
+        smaller = halved(step["passes"]) if failed else self.sizes[-1]
+        if failed and self.job.train.shard:  # the others wait in the midst of a layer
+            raise PassTooLargeError([*self.sizes, _fitting(smaller)])
+        sums[1] = failed
+        return sums, smaller
+
+    def _pass(self, rows: list[dict[str, Any]], n_learned: int) -> Tensor:
+        """Add the gradients of some rows; their summed NLL, on the device."""
+        batch = collate([row["ids"] for row in rows], [row["learn"] for row in rows], device())
+        loss = self.trainable.loss(batch)
+        # Gradients are averaged over workers; the loss is a mean over the tokens of all of them.
+        (loss * self.workers / n_learned).backward()
+        return loss.detach()
+
+    def _take_smaller_passes(self, smaller: int) -> None:
+        """Do without a step's gradients and go on as the worker with the least memory can."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self.sizes.append(_fitting(least_over_workers(smaller, self.workers)))
+        self.steps = self.feed(self.share, self.step, self.end)
 
     def _evaluate(self, train_nll: float) -> None:
         started = time.perf_counter()
@@ -148,7 +201,8 @@ class Finetuning:
             progress = (self.step, self.tokens, self.seconds)
             state = {"optimizer": moments, "weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
             times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
-            outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **times}
+            sizes = {"tokens_per_pass": list(self.sizes)}
+            outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **sizes, **times}
             return partial(self._write, trained, outcome, state)
         return partial(self._write_state, {"optimizer": moments}) if moments["state"] else None
 
@@ -159,6 +213,20 @@ class Finetuning:
 
     def _write_state(self, state: dict[str, Any], folder: Path) -> None:
         torch.save(state, folder / f"{STATE}-{self.rank}.pt")
+
+
+def _fitting(tokens: int) -> int:
+    """The size of a pass that is smaller than one which did not fit.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not tokens:
+        raise RuntimeError(
+            "a single row does not fit the device's memory beside the model; use train.gradient_checkpointing, train.shard with "
+            "several workers, or a smaller target.max_tokens"
+        )
+    return tokens
 
 
 def _feed_from_memory(job: Job) -> Feed:

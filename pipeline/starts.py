@@ -14,16 +14,16 @@ import ray
 
 from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.basemodel import fingerprint, linear_shapes
-from pipeline.cluster import compute_task
+from pipeline.cluster import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
 from pipeline.engines.scorer import too_large
 from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
 from pipeline.ledger import digest
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from pipeline.merge.build import Built, build, store
+from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
-from pipeline.merge.recipes import Recipe, alpha_at, random_like
+from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
 from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
@@ -124,12 +124,24 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Bu
     named = {recipe.name: recipe for recipe in recipes}
     over = {name: reason for name, one in named.items() if (reason := too_large(run.config.search.engine, one.rank))}
     fitting = {name: recipe for name, recipe in named.items() if name not in over}
-    built, refused = build(fitting, _uris(catalogue), run.config.base, run.folder.sub("candidates"))
+    built, refused = _merged(run, fitting, _uris(catalogue))
     for name, reason in (over | refused).items():
         run.progress.say(f"refused: {name}: {reason}")
     if not built:
         raise InputError(f"no recipe can be merged: {next(iter((over | refused).values()))}")
     return built
+
+
+def _merged(run: Run, recipes: dict[str, Recipe], uris: dict[str, str]) -> tuple[dict[str, Built], dict[str, str]]:
+    """As `build`: on a GPU where the cluster has one. For factored merges, which take a CPU seconds, engines that wait for the
+    hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
+    given = recipes, uris, run.config.base, run.folder.sub("candidates")
+    dense = any(recipe.method in DENSE for recipe in recipes.values())
+    if not worker_resources("auto", "auto").gpus or (run.engines.up and not dense):
+        return build(*given)
+    held = run.engines.leave_room()
+    made: tuple[dict[str, Built], dict[str, str]] = ray.get(compute_task(build_on_device, on_held_cpus=held).remote(*given))
+    return made
 
 
 def make_controls(run: Run, n_donors: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""One arm under Ray Train: DDP over gloo on CPUs, NCCL on GPUs.
+"""One arm under Ray Train: several workers over gloo on CPUs, NCCL on GPUs.
 
 The loop itself is `pipeline/finetuning.py`. Ray unpickles this module in processes that only steer; importing torch's and PEFT's
 world there costs ten seconds of a CPU each, so that it is left to the workers.
@@ -23,12 +23,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
 from pipeline.config import TrainConfig
+from pipeline.errors import PassTooLargeError
 from pipeline.feed import stream_steps
 from pipeline.observe import WorkerLog, worker_log
 from pipeline.storage import Folder
 from pipeline.tables import COMPARISON
 
 MAX_FAILURES = 2
+SIZES_FILE = "tokens_per_pass.json"
+"""Beside an arm's checkpoints: what `PassTooLargeError` says, for the next attempt."""
 TUNE_STEP = "timesteps_total"
 """What Tune's loggers draw over, where it is reported."""
 TRIAL_CPUS = 0.01
@@ -40,8 +43,8 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
 
     Returns:
         The arm's curve (rows of schema COMPARISON), its best step by validation NLL, the best checkpoint's name in
-        `storage`, the seconds that it took to start, that evaluations took and that all of this call took, and the step at
-        which it diverged, if it did.
+        `storage`, the padded tokens in a pass (with each smaller size that was taken for want of memory), the seconds that it
+        took to start, that evaluations took and that all of this call took, and the step at which it diverged, if it did.
     """
     # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -74,18 +77,25 @@ def score_on_test(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> 
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs. Where workers share the weights out, one that runs out of memory ends them all; the next
+    attempt goes on from the last checkpoint with smaller passes."""
     from pipeline.finetuning import Finetuning
 
     job: Job = config["job"]
+    storage: Folder = config["storage"]
+    sizes = storage.read_json(SIZES_FILE) if storage.is_whole(SIZES_FILE) else ()
     context = ray.train.get_context()
-    report = _Reports(config["storage"], worker_log("train", job.arm.name))
+    report = _Reports(storage, worker_log("train", job.arm.name))
     feed = partial(stream_steps, config["rows"])
-    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed)
+    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed, sizes)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))
-    finetuning.run()
+    try:
+        finetuning.run()
+    except PassTooLargeError as error:
+        storage.write_json(SIZES_FILE, error.sizes)
+        raise
 
 
 def scoring_loop(config: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -156,7 +166,7 @@ def _trainer(
             storage_path=storage.path,
             storage_filesystem=storage.files,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            worker_runtime_env=cluster.worker_env(resources),
+            worker_runtime_env=cluster.torch_env(resources),
             **settings,
         ),
     )

@@ -6,8 +6,8 @@ weights out (FSDP2).
 """
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from pipeline.arms import Job, download_model
@@ -40,9 +39,12 @@ from pipeline.storage import Folder
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 """Of a state dict that is the same whatever the number of workers."""
 
+BUCKET = 1 << 26
+"""Gradients that workers sum at a time: 256 MB in float32."""
+
 
 class Completions(nn.Module):
-    """A causal LM as one module for DDP or FSDP to wrap: in training its forward is the summed NLL of the learned tokens, else
+    """A causal LM as one module for FSDP to wrap: in training its forward is the summed NLL of the learned tokens, else
     what `score_tokens` gives."""
 
     def __init__(self, model: nn.Module):
@@ -59,6 +61,8 @@ class Trainable:
 
     def __init__(self, job: Job, workers: int):
         self.job, self.workers = job, workers
+        products = fast_dtype(job.train.dtype)
+        mixed = job.full and products != torch.float32
         torch.manual_seed(job.arm.seed)
         with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
             self.start = read_adapter(start) if start and job.folded and not job.full else None
@@ -68,20 +72,22 @@ class Trainable:
                 causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
             self.completions = Completions(self.model)
             if mesh:
-                _shard(self.completions, mesh)
-        replicated = workers > 1 and not job.train.shard
-        self._wrapped = DistributedDataParallel(self.completions) if replicated else self.completions
+                _shard(self.completions, mesh, products if mixed else None)
         learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.weights = list(learning.values())
         self._kept = set(learning) | ({name for name, _ in self.model.named_buffers()} if job.full else set())
-        mixed = job.full and fast_dtype(job.train.dtype) != torch.float32
-        self._precision = torch.autocast(device().type, fast_dtype(job.train.dtype), enabled=mixed)
+        # Weights that are shared out are gathered in the type of the products, and need no cast in each pass.
+        self._precision = torch.autocast(device().type, products, enabled=mixed and not job.train.shard)
+        self._replicated = workers > 1 and not job.train.shard
+        if self._replicated:  # GPUs of two kinds may draw other first weights from one seed
+            for weight in self.weights:
+                distributed.broadcast(weight.data, 0)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed NLL of the learned tokens."""
+        """Summed NLL of the learned tokens. Its gradients stay this worker's own, unless workers share the weights out."""
         self.completions.train()
         with self._precision:
-            return self._wrapped(batch)
+            return self.completions(batch)
 
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `score_tokens`."""
@@ -89,9 +95,27 @@ class Trainable:
         with self._precision:
             return self.completions(batch)
 
-    def gathering(self, now: bool) -> AbstractContextManager[None]:
-        """In which backward passes add to the gradients of this worker alone, unless it is `now` that workers sum them."""
-        return nullcontext() if now or not isinstance(self._wrapped, DistributedDataParallel) else self._wrapped.no_sync()
+    def average_gradients(self) -> None:
+        """Give all workers the mean of their gradients, as FSDP has done for those that share the weights out. All must call it.
+
+        Not while the last pass still computes, as DDP does: a worker that ran out of memory in it would leave the others waiting.
+        """
+        if not self._replicated:
+            return
+        for weight in self.weights:
+            if weight.grad is None:  # no row of this worker reached it, such as an expert of a mixture
+                weight.grad = torch.zeros_like(weight)
+        for bucket in _buckets([weight.grad for weight in self.weights]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            distributed.all_reduce(flat)
+            parts = flat.div_(self.workers).split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def moment_bytes(self) -> int:
+        """Of Adam's two moments of all that this worker trains."""
+        own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.weights)
+        return sum(2 * weight.numel() * weight.element_size() for weight in own)
 
     def trained(self, rank: int) -> dict[str, Any]:
         """A copy of the weights that are trained, on the first worker. All of them must call it."""
@@ -154,13 +178,29 @@ def _sharing_out(workers: int) -> Iterator[DeviceMesh]:
         distributed.barrier()
 
 
-def _shard(completions: Completions, mesh: DeviceMesh) -> None:
-    """Share the weights out among the workers, a decoder layer at a time (FSDP2)."""
+def _shard(completions: Completions, mesh: DeviceMesh, products: torch.dtype | None) -> None:
+    """Share the weights out among the workers, a decoder layer at a time (FSDP2).
+
+    Args:
+        products: the type that weights are gathered and computed in, their gradients summed in float32; None: their own.
+    """
     model = causal(completions.model)
+    policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32) if products else MixedPrecisionPolicy()
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, mesh=mesh)
-    fully_shard(completions, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(completions, mesh=mesh, mp_policy=policy)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of at most BUCKET values, or of one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(map(Tensor.numel, bucket)) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket
 
 
 @contextmanager

@@ -16,13 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import GCSStore, S3Store
 from pyarrow import fs
 
-if TYPE_CHECKING:  # obstore has it for type checkers alone
-    from obstore.store import RetryConfig
+if TYPE_CHECKING:  # obstore itself is imported by who writes to a store
+    from obstore.store import GCSStore, RetryConfig, S3Store
 
 PART_BYTES = 16 << 20
 """What is sent in one request. S3 takes 10,000 parts of an object: 160 GB."""
@@ -52,6 +49,9 @@ def put(files: fs.FileSystem, path: str, pieces: Iterator[bytes]) -> None:
     Raises:
         OSError: the store refuses, or does not answer; then with errno EIO.
     """
+    import obstore
+    from obstore.exceptions import BaseError
+
     bucket, _, key = path.partition("/")
     store = _store(files, bucket)
     first, second = next(pieces, b""), next(pieces, b"")
@@ -75,6 +75,8 @@ def options(files: fs.FileSystem) -> dict[str, Any]:
 
 
 def _as_os_error(path: str, error: Exception) -> OSError:
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
     said = " ".join(str(error).partition("Debug source")[0].split())
     text = f"{path}: cannot be written ({said})"
     if isinstance(error, FileNotFoundError):  # the bucket, or what the pieces are read from
@@ -84,7 +86,7 @@ def _as_os_error(path: str, error: Exception) -> OSError:
     return OSError(errno.EIO if PASSING.search(said) else errno.EINVAL, text)
 
 
-def _store(files: fs.FileSystem, bucket: str) -> S3Store | GCSStore:
+def _store(files: fs.FileSystem, bucket: str) -> "S3Store | GCSStore":
     asked = options(files)
     if isinstance(files, fs.S3FileSystem):
         return _s3(bucket, *(asked[name] for name in ("endpoint_override", "scheme", "region", "tls_ca_file_path")))
@@ -92,7 +94,9 @@ def _store(files: fs.FileSystem, bucket: str) -> S3Store | GCSStore:
 
 
 @lru_cache
-def _s3(bucket: str, endpoint: str, scheme: str, region: str, certificates: str) -> S3Store:
+def _s3(bucket: str, endpoint: str, scheme: str, region: str, certificates: str) -> "S3Store":
+    from obstore.store import S3Store
+
     # By names of hosts, as pyarrow has it, unless the endpoint is somebody else's.
     where: dict[str, Any] = {"virtual_hosted_style_request": "." not in bucket}
     if endpoint:
@@ -109,7 +113,9 @@ def _s3(bucket: str, endpoint: str, scheme: str, region: str, certificates: str)
 
 
 @lru_cache
-def _gcs(bucket: str, endpoint: str, scheme: str, anonymous: bool) -> GCSStore:
+def _gcs(bucket: str, endpoint: str, scheme: str, anonymous: bool) -> "GCSStore":
+    from obstore.store import GCSStore
+
     where: dict[str, Any] = {"base_url": f"{scheme}://{endpoint}"} if endpoint else {}
     options: Any = {"allow_http": True, "timeout": TIMEOUT}
     return GCSStore(bucket, skip_signature=anonymous, client_options=options, retry_config=RETRIES, **where)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batches import STEP, Share, batch_places, length_batches, make_steps, padded_tokens, share_out
+from pipeline.batches import STEP, Share, batch_places, halved, length_batches, make_steps, padded_tokens, share_out
 from pipeline.tables import SAMPLES
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
@@ -54,6 +54,19 @@ def test_workers_share_all_rows_in_equally_many_passes(lengths: list[int], worke
     assert len({len(share) for share in shares}) == 1
     assert padded_tokens(lengths, workers, tokens) >= sum(lengths)
     assert padded_tokens(lengths, workers, tokens=1) == sum(lengths)
+
+
+@given(lengths=LENGTHS, tokens=st.integers(1, 200))
+def test_halved_passes_make_the_largest_smaller_unless_each_has_one_row(lengths: list[int], tokens: int) -> None:
+    def sizes(tokens: int) -> list[int]:
+        return [len(batch) * lengths[batch[0]] for batch in length_batches(lengths, tokens) if len(batch) > 1]
+
+    passes = [[{"ids": [0] * lengths[p]} for p in batch] for batch in length_batches(lengths, tokens)]
+    smaller = halved(passes)
+    assert bool(smaller) == bool(sizes(tokens))
+    if smaller:
+        assert smaller < tokens
+        assert max(sizes(smaller), default=0) <= max(sizes(tokens)) / 2
 
 
 @pytest.mark.parametrize(("workers", "tokens"), [(1, 1000), (3, 40), (6, 40)])

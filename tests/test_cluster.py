@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import cluster
-from pipeline.cluster import Resources, describe, engine_slots, require, worker_env, worker_resources, workers_at_once
+from pipeline.cluster import Resources, describe, engine_slots, require, torch_env, worker_env, worker_resources, workers_at_once
 from pipeline.errors import InputError
 
 
@@ -211,3 +211,11 @@ def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest
     else:
         cluster.connect()
     assert [call["address"] for call in calls] == ["local"] * starts
+
+
+def test_on_gpus_the_allocator_of_training_grows_its_blocks_and_that_of_engines_does_not() -> None:
+    gpu, cpu = Resources(1, gpus=1, threads=4), Resources(1, gpus=0, threads=4)
+    growing = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+    assert torch_env(gpu)["env_vars"] == worker_env(gpu)["env_vars"] | growing
+    assert not growing.keys() & worker_env(gpu)["env_vars"].keys()
+    assert torch_env(cpu) == worker_env(cpu)

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.arms import CURVE_FILE, STATE, Arm, Job
 from pipeline.batches import batch_places
-from pipeline.engines.completion import score_tokens
+from pipeline.engines.completion import Batch, collate, score_tokens
 from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
 from pipeline.finetuning import Finetuning, Write, evaluation_steps
 from pipeline.profiler import STEPS
@@ -199,6 +202,143 @@ def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: 
     finetuning.run()
     assert finetuning.diverged_at == 1
     assert finetuning.curve[-1]["eval_nll"] == math.inf
+
+
+def run_out_of_memory(finetuning: Finetuning, most: int, after: int = 0) -> None:
+    """Let the arm's device hold passes of at most `most` padded tokens; the first `after` are let through."""
+    loss, done = finetuning.trainable.loss, list[int]()
+
+    def limited(batch: Batch) -> Tensor:
+        done.append(batch.ids_BT.numel())
+        if done[-1] > most and len(done) > after:
+            raise torch.OutOfMemoryError
+        return loss(batch)
+
+    finetuning.trainable.loss = limited  # type: ignore[method-assign]
+
+
+def test_an_arm_that_runs_out_of_memory_goes_on_in_smaller_passes(
+    job: Callable[..., Job], without_time: Any, tmp_path: Path
+) -> None:
+    """In the second pass of a step, whose first has left gradients: they are those of the whole step all the same."""
+    arm, kept = job(steps=6, evaluations=3, tokens_per_pass=64), Checkpoints(tmp_path)
+    found = Finetuning(arm, 0, 1, kept)
+    run_out_of_memory(found, most=33, after=6)
+    found.run()
+    first, *smaller = found.sizes
+    assert first == 64
+    assert smaller
+    assert smaller == sorted(set(smaller), reverse=True)
+    assert smaller[-1] <= 33
+    whole = Finetuning(job(steps=6, evaluations=3, tokens_per_pass=10_000), 0, 1, lambda metrics, snapshot: None)
+    whole.run()
+    assert [point["eval_nll"] for point in found.curve] == pytest.approx([point["eval_nll"] for point in whole.curve], abs=1e-4)
+    again = Finetuning(arm, 0, 1, lambda metrics, snapshot: None)
+    again.restore(tmp_path / "4")
+    assert again.sizes == found.sizes
+    again.run()
+    assert without_time(again.curve) == without_time(found.curve)
+
+
+def test_the_gradients_of_a_step_that_is_computed_again_are_those_of_one_that_was_not(job: Callable[..., Job]) -> None:
+    def trained(tokens: int, most: int) -> Finetuning:
+        finetuning = Finetuning(job(steps=2, evaluations=1, tokens_per_pass=tokens), 0, 1, lambda metrics, snapshot: None)
+        run_out_of_memory(finetuning, most, after=1)
+        finetuning.run()
+        return finetuning
+
+    hit = trained(tokens=64, most=33)
+    plain = trained(tokens=hit.sizes[-1], most=1000)
+    assert hit.sizes[0] == 64
+    assert len(plain.sizes) == 1
+    assert hit.curve[-1]["tokens"] == plain.curve[-1]["tokens"]
+    assert all(torch.equal(one, other) for one, other in zip(hit.trainable.weights, plain.trainable.weights, strict=True))
+
+
+def test_a_row_that_does_not_fit_alone_is_told_with_the_way_out(job: Callable[..., Job]) -> None:
+    finetuning = Finetuning(job(), 0, 1, lambda metrics, snapshot: None)
+    run_out_of_memory(finetuning, most=1)
+    with pytest.raises(RuntimeError, match=r"a single row does not fit .* train.gradient_checkpointing"):
+        finetuning.run()
+
+
+class HostReads:
+    """Counts what makes the host wait for a device: values that are read, copies to the host, places that are looked for."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.deaf = False
+
+    def __enter__(self) -> "HostReads":
+        outer = self
+
+        class Copies(TorchFunctionMode):
+            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if function in (Tensor.cpu, Tensor.numpy, Tensor.tolist):
+                    outer.note(function.__name__)
+                return function(*args, **(kwargs or {}))
+
+        class Values(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = function.overloadpacket.__name__
+                masks = name == "index" and any(place is not None and place.dtype == torch.bool for place in args[1])
+                if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+                    outer.note(name)
+                return function(*args, **(kwargs or {}))
+
+        self.modes = (Copies(), Values())
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+    def note(self, what: str) -> None:
+        if not self.deaf:
+            self.found.append(what)
+
+
+@pytest.mark.parametrize("tokens", [10_000, 40])
+def test_a_step_waits_for_the_device_once_however_many_passes_it_has(
+    job: Callable[..., Job], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetuning = Finetuning(job(steps=2, tokens_per_pass=tokens), 0, 1, lambda metrics, snapshot: None, sizes=[tokens])
+    reads, steps = HostReads(), list(finetuning.feed(finetuning.share, 0, 2))
+    assert (len(steps[1]["passes"]) > 2) == (tokens == 40)
+
+    def collated(*given: Any) -> Batch:
+        reads.deaf = True  # rows are put together in the host's own memory
+        batch = collate(*given)
+        reads.deaf = False
+        return batch
+
+    monkeypatch.setattr("pipeline.finetuning.collate", collated)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)  # theirs, a pass
+    finetuning._train_step(steps[0])
+    finetuning.step = 1
+    with reads:
+        finetuning._train_step(steps[1])
+    assert reads.found == ["tolist"]
+
+
+def test_an_evaluation_waits_for_the_device_once(job: Callable[..., Job], data: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.EVALUATION_TOKENS", 40)
+    finetuning, rows = Finetuning(job(), 0, 1, lambda metrics, snapshot: None), Rows(data.read_table("validation.parquet"))
+    reads = HostReads()
+
+    def batch(places: Any) -> Batch:
+        reads.deaf = True
+        made = collate([rows.ids[p] for p in places], [rows.learn[p] for p in places], torch.device("cpu"))
+        reads.deaf = False
+        return made
+
+    monkeypatch.setattr(rows, "batch", batch)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with reads:
+        evaluate(finetuning.trainable.score, rows)
+    assert reads.found == ["cpu"]
 
 
 def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], data: Folder, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline.arms import Arm
+from pipeline.cluster import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.merge.build import build_on_device
+from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
-from pipeline.starts import make_jobs
+from pipeline.search.stream import Engines
+from pipeline.starts import _merged, make_jobs
 from pipeline.tables import SAMPLES
 
 
@@ -53,3 +58,39 @@ def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
     assert names(run) == before
     write_data(run, "other")
     assert not set(names(run)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "up", "method", "where"),
+    [
+        (0, False, "dare", "here"),
+        (1, False, "exact", "on a GPU"),
+        (1, True, "exact", "here"),
+        (1, True, "dare", "on a GPU, engines ended"),
+        (1, True, "ties", "on a GPU, engines ended"),
+    ],
+)
+def test_merges_are_computed_on_a_gpu_that_is_free_and_dense_ones_on_one_that_engines_leave(
+    gpus: int, up: bool, method: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Task:
+        """Stands in for `build_on_device` as a Ray task."""
+
+        def __init__(self, function: Any, on_held_cpus: bool):
+            assert function is build_on_device
+            assert not on_held_cpus
+
+        def remote(self, *given: Any) -> str:
+            done.append("on a GPU")
+            return "made"
+
+    monkeypatch.setattr("pipeline.starts.worker_resources", lambda *asked: Resources(1.0, gpus, 1))
+    monkeypatch.setattr("pipeline.starts.compute_task", Task)
+    monkeypatch.setattr("pipeline.starts.build", lambda *given: done.append("here"))
+    monkeypatch.setattr("pipeline.starts.ray.get", lambda made: made)
+    monkeypatch.setattr(Engines, "up", property(lambda engines: up))
+    monkeypatch.setattr(Engines, "leave_room", lambda engines: bool(up and done.append("engines ended")))
+    _merged(run, {"one": Recipe(("a", "b"), (0.5, 0.5), method, 4)}, {"a": "a", "b": "b"})
+    assert ", ".join(sorted(done, reverse=True)) == where

@@ -77,6 +77,39 @@ def test_any_number_of_workers_gives_the_curve_of_one(
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-2)
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "shared out"])
+def test_a_worker_that_runs_out_of_memory_leaves_no_other_waiting(
+    shard: bool, job: Callable[..., Job], alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second pass of a step. Replicated workers go on together; those that share the weights out start anew."""
+
+    def loop(config: dict[str, Any]) -> None:
+        import ray.train
+        import torch
+
+        from pipeline.train import train_loop
+        from pipeline.trainable import Trainable
+
+        loss, passes = Trainable.loss, []
+
+        def limited(self: Any, batch: Any) -> Any:
+            passes.append(batch)
+            if ray.train.get_context().get_world_rank() == 1 and batch.ids_BT.numel() > 40 and len(passes) > 1:
+                raise torch.OutOfMemoryError
+            return loss(self, batch)
+
+        Trainable.loss = limited
+        train_loop(config)
+
+    monkeypatch.setattr("pipeline.train.train_loop", loop)
+    settings = {"steps": 4, "evaluations": 2, "batch_size": 16, "tokens_per_pass": 64}
+    found = fit(job(workers=2, cpus_per_worker=0.5, shard=shard, **settings), Folder.at(tmp_path))
+    assert found["tokens_per_pass"][0] == 64
+    assert 1 <= found["tokens_per_pass"][-1] <= 40
+    for row, expected in zip(found["curve"], alone(**settings).curve, strict=True):
+        assert row["eval_nll"] == pytest.approx(expected["eval_nll"], abs=1e-4)
+
+
 def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written, copies, waited = threading.Event(), list[int](), list[bool]()
 

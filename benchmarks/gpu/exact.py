@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
-from benchmarks.gpu.models import LINEAR, draw_rows, flat_gradient, make_model, saved_base, shape_of, write_splits
+from benchmarks.gpu.models import LINEAR, draw_rows, flat_gradient, make_model, mask_of, saved_base, shape_of, write_splits
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.engines.completion import Batch, collate, completion_nll
@@ -151,7 +151,7 @@ def _by_row(model: Any, batch: Batch) -> Computed:
 
     def nll_N() -> Tensor:
         parts = []
-        for ids_T, mask_T in zip(batch.ids_BT, batch.mask_BT, strict=True):
+        for ids_T, mask_T in zip(batch.ids_BT, mask_of(batch), strict=True):
             end = int(mask_T.nonzero().max()) + 1
             logits_TV = model(ids_T[None, :end]).logits[0, :-1].float()
             parts.append(cross_entropy(logits_TV, ids_T[1:end], reduction="none")[mask_T[1:end]])

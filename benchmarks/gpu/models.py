@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.checks import Setting
 from benchmarks.pools import byte_tokenizer
+from pipeline.engines.completion import Batch
 from pipeline.storage import Folder
 from pipeline.tables import SAMPLES
 
@@ -90,6 +91,11 @@ def write_splits(folder: Path, rows: pa.Table) -> Folder:
     data.write_table("train.parquet", rows)
     data.write_table("validation.parquet", rows.slice(0, 2))
     return data
+
+
+def mask_of(batch: Batch) -> Tensor:
+    """Which tokens of a batch count; bool, shape (B, T)."""
+    return torch.zeros_like(batch.ids_BT, dtype=torch.bool).flatten().index_fill(0, batch.place_N, True).view_as(batch.ids_BT)
 
 
 def flat_gradient(weights: Sequence[Tensor]) -> Tensor:

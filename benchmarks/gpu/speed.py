@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
-from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, saved_base, shape_of, write_splits
+from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, mask_of, saved_base, shape_of, write_splits
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.engines.completion import collate, completion_nll
@@ -137,7 +137,7 @@ def busy_seconds(trace: Path, categories: Sequence[str]) -> float:
 
 
 def _transformers_loss(adapted: Any, batch: Any) -> Tensor:
-    loss: Tensor = adapted(input_ids=batch.ids_BT, labels=batch.ids_BT.masked_fill(~batch.mask_BT, -100)).loss
+    loss: Tensor = adapted(input_ids=batch.ids_BT, labels=batch.ids_BT.masked_fill(~mask_of(batch), -100)).loss
     return loss
 
 

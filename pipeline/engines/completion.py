@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, P of them shared, N positions that count, H hidden fea
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,25 +23,31 @@ LOGITS = 1 << 25
 SHARED = 64
 """Tokens that sharing must save in a batch; it takes a second, small pass through the model."""
 
+SHARED_ON_GPU = 512
+"""Tokens that rows must share besides for it to pay on a GPU, where they lose flash attention by it: their queries are then fewer
+than their keys, for which transformers builds a whole mask and repeats keys and values. To be measured."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Rows padded on the right: under causal attention padding then reaches no token that counts, so no mask is needed."""
 
     ids_BT: Tensor
-    mask_BT: Tensor
+    place_N: Tensor
+    """Where the tokens that count are in `ids_BT`, read row after row: found where the rows are made, as to look for them on a
+    GPU would make the host wait for it."""
     n_shared: int = 0
     """P: all rows begin with the same P tokens, none of which counts or predicts one that does."""
 
     @property
     def n_tokens(self) -> int:
         """How many tokens count."""
-        return int(self.mask_BT.sum())
+        return len(self.place_N)
 
     @property
     def row_N(self) -> Tensor:
         """The row of each token that counts, in the order of `completion_logits`."""
-        return self.mask_BT[:, 1:].nonzero()[:, 0]
+        return self.place_N // self.ids_BT.shape[1]
 
 
 def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> Batch:
@@ -52,7 +59,13 @@ def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], devic
         ids_BT[place, : len(row)] = torch.tensor(row)
         mask_BT[place, : len(row)] = torch.tensor(mask)
     mask_BT[:, 0] = False
-    return Batch(ids_BT.to(device), mask_BT.to(device), _shared(ids_BT, mask_BT))
+    place_N = mask_BT.flatten().nonzero()[:, 0]
+    return Batch(copied_to(device, ids_BT), copied_to(device, place_N), _shared(ids_BT, mask_BT))
+
+
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the host's on a device. A GPU copies while the host goes on, out of memory that stays where it is (pinned)."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
@@ -72,12 +85,13 @@ def completion_nll(model: Any, batch: Batch) -> Tensor:
     chunks = _chunks(model, batch)
     if len(chunks) == 1:
         return _nll(model, *chunks[0])
-    return torch.cat([checkpoint(_nll, model, *chunk, use_reentrant=False) for chunk in chunks])
+    again = partial(checkpoint, _nll, model, use_reentrant=False, preserve_rng_state=False)  # a head draws no numbers
+    return torch.cat([again(*chunk) for chunk in chunks])
 
 
 def completion_targets(batch: Batch) -> Tensor:
     """The tokens that count, in the order of `completion_logits`; shape (N,)."""
-    return batch.ids_BT[:, 1:][batch.mask_BT[:, 1:]]
+    return batch.ids_BT.flatten()[batch.place_N]
 
 
 @torch.no_grad()  # not inference_mode: FSDP keeps what it gathers, and training goes on with it
@@ -96,8 +110,9 @@ def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     nll_N, hit_N = score_tokens(model, batch)
     zero_B = torch.zeros(len(batch.ids_BT), dtype=torch.float64, device=nll_N.device)
     ones_N = torch.ones_like(nll_N)
-    nll_B, count_B, hit_B = (zero_B.index_add(0, batch.row_N, values) for values in (nll_N, ones_N, hit_N.double()))
-    return nll_B.cpu(), count_B.cpu(), hit_B.cpu()
+    sums = [zero_B.index_add(0, batch.row_N, values) for values in (nll_N, ones_N, hit_N.double())]
+    nll_B, count_B, hit_B = torch.stack(sums).cpu()  # one wait for the device
+    return nll_B, count_B, hit_B
 
 
 def _chunks(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -120,7 +135,8 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
         start, hidden_BTH = 0, decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
     else:
         hidden_BTH = decoder(input_ids=batch.ids_BT[:, start:], past_key_values=cache, use_cache=True).last_hidden_state
-    return hidden_BTH[:, :-1][batch.mask_BT[:, start + 1 :]]
+    before_N = batch.place_N - 1 - start * (batch.row_N + 1)  # of each the token before it, without what is shared
+    return hidden_BTH.flatten(0, 1).index_select(0, before_N)
 
 
 def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
@@ -130,7 +146,7 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
     as with gradient checkpointing.
     """
     rows = len(batch.ids_BT)
-    if (rows - 1) * batch.n_shared < SHARED:
+    if not sharing_pays(rows, batch.n_shared, batch.ids_BT.device):
         return None
     cache = DynamicCache(config=decoder.config)
     if not _keeps_keys_and_values(decoder, cache):
@@ -140,6 +156,11 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
         return None
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+def sharing_pays(rows: int, n_shared: int, device: torch.device) -> bool:
+    """Whether so many rows that begin with so many equal tokens are faster with these computed once."""
+    return (rows - 1) * n_shared >= SHARED and (device.type != "cuda" or n_shared >= SHARED_ON_GPU)
 
 
 def _keeps_keys_and_values(decoder: Any, cache: DynamicCache) -> bool:

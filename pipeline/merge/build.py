@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.basemodel import linear_shapes
+import torch
+
+from pipeline.basemodel import device, linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.fetch import fetch_adapter
 from pipeline.merge.adapter import WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
-from pipeline.merge.recipes import Recipe, merge
+from pipeline.merge.recipes import CPU, Recipe, merge
 from pipeline.storage import Folder
 
 
@@ -22,13 +24,19 @@ class Built:
 
 
 def build(
-    recipes: Mapping[str, Recipe], uris: Mapping[str, str], base: str, target: Folder, alpha: float | None = None
+    recipes: Mapping[str, Recipe],
+    uris: Mapping[str, str],
+    base: str,
+    target: Folder,
+    alpha: float | None = None,
+    place: torch.device = CPU,
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """Merge each recipe into the folder of its name under `target`.
 
     Args:
         uris: where each donor is.
         alpha: of the results; by default that which gives the scale of the first donor.
+        place: where to compute. Not a GPU unless Ray gave it to this process: engines take all of its memory.
 
     Returns:
         What was built, and for each recipe that its method refuses the reason.
@@ -40,12 +48,19 @@ def build(
         donors = _read_donors(recipes, uris, Path(cache))
         for name, recipe in recipes.items():
             try:
-                merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha)
+                merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, place=place)
             except AdapterError as error:
                 refused[name] = str(error)
                 continue
             built[name] = Built(merged.kept_energy, store(merged.adapter, target, name))
     return built, refused
+
+
+def build_on_device(
+    recipes: Mapping[str, Recipe], uris: Mapping[str, str], base: str, target: Folder
+) -> tuple[dict[str, Built], dict[str, str]]:
+    """As `build`, on the device that Ray gave to this process."""
+    return build(recipes, uris, base, target, place=device())
 
 
 def store(adapter: Adapter, target: Folder, name: str) -> str:

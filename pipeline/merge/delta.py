@@ -5,7 +5,8 @@ W x + s B A x, with lora_a_RI, lora_b_OR and the scale s = alpha / r (alpha / sq
 s B A; only its factors are ever held.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.a_RI.shape[0]
+
+    def to(self, place: torch.device) -> "Factors":
+        return Factors(self.a_RI.to(place), self.b_OR.to(place))
 
     def dense(self) -> Tensor:
         """The delta weight itself, shape (O, I)."""
@@ -102,19 +106,19 @@ def ties(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
         The merged delta weight, shape (O, I); it has full rank.
     """
     dense = [part.dense() for part in parts]
-    return merge_utils.ties(dense, torch.tensor(weights) * len(parts), DENSITY)
+    return merge_utils.ties(dense, torch.tensor(weights, device=dense[0].device) * len(parts), DENSITY)
 
 
 def dare(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
     """DARE (arXiv 2311.03099, equation 3) on the delta weights themselves, by PEFT's own function: half of the values of each are
-    dropped at random, with a fixed seed, the others doubled, and the weighted sum is taken.
+    dropped at random, with a fixed seed, the others doubled, and the weighted sum is taken. A GPU drops others than a CPU.
 
     Returns:
         The merged delta weight, shape (O, I); it has full rank.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return merge_utils.dare_linear([part.dense() for part in parts], torch.tensor(weights), DENSITY)
+    dense = [part.dense() for part in parts]
+    with _drawing(dense[0].device):
+        return merge_utils.dare_linear(dense, torch.tensor(weights, device=dense[0].device), DENSITY)
 
 
 def factorise(delta_OI: Tensor, rank: int) -> tuple[Factors, float]:
@@ -125,8 +129,7 @@ def factorise(delta_OI: Tensor, rank: int) -> tuple[Factors, float]:
         As `truncate`.
     """
     kept = min(rank, *delta_OI.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _drawing(delta_OI.device):
         u, s, v = torch.svd_lowrank(delta_OI, q=min(kept + OVERSAMPLING, *delta_OI.shape), niter=ITERATIONS)
     root = s[:kept].sqrt()
     energy = float((delta_OI**2).sum())
@@ -151,3 +154,11 @@ def pad(delta: Factors, rank: int, generator: torch.Generator) -> Factors:
     fresh_a = (torch.rand(missing, width, generator=generator) * 2 - 1) / width**0.5
     fresh_b = torch.zeros(delta.b_OR.shape[0], missing)
     return Factors(torch.cat([delta.a_RI, fresh_a]), torch.cat([delta.b_OR, fresh_b], dim=1))
+
+
+@contextmanager
+def _drawing(place: torch.device) -> Iterator[None]:
+    """Within, random numbers of a fixed seed; afterwards those that would have come without it."""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

@@ -68,7 +68,7 @@ def greedy_donors(base: str, uris: Sequence[str], samples: pa.Table, dtype: str 
         with torch.no_grad():
             weights_MK.zero_()
             weights_MK[:, places] = 1 / len(places)
-            return sum(float(nll) for nll in _losses(model, samples))
+            return float(sum(_losses(model, samples), torch.zeros((), dtype=torch.float64, device=device())))
 
     kept: tuple[int, ...] = (0,)
     best = loss(kept)
@@ -93,6 +93,8 @@ def add_donors(model: Any, donors: Sequence[Adapter], weights_MK: Tensor) -> lis
         place_R = torch.cat([torch.full((factors.rank,), place) for place, factors in having])
         a_RI = torch.cat([factors.a_RI for _, factors in having])
         b_OR = torch.cat([factors.b_OR for _, factors in having], dim=1)
+        # All that the layer needs lies where it is: an index of the host's would be copied in every pass, and waited for.
+        place_R = place_R.to(layer.weight.device)
         layer.register_forward_hook(_adding(a_RI.to(layer.weight), b_OR.to(layer.weight), place_R, weights_MK, row))
     return modules
 

@@ -82,6 +82,7 @@ def render(files: RunFiles) -> str:
         target=(files.config.get("target") or {}).get("train"),
         verdict=words.verdict(files.summary, files.selection),
         headlines=words.headlines(files.summary) if files.summary else [],
+        passes=words.passes(files.summary) if files.summary else None,
         arms=_arms(files.comparison, _chosen_rates(files)),
         leaderboard=files.leaderboard.to_pylist() if files.leaderboard else [],
         donor_ids=_donor_ids(files),

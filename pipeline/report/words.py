@@ -148,6 +148,21 @@ def headlines(summary: Json) -> list[Headline]:
     return first + [_test(key, name, inits) for key, name in TEST_METRICS]
 
 
+def passes(summary: Json) -> str | None:
+    """How large training passes were; sizes that were found by running out of memory are said with the arms that did."""
+    sizes = {name: tuple(found) for arm in summary["inits"].values() for name, found in arm.get("tokens_per_pass", {}).items()}
+    if not sizes:
+        return None
+    kinds = {kind: [name for name, found in sizes.items() if found == kind] for kind in dict.fromkeys(sizes.values())}
+    said = [_pass_size(kind) + (f" ({', '.join(names)})" if len(kinds) > 1 else "") for kind, names in kinds.items()]
+    return f"Padded tokens in a training pass: {'; '.join(said)}."
+
+
+def _pass_size(sizes: tuple[int, ...]) -> str:
+    first, *smaller = (f"{size:,}" for size in sizes)
+    return f"{first}, for want of memory then {', '.join(smaller)}" if smaller else first
+
+
 def metric(key: str, value: Json | None) -> str:
     """A test metric, with its spread over seeds where there were several."""
     if not value:

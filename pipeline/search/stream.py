@@ -170,6 +170,11 @@ class Engines:
             self.keeping = False
             self.close()
 
+    @property
+    def up(self) -> bool:
+        """Whether there are engines, at work or idle."""
+        return self._running is not None
+
     def leave_room(self) -> bool:
         """Let something else compute until the next race. On GPUs, whose memory the engines hold, they are ended; on CPUs they
         idle meanwhile. Whether they still hold their CPUs."""

@@ -20,7 +20,16 @@ from transformers import (
 
 from pipeline.basemodel import load_model
 from pipeline.engines import completion
-from pipeline.engines.completion import Batch, collate, completion_logits, completion_nll, completion_targets, score_rows
+from pipeline.engines.completion import (
+    SHARED_ON_GPU,
+    Batch,
+    collate,
+    completion_logits,
+    completion_nll,
+    completion_targets,
+    score_rows,
+    sharing_pays,
+)
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -179,6 +188,26 @@ def test_with_gradient_checkpointing_nothing_is_shared_in_training(tiny_base: st
 @pytest.mark.parametrize(("first_counted", "n_shared"), [(27, 25), (26, 25), (25, 24), (8, 7), (1, 0), (0, 0)])
 def test_what_counts_or_predicts_it_is_not_shared(first_counted: int, n_shared: int) -> None:
     assert alike(first_counted).n_shared == n_shared
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_shared", "on_cpu", "on_gpu"),
+    [(4, 25, True, False), (2, 25, False, False), (64, SHARED_ON_GPU - 1, True, False), (2, SHARED_ON_GPU, True, True)],
+)
+def test_on_a_gpu_only_a_long_beginning_is_shared(rows: int, n_shared: int, on_cpu: bool, on_gpu: bool) -> None:
+    found = [sharing_pays(rows, n_shared, torch.device(kind)) for kind in ("cpu", "cuda")]
+    assert found == [on_cpu, on_gpu]
+
+
+def test_scoring_and_training_ask_whether_sharing_pays_where_they_compute(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, torch.device]] = []
+    monkeypatch.setattr(completion, "sharing_pays", lambda *given: bool(asked.append(given)))
+    model = load_model(tiny_base, torch.float32)
+    assert losses_and_gradients(model, alike())[2] == [4 * 39]
+    score_rows(model, alike())
+    assert asked == [(4, 25, CPU)] * 2
 
 
 def test_rows_that_save_too_little_are_computed_whole(tiny_base: str) -> None:

@@ -1,5 +1,7 @@
 """Factor arithmetic against the same sums and truncations done on dense matrices."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,6 +115,12 @@ def test_dare_drops_half_of_the_values_doubles_the_others_and_is_seeded() -> Non
     alone = dare([parts[0]], [0.7])
     both = dare(parts, [0.7, -0.2])
     assert not torch.equal(alone, both)
+
+
+@pytest.mark.parametrize("method", [ties, dare])
+def test_dense_methods_compute_where_their_parts_are(method: Callable[..., torch.Tensor]) -> None:
+    parts = [factors(2, 6, 4, seed).to(torch.device("meta")) for seed in range(3)]
+    assert method(parts, [0.2, 0.3, 0.5]).device.type == "meta"
 
 
 @settings(max_examples=40, deadline=None)

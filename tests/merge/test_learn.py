@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.basemodel import linear_shapes
@@ -67,6 +68,25 @@ def test_donors_added_by_hooks_compute_what_their_merge_computes(
             moved = tuple(w + step * (place == n) for n, w in enumerate(weights))
             ends.append(merged_loss(tiny_base, donors, moved, samples, tmp_path / f"{place}{step}"))
         assert float(weights_K.grad[place]) == pytest.approx((ends[1] - ends[0]) / 0.02, rel=0.05, abs=2e-3)
+
+
+def test_what_a_layer_adds_with_lies_where_the_layer_is(
+    tiny_base: str, donors: list[Path], random_samples: Callable[..., pa.Table]
+) -> None:
+    """An index of the host's would be copied to a GPU in every layer of every pass."""
+    meta, indices = torch.device("meta"), list[str]()
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).to(meta)
+    add_donors(model, [read_adapter(donor) for donor in donors], torch.ones(14, 3, device=meta))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.index.Tensor:
+                indices.extend(place.device.type for place in args[1] if place is not None)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model.get_decoder().layers[0].mlp.up_proj(torch.zeros(2, 128, device=meta))
+    assert indices == ["meta"]
 
 
 def test_learned_weights_are_better_than_equal_ones_and_may_be_negative(

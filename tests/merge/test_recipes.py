@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.basemodel import linear_shapes
 from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
-from pipeline.merge.delta import ab_mean
+from pipeline.merge.delta import Factors, ab_mean
 from pipeline.merge.recipes import METHODS, Merged, Recipe, alpha_at, merge, random_like
 
 MIXED: list[dict[str, Any]] = [
@@ -197,3 +197,23 @@ def test_a_merge_learns_as_fast_as_its_first_donor(tiny_base: str, donors_of: Ca
     for rank, alpha in ((2, 6), (8, 12)):
         merged = merge(Recipe(("a", "b"), (0.5, 0.5), "exact", rank), donors, tiny_base, shapes).adapter
         assert (merged.config.r, merged.config.lora_alpha) == (rank, alpha)
+
+
+@pytest.mark.parametrize("method", ["exact", "dare"])
+def test_a_merge_is_computed_on_its_place_and_comes_back(
+    method: str, tiny_base: str, donors_of: Callable[..., list[Adapter]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that stands in for a GPU: what is moved there is computed with, and what comes back is from there."""
+    donors, moves = donors_of([{"rank": 2}, {"rank": 3}]), list[str]()
+    recipe, shapes = Recipe(("a", "b"), (0.5, 0.5), method, 4), linear_shapes(tiny_base)[0]
+    here = merge(recipe, donors, tiny_base, shapes).adapter
+
+    def to(self: Factors, place: torch.device) -> Factors:
+        moves.append(place.type)
+        return Factors(self.a_RI.clone(), self.b_OR.clone())
+
+    monkeypatch.setattr(Factors, "to", to)
+    there = merge(recipe, donors, tiny_base, shapes, place=torch.device("cuda")).adapter
+    assert moves == ["cuda", "cuda", "cpu"] * len(here.modules)
+    for module in here.modules:
+        torch.testing.assert_close(there.factors(module).dense(), here.factors(module).dense())

@@ -192,6 +192,12 @@ def test_what_was_estimated_stands_beside_the_truth(run_data: RunData, tmp_path:
     assert "adapter-samples, at most 1,632 816 x 0.50" in text
 
 
+def test_the_size_of_training_passes_stands_on_the_page(run_data: RunData, tmp_path: Path) -> None:
+    run_data.documents["summary.json"]["inits"]["base"]["tokens_per_pass"] = {"arm": [8192]}
+    write_report(run_data.write(tmp_path))
+    assert "Padded tokens in a training pass: 8,192." in (tmp_path / "report.html").read_text()
+
+
 def test_a_diverged_arm_is_named(run_data: RunData, tmp_path: Path) -> None:
     run_data.documents["summary.json"]["inits"]["base"]["diverged"] = {"base-lr0.01-seed0": 7}
     assert "base-lr0.01-seed0, started from base, was stopped at step 7" in page_of(run_data, tmp_path).text

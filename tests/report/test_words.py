@@ -70,6 +70,15 @@ def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
     assert "+2.7 points" in exact.detail
 
 
+def test_the_size_of_training_passes_is_said_with_what_ran_out_of_memory(summary: dict[str, Any]) -> None:
+    assert words.passes(summary) is None
+    base, mashup = (summary["inits"][init] for init in ("base", "mashup"))
+    base["tokens_per_pass"], mashup["tokens_per_pass"] = {"a": [8192], "b": [8192]}, {"c": [8192]}
+    assert words.passes(summary) == "Padded tokens in a training pass: 8,192."
+    mashup["tokens_per_pass"] = {"c": [8192, 4000]}
+    assert words.passes(summary) == "Padded tokens in a training pass: 8,192 (a, b); 8,192, for want of memory then 4,000 (c)."
+
+
 def test_a_run_that_starts_from_the_base_has_no_parity(summary: dict[str, Any], lose_mashup: Callable[..., None]) -> None:
     lose_mashup(summary)
     assert words.verdict(summary, None) == "Start from the base: no donor beats the base."

@@ -1,0 +1,51 @@
+"""What a worker of all weights computes in, where workers share them out. One process is a group of one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from pipeline.arms import Job
+from pipeline.evaluation import Rows
+from pipeline.storage import Folder
+from pipeline.trainable import BUCKET, Trainable, _buckets
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("torch.distributed.get_node_local_rank", lambda: 0)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("shard", [True, False])
+def test_weights_that_are_shared_out_are_gathered_in_the_type_of_the_products(
+    job: Callable[..., Job], data: Folder, shard: bool
+) -> None:
+    """Their gradients are summed in float32, and autocast has nothing to cast; a worker with all of them uses autocast."""
+    trainable = Trainable(job(method="full", dtype="bfloat16", shard=shard), 1)
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def note(layer: nn.Module, given: Any) -> None:
+        seen.append((layer.weight.dtype, torch.is_autocast_enabled("cpu")))
+
+    trainable.model.get_decoder().layers[0].mlp.up_proj.register_forward_pre_hook(note)
+    batch = Rows(data.read_table("validation.parquet")).widest(64)
+    trainable.loss(batch).backward()
+    assert seen == [(torch.bfloat16, False) if shard else (torch.float32, True)]
+    assert {weight.dtype for weight in trainable.weights} == {torch.float32}
+    assert {weight.grad.dtype for weight in trainable.weights} == {torch.float32}
+    exact = Trainable(job(method="full", dtype="float32"), 1)
+    assert float(trainable.loss(batch)) == pytest.approx(float(exact.loss(batch)), rel=2e-2)
+    assert trainable.moment_bytes() == exact.moment_bytes() == sum(8 * weight.numel() for weight in exact.weights)
+
+
+def test_gradients_are_summed_in_parts_of_bounded_size() -> None:
+    sizes = [BUCKET // 2, BUCKET // 2, 1, BUCKET + 1, 3, 4]
+    made = [torch.empty(size, device="meta") for size in sizes]
+    assert [[tensor.numel() for tensor in bucket] for bucket in _buckets(made)] == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
