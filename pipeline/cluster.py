@@ -23,6 +23,9 @@ START_ATTEMPTS = 3
 NODE_GROUP = "ray.io/node-group"
 """Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
 
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "VLLM_USE_V2_MODEL_RUNNER")
+"""Of the driver's environment what workers elsewhere must know too: that a network is not to be used, and vLLM's way back."""
+
 WORKER = {"search": "actor", "train": "worker"}
 """What the config's keys call a worker, by section."""
 
@@ -147,8 +150,7 @@ def worker_env(resources: Resources) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-            # Where a network is not to be used, workers must know it too.
-            **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ},
+            **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
         }
     }
 

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype
 from pipeline.config import SearchConfig
+from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.search.actor import ScoringActor
 from pipeline.search.board import Progress, Scoreboard, Work
@@ -135,6 +136,7 @@ class Engines:
 
         Raises:
             InputError: no node of the cluster can hold an engine.
+            EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
         files = frozenset(work.store.files())
         board = _on_this_node(Scoreboard).remote(work, plan, seconds)
@@ -193,6 +195,8 @@ class Engines:
         self._races += 1
         self._idle = False
         while not (progress := ray.get(board.progress.remote())).over:
+            if progress.fault:
+                raise EngineFaultError(progress.fault)
             if running.done():
                 running.result()
                 raise RuntimeError("the engines ended before the race")
