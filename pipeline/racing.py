@@ -113,8 +113,8 @@ def are_outliers(ranks: Sequence[int]) -> list[bool]:
 
 
 def by_rank(run: Run, catalogue: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The adapters that share engines, and the outliers by their rank. There are none on CPUs, where our plugin computes with each
-    adapter's own rank, as transformers does anywhere."""
+    """The adapters that share engines, and the outliers by their rank. There are none on CPUs, where our plugin computes with
+    each adapter's own rank, as transformers does anywhere."""
     search = run.config.search
     if search.engine != "vllm" or not scoring_resources(search).gpus:
         return catalogue, catalogue.slice(0, 0)

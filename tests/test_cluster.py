@@ -118,9 +118,13 @@ def test_nodes_that_an_autoscaler_may_bring_are_waited_for(
     assert "waiting for the autoscaler" in caplog.text
 
 
-def test_workers_know_that_the_network_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert worker_env(Resources(1, 0, 2))["env_vars"]["HF_HUB_OFFLINE"] == "1"
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "VLLM_USE_V2_MODEL_RUNNER"])
+def test_workers_know_what_the_driver_was_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the network is not to be used; that vLLM is to take the way back that a canary names."""
+    monkeypatch.setenv(name, "1")
+    assert worker_env(Resources(1, 0, 2))["env_vars"][name] == "1"
+    monkeypatch.delenv(name)
+    assert name not in worker_env(Resources(1, 0, 2))["env_vars"]
 
 
 @pytest.mark.parametrize(("known", "preloaded"), [("libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4:own.so"), (None, None)])

@@ -90,7 +90,8 @@ def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: 
     with TemporaryDirectory(prefix="mashup-canary-") as scratch:
         canary = make_canary(config, short_rows(samples), Path(scratch))
         scorer = build_scorer(engine, config)
-        passes.write_json(file, about | {"largest_difference": prove(engine, scorer, config, canary)})
+        if canary is not None:
+            passes.write_json(file, about | {"largest_difference": prove(engine, scorer, config, canary)})
     return scorer
 
 
@@ -121,13 +122,17 @@ def short_rows(samples: pa.Table) -> pa.Table:
     return pa.table([few["sample_id"], pa.array(cut(ids)), pa.array(cut(masks))], ["sample_id", "input_ids", "completion_mask"])
 
 
-def make_canary(config: EngineConfig, samples: pa.Table, scratch: Path) -> Canary:
-    """Make the adapters in `scratch`, and compute the losses by plain transformers + PEFT. The model that this takes is freed."""
+def make_canary(config: EngineConfig, samples: pa.Table, scratch: Path) -> Canary | None:
+    """Make the adapters in `scratch`, and compute the losses by plain transformers + PEFT. The model that this takes is freed.
+
+    None: rows hold tokens that the base does not know. The race itself says so then, and a GPU would not survive them.
+    """
     # The weights of a base that takes several devices fit none: it is then computed in the host's memory.
     place = torch.device("cpu") if config.tensor_parallel_size > 1 else device()
     model = load_model(config.base, fast_dtype(config.dtype), place)
+    known = model.get_input_embeddings().weight.shape[0]
     try:
-        return _with_model(model, config, samples, scratch)
+        return _with_model(model, config, samples, scratch) if max(map(max, samples["input_ids"].to_pylist())) < known else None
     finally:
         del model
         gc.collect()
@@ -156,7 +161,7 @@ def _write_adapter(model: Any, config: EngineConfig, folder: Path, strength: flo
     deltas: dict[str, Factors] = {}
     for name, (outputs, inputs) in shapes.items():
         if name != head and name.rpartition(".")[2] in config.target_modules:
-            norm = strength * float(model.get_submodule(name).weight.float().norm())
+            norm = strength * float(model.get_submodule(name).weight.detach().float().norm())
             a_RI, b_OR = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
             size = (norm / float((b_OR @ a_RI).norm())) ** 0.5
             deltas[name] = Factors(size * a_RI, size * b_OR)

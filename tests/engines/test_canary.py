@@ -18,7 +18,13 @@ from pipeline.storage import Folder
 
 @pytest.fixture(scope="module")
 def made(engine_config: EngineConfig, samples: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Canary:
-    return make_canary(engine_config, short_rows(samples), tmp_path_factory.mktemp("canary"))
+    return made_in(tmp_path_factory.mktemp("canary"), engine_config, samples)
+
+
+def made_in(folder: Path, config: EngineConfig, samples: pa.Table) -> Canary:
+    made = make_canary(config, short_rows(samples), folder)
+    assert made is not None
+    return made
 
 
 class Faulty:
@@ -45,15 +51,15 @@ def test_an_engine_that_is_right_passes(
     engine_config: EngineConfig, samples: pa.Table, tmp_path: Path, batch: int, dtype: str
 ) -> None:
     config = replace(engine_config, adapters_per_batch=batch, dtype=dtype)
-    canary_ = make_canary(config, short_rows(samples), tmp_path)
-    assert prove("transformers", TransformersScorer(config), config, canary_) < canary.TOLERANCE[dtype] / 3
+    made = made_in(tmp_path, config, samples)
+    assert prove("transformers", TransformersScorer(config), config, made) < canary.TOLERANCE[dtype] / 3
 
 
 def test_an_engine_for_the_base_alone_is_proved_on_the_base(
     engine_config: EngineConfig, samples: pa.Table, tmp_path: Path
 ) -> None:
     config = replace(engine_config, max_rank=0)
-    alone = make_canary(config, short_rows(samples), tmp_path)
+    alone = made_in(tmp_path, config, samples)
     assert prove("transformers", TransformersScorer(config), config, alone) < 0.005
     with pytest.raises(EngineFaultError, match="of the base"):
         prove("transformers", Faulty(config, lambda _, rows, sums: sums + 1), config, alone)
@@ -139,7 +145,7 @@ def test_a_proof_is_kept_for_engines_of_its_kind(
 ) -> None:
     made: list[EngineConfig] = []
 
-    def counted(config: EngineConfig, *others: Any) -> Canary:
+    def counted(config: EngineConfig, *others: Any) -> Canary | None:
         made.append(config)
         return make_canary(config, *others)
 
@@ -164,3 +170,10 @@ def test_an_engine_that_failed_is_asked_again(
             with pytest.raises(EngineFaultError):
                 proven_scorer("transformers", engine_config, samples, Folder.at(tmp_path))
     assert proven_scorer("transformers", engine_config, samples, Folder.at(tmp_path))
+
+
+def test_tokens_that_the_base_does_not_know_prove_nothing(engine_config: EngineConfig, samples: pa.Table, tmp_path: Path) -> None:
+    ids = pa.array([[10**6] * len(row) for row in samples["input_ids"].to_pylist()], pa.list_(pa.int32()))
+    unknown = samples.set_column(samples.column_names.index("input_ids"), "input_ids", ids)
+    assert isinstance(proven_scorer("transformers", engine_config, unknown, Folder.at(tmp_path)), TransformersScorer)
+    assert not Folder.at(tmp_path).list_files(".json")

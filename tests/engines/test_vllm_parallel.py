@@ -106,6 +106,36 @@ def test_no_process_outlives_the_engine_even_one_that_hangs(actor: Any) -> None:
     assert all_end(processes, seconds=5)
 
 
+def test_workers_are_told_to_end_with_the_engine_where_there_are_several(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a placement group of Ray they are vLLM's own processes."""
+    from pipeline.engines import vllm
+
+    class StandIn:
+        def __init__(self, **arguments: Any):
+            self.backend = arguments["distributed_executor_backend"]
+            self.called: list[Any] = []
+
+        def collective_rpc(self, function: Any) -> None:
+            self.called.append(function)
+
+    monkeypatch.setattr(vllm, "LLM", StandIn)
+    one, two = (vllm.VllmScorer(replace(engine_config, tensor_parallel_size=size)).llm for size in (1, 2))
+    assert (one.backend, one.called) == ("uni", [])
+    assert (two.backend, two.called) == ("mp", [vllm._end_with_parent])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_logits_are_float32_where_that_costs_no_copy_of_the_head(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, on_cpu: bool
+) -> None:
+    from pipeline.engines import vllm
+
+    monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self: on_cpu)
+    assert vllm._arguments(engine_config)["hf_overrides"] == ({} if on_cpu else {"head_dtype": "float32"})
+
+
 CHILD_OF_A_THREAD = """
 import multiprocessing, threading, time
 from pipeline.engines.vllm import _end_with_parent
