@@ -42,11 +42,12 @@ RANK = 8
 TOLERANCE = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.15}
 """Nats a token that rounding may change the loss of one row, by the type that the engine computes in."""
 
-EFFECT = 1.0
-"""Nats a token by which the known adapter changes the loss at least."""
+EFFECT = 0.5
+"""Nats a token by which the known adapter is to change the loss of a row, up or down, in the mean over the rows."""
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Norms of the adapter's delta weights, as shares of the norms of the weights that they change: the first with that effect."""
+"""Norms of the adapter's delta weights, as shares of the norms of the weights that they change: the first with that effect,
+else the last."""
 
 WAY_OUT = {
     "vllm": "set search.engine: transformers, or where vLLM runs on GPUs try VLLM_USE_V2_MODEL_RUNNER=0 in the environment",
@@ -146,7 +147,7 @@ def _with_model(model: Any, config: EngineConfig, samples: pa.Table, scratch: Pa
         return Canary(samples, (), base_S, None)
     for strength in STRENGTHS:
         known_S = _adapted_losses(model, _write_adapter(model, config, scratch / f"known-{strength}", strength, 1), samples)
-        if abs(float(np.mean(known_S - base_S))) > EFFECT:
+        if np.abs(known_S - base_S).mean() > EFFECT:
             break
     other = _write_adapter(model, config, scratch / "other", strength, 2)
     adapters = (Candidate("known", scratch / f"known-{strength}"), Candidate("other", other))
