@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.costs import knows_scoring, training_rates
 from pipeline.ledger import digest
 from pipeline.pool import valid_adapters
-from pipeline.racing import CANDIDATE, in_order, make_engine, make_work, race, rates_of, servable
+from pipeline.racing import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.race import Indices, make_plan
@@ -77,7 +77,7 @@ def _keep_training(run: Run, measured: dict[str, float]) -> None:
 def _score_a_little(run: Run) -> None:
     """One sample first, with which the engine reads the adapters and compiles its kernels: scoring is what comes after that."""
     failures = run.folder.sub("failures")
-    catalogue = servable(run, valid_adapters(run.folder.read_table("catalogue.parquet")), failures)
+    catalogue, _ = by_rank(run, servable(run, valid_adapters(run.folder.read_table("catalogue.parquet")), failures))
     drawn = run.folder.read_table("samples.parquet")
     few = split_of(drawn, "search").slice(0, SAMPLES)
     adapters = in_order(run, catalogue, drawn)

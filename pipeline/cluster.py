@@ -178,7 +178,7 @@ def worker_env(resources: Resources) -> dict[str, Any]:
         "env_vars": {
             **({} if resources.gpus else _cpu_env()),
             "OMP_NUM_THREADS": str(resources.threads),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if resources.gpus > 1 else "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine's memory
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",

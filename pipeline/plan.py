@@ -34,7 +34,7 @@ from pipeline.costs import (
 from pipeline.engines.scorer import EngineConfig
 from pipeline.ledger import digest
 from pipeline.pool import valid_adapters
-from pipeline.racing import count_entrants, largest_rank, line_up, make_engine, rates_of, servable
+from pipeline.racing import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.reduce import most_recipes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
@@ -103,7 +103,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
     candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": entrants}
     tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
-    engine = make_engine(run, usable, largest_rank(run, usable, merges=True))
+    engine = make_engine(run, usable, largest_rank(run, by_rank(run, usable)[0], merges=True))
     return {
         "key": _key(run),
         "candidates": candidates,

@@ -1,6 +1,8 @@
 """Candidates in, scores out: what the search and the merge share of racing candidates over samples."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +21,19 @@ from pipeline.search.board import Progress, Work
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
-from pipeline.search.stream import engine_config, scoring_dtype, scoring_kind
+from pipeline.search.stream import engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.storage import Folder
 from pipeline.tables import BASE_ID
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
+
+OUTLIERS = 0.02
+"""Share of a pool that may be outliers by their rank, one adapter at least: each is scored on every sample."""
+
+FAR, LARGE = 4, 64
+"""An outlier has at least so many times the largest rank of the others, and a rank above LARGE: up to there the products with A
+and B are a few percent of the base's, and the places for adapters of an 8B model take some 0.3 GB each. By arithmetic; not
+measured."""
 
 
 def servable(run: Run, catalogue: pa.Table, failures: Folder) -> pa.Table:
@@ -90,6 +100,39 @@ def largest_rank(run: Run, catalogue: pa.Table, merges: bool) -> int:
     ranks: list[int] = catalogue["rank"].to_pylist()
     merged = largest_merge(ranks, run.config.merge) if merges else 0
     return max(*ranks, 0 if too_large(run.config.search.engine, merged) else merged)
+
+
+def are_outliers(ranks: Sequence[int]) -> list[bool]:
+    """Of each adapter of a pool, whether its rank is an outlier, which would make scoring slower for all others: on GPUs vLLM
+    computes with the largest rank that an engine may hold, and keeps places of it."""
+    allowed = math.ceil(OUTLIERS * len(ranks))
+    if len(ranks) <= allowed:
+        return [False] * len(ranks)
+    usual = sorted(ranks)[-allowed - 1]
+    return [rank > LARGE and rank >= FAR * usual for rank in ranks]
+
+
+def by_rank(run: Run, catalogue: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The adapters that share engines, and the outliers by their rank. There are none on CPUs, where our plugin computes with
+    each adapter's own rank, as transformers does anywhere."""
+    search = run.config.search
+    if search.engine != "vllm" or not scoring_resources(search).gpus:
+        return catalogue, catalogue.slice(0, 0)
+    apart = pa.array(are_outliers(catalogue["rank"].to_pylist()), pa.bool_())
+    return catalogue.filter(pc.invert(apart)), catalogue.filter(apart)
+
+
+def score_outliers(run: Run, outliers: pa.Table, drawn: pa.Table, failures: Folder, details: dict[str, Any]) -> None:
+    """Score the outliers by rank, and the base, on every sample, with engines that hold them alone and end with it. The race then
+    finds their scores in the store and judges them by the same samples as all others, as if its own engines had made them. A
+    budget in seconds does not count this time."""
+    if not len(outliers):
+        return
+    run.progress.say(f"{len(outliers)} adapters of rank {max(outliers['rank'].to_pylist())} at most are scored apart")
+    work = make_work(run, outliers.select(CANDIDATE), drawn, failures)
+    plan = make_plan(len(work.candidates), len(drawn), 0, share=1)
+    race(run, work, make_engine(run, outliers, largest_rank(run, outliers, merges=False)), plan, details)
+    run.engines.close()  # else they serve the race, too
 
 
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:

@@ -29,7 +29,7 @@ from pipeline.errors import InputError
 from pipeline.ledger import digest
 from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.racing import largest_rank, line_up, make_engine, race, screened, servable
+from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
 from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
@@ -182,8 +182,10 @@ def search(run: Run) -> None:
         failures = run.folder.sub("failures")
         _tell_contamination(run, catalogue, drawn)
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
+        usual, outliers = by_rank(run, catalogue)
+        score_outliers(run, outliers, drawn, failures, details)
         work, plan = line_up(run, catalogue, drawn, failures)
-        engine = make_engine(run, catalogue, largest_rank(run, catalogue, merges=run.engines.keeping))
+        engine = make_engine(run, catalogue, largest_rank(run, usual, merges=run.engines.keeping))
         known, seen = race(run, work, engine, plan, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))

@@ -48,7 +48,7 @@ SCORES = pa.schema(
         ("sample_id", pa.string()),
         ("nll_sum", pa.float64()),  # nats, summed over the completion's tokens
         ("n_tokens", pa.int32()),
-        ("n_correct", pa.int32()),  # completion tokens that were the model's first choice
+        ("n_correct", pa.int32()),  # completion tokens that were the model's first choice; null: the engine does not tell
     ]
 )
 
@@ -67,7 +67,7 @@ LEADERBOARD = pa.schema(
         ("stopped_after", pa.int32()),  # samples seen when it was dropped; null: it saw all
         ("nll_minus_base", pa.float64()),
         ("nll_minus_base_stderr", pa.float64()),  # of the paired difference
-        ("token_accuracy", pa.float64()),
+        ("token_accuracy", pa.float64()),  # null: as n_correct, as vLLM's model runner V2 does, which GPUs have
         ("holdout_nll_minus_base", pa.float64()),
     ]
 )

@@ -64,12 +64,12 @@ def test_where_there_are_gpus_each_worker_takes_one(nodes: Any) -> None:
     assert "TORCHDYNAMO_DISABLE" not in worker_env(one)["env_vars"]
 
 
-def test_tensor_parallel_engines_take_several_gpus_and_their_own_processes(nodes: Any) -> None:
+def test_tensor_parallel_engines_take_several_gpus_and_run_in_the_actors_process(nodes: Any) -> None:
     nodes({"CPU": 32, "GPU": 8})
     wide = worker_resources("auto", 4)
     assert wide.gpus == 4
     assert engine_slots(wide) == 2
-    assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
 def test_a_worker_with_a_gpu_computes_with_its_own_nodes_share_of_cpus(nodes: Any) -> None:

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import racing
+from pipeline import cluster, racing
 from pipeline.config import build_config
 from pipeline.engines.scorer import Loaded
 from pipeline.errors import InputError
 from pipeline.run_folder import Run
 from pipeline.search.board import Progress
+from pipeline.search.race import Race, make_plan
 from pipeline.search.screen import SCREEN
 from pipeline.search.store import read_failures
 from pipeline.tables import SCORES
@@ -80,3 +82,84 @@ def test_what_earlier_runs_found_to_be_good_comes_first_among_adapters_of_like_r
         store.write(scores, {name: f"hash-{name}"})
     catalogue = pa.table({"adapter_id": names, "adapter_hash": [f"hash-{name}" for name in names], "rank": [8, 4, 4, 4]})
     assert racing.in_order(run, catalogue, drawn)["adapter_id"].to_pylist() == ["good", "poor", "new", "big"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "apart"),
+    [
+        ([16] * 199 + [256], {199}),
+        ([16] * 197 + [65, 256, 512], {197, 198, 199}),
+        ([16] * 195 + [256] * 5, set()),  # too many: each would be scored on every sample
+        ([16] * 199 + [64], set()),  # costs little
+        ([64] * 199 + [128], set()),  # not far from the others
+        ([64] * 199 + [256], {199}),
+        ([8, 8, 8, 128], {3}),
+        ([512], set()),
+        ([], set()),
+    ],
+)
+def test_outliers_are_few_far_from_the_others_and_large(ranks: list[int], apart: set[int]) -> None:
+    assert {place for place, outlier in enumerate(racing.are_outliers(ranks)) if outlier} == apart
+
+
+@pytest.mark.parametrize(("engine", "gpus", "apart"), [("vllm", 1, ["huge"]), ("vllm", 0, []), ("transformers", 1, [])])
+def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    random_samples: Callable[..., pa.Table],
+    engine: str,
+    gpus: int,
+    apart: list[str],
+) -> None:
+    """By an engine that has room for them and is ended; the one of the race has the rank of the others."""
+    names = [f"a{n}" for n in range(30)] + ["huge"]
+    columns = {
+        "adapter_id": names,
+        "uri": names,
+        "adapter_hash": names,
+        "rank": [8] * 30 + [256],
+        "target_modules": [["up_proj"]] * 31,
+    }
+    catalogue, drawn = pa.table(columns), random_samples([12, 14], n_search=1)
+    search = {"engine": engine, "gpus_per_actor": gpus, "dtype": "float32"}
+    run = Run(build_config({**asked(tmp_path), "search": search}, "test"))
+    events: list[Any] = []
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}])
+    monkeypatch.setattr(racing, "fingerprint", lambda base: "f")
+    monkeypatch.setattr(racing, "race", lambda run, work, engine, plan, details: events.append((work, engine, plan)))
+    monkeypatch.setattr(type(run.engines), "close", lambda self: events.append("closed"))
+    usual, outliers = racing.by_rank(run, catalogue)
+    assert outliers["adapter_id"].to_pylist() == apart
+    assert len(usual) == 31 - len(apart)
+    assert racing.largest_rank(run, usual, merges=False) == (8 if apart else 256)
+    racing.score_outliers(run, outliers, drawn, run.folder.sub("failures"), {})
+    if apart:
+        (work, config, plan), closed = events
+        assert work.candidates["adapter_id"].to_pylist() == ["base", "huge"]
+        assert (work.samples.equals(drawn), plan.rungs, plan.budget) == (True, (2,), None)
+        assert (config.max_rank, closed) == (256, "closed")
+    else:
+        assert not events
+
+
+def test_a_race_judges_those_that_were_scored_apart_as_if_it_had_scored_them() -> None:
+    """Whoever they are, good or bad: the same candidates see the same samples, and they are given to no engine."""
+    n, samples = 40, 32
+    generator = np.random.default_rng(0)
+    nll_NS = generator.uniform(1, 3, (n, samples)).astype(np.float32) + np.linspace(0, 1, n, dtype=np.float32)[:, None]
+    plan, tokens = make_plan(n, 24, 8, share=0.3), [5] * samples
+
+    def seen(apart: list[int]) -> list[int]:
+        known_NS = np.full((n, samples), np.nan, np.float32)
+        known_NS[apart] = nll_NS[apart]
+        contest, given = Race(plan, tokens, known_NS), set()
+        while not contest.over:
+            taken, places = contest.take(4)
+            given.update(taken)
+            for one in taken:
+                contest.report(one, places, nll_NS[one, places].tolist())
+        assert not given & set(apart)
+        return contest.seen_N().tolist()
+
+    assert seen([2, 39]) == seen([])

@@ -1,21 +1,27 @@
 """The fast scoring engine: vLLM with multi-LoRA, several adapters in one batch.
 
-vLLM gives the log-probability of each prompt token (`prompt_logprobs`); completions are scored as part of the prompt. The
-worker's environment decides on threads and on the engine's process: see `cluster.worker_env`.
+vLLM gives the log-probabilities of prompt tokens; completions are scored as part of the prompt. The engine runs in this process
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`, which `cluster.worker_env` sets, with the number of threads): a function then reaches vLLM's
+workers, which with tensor parallelism are processes that vLLM's own executor starts.
 """
 
+import ctypes
 import itertools
+import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import AutoConfig
-from vllm import LLM, SamplingParams, envs
+from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 
 from pipeline.basemodel import fast_dtype
 from pipeline.engines import vllm_cpu
@@ -28,6 +34,9 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
 
 MAX_SEQUENCES = 64
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 KEPT_BYTES, MOST_KEPT = 1 << 30, 512
 """Weights of adapters that an engine keeps at hand, and how many, beside those of the batch: a race comes back to them on its
@@ -54,17 +63,47 @@ class Row:
         """Its first completion token; a row's first token has nothing before it and never counts."""
         return max(1, self.mask.index(True))
 
-    @property
-    def params(self) -> SamplingParams:
-        """Asks for log-probabilities from `start` on; what does not know `START` gives those of the tokens before, too."""
-        return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, extra_args={START: self.start})
 
-    def score(self, logprobs: list[dict[int, Any] | None]) -> tuple[float, int, int]:
-        """Sum of -log p, number and first choices of the completion tokens. vLLM's rank counts from 1."""
-        tail = logprobs[len(logprobs) - len(self.ids) + self.start :]
-        tokens = zip(tail, self.ids[self.start :], self.mask[self.start :], strict=True)
+class Logprobs(Protocol):
+    """A way to ask vLLM for the log-probabilities of a row's completion, and to read them."""
+
+    def ask(self, row: Row) -> SamplingParams: ...
+
+    def read(self, row: Row, output: RequestOutput) -> tuple[float, int, int | None]:
+        """Sum of -log p of the completion tokens, how many they are, and how many were the first choice; None: it is not told."""
+        ...
+
+
+class TokenObjects:
+    """A dict and an object a token, with the token's rank: what every model runner of vLLM gives."""
+
+    def ask(self, row: Row) -> SamplingParams:
+        """From the row's start on; what does not know `START` gives those of the tokens before, too."""
+        return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, extra_args={START: row.start})
+
+    def read(self, row: Row, output: RequestOutput) -> tuple[float, int, int | None]:
+        """vLLM's rank counts from 1."""
+        logprobs: list[dict[int, Any] | None] = output.prompt_logprobs
+        tail = logprobs[len(logprobs) - len(row.ids) + row.start :]
+        tokens = zip(tail, row.ids[row.start :], row.mask[row.start :], strict=True)
         picked = [entry[token] for entry, token, inside in tokens if inside and entry is not None]
         return -sum(entry.logprob for entry in picked), len(picked), sum(entry.rank == 1 for entry in picked)
+
+
+class TokenArray:
+    """One array of the completion alone, and the output head runs on no other token: of model runner V2, without ranks."""
+
+    def ask(self, row: Row) -> SamplingParams:
+        """Position `prompt_logprob_start` is the one that predicts the first of the tokens, whose ids have the shape (N, 1)."""
+        ids_N1 = np.array(row.ids[row.start :])[:, None]
+        return SamplingParams(
+            max_tokens=1, temperature=0, detokenize=False, prompt_logprob_token_ids=ids_N1, prompt_logprob_start=row.start - 1
+        )
+
+    def read(self, row: Row, output: RequestOutput) -> tuple[float, int, int | None]:
+        logprobs_N = output.prompt_token_id_logprobs[:, 0].astype(np.float64)
+        inside_N = np.array(row.mask[row.start :])
+        return -float(logprobs_N[inside_N].sum()), int(inside_N.sum()), None
 
 
 class VllmScorer:
@@ -77,6 +116,12 @@ class VllmScorer:
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
             vllm_cpu.register()
         self.llm = LLM(**_arguments(config))
+        if config.tensor_parallel_size > 1:
+            self.llm.collective_rpc(_end_with_parent)
+
+    @cached_property
+    def logprobs(self) -> Logprobs:
+        return TokenArray() if self.llm.llm_engine.vllm_config.use_v2_model_runner else TokenObjects()
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         # The base apart: in a batch with adapters, vLLM's own CPU code gives tokens without an adapter (index -1) the last one.
@@ -99,11 +144,11 @@ class VllmScorer:
         requests = self._hold(candidates)
         outputs = self.llm.generate(
             [{"prompt_token_ids": row.ids} for row in rows] * len(candidates),
-            [row.params for row in rows] * len(candidates),
+            [self.logprobs.ask(row) for row in rows] * len(candidates),
             lora_request=[request for request in requests for _ in rows],
             use_tqdm=False,
         )
-        scores = [row.score(output.prompt_logprobs) for row, output in zip(rows * len(candidates), outputs, strict=True)]
+        scores = [self.logprobs.read(row, output) for row, output in zip(rows * len(candidates), outputs, strict=True)]
         names = [candidate.adapter_id for candidate in candidates for _ in rows]
         columns = [names, samples["sample_id"].to_pylist() * len(candidates), *zip(*scores, strict=True)]
         return pa.table([pa.array(c, field.type) for c, field in zip(columns, SCORES, strict=True)], schema=SCORES)
@@ -134,8 +179,15 @@ class VllmScorer:
 
 def _empty_cache(worker: Any) -> None:
     """Runs in each of vLLM's workers."""
-    for cache in worker.model_runner.kv_caches:
-        cache.zero_()
+    with torch.inference_mode():  # in which vLLM may have made it
+        for cache in worker.model_runner.kv_caches:
+            cache.zero_()
+
+
+def _end_with_parent(worker: Any) -> None:
+    """Runs in each of vLLM's worker processes: the kernel ends it when the engine's process is gone, however that ended. Left to
+    itself a worker looks for that between two steps, and never where the other one, which it waits for, is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _arguments(config: EngineConfig) -> dict[str, Any]:
@@ -147,6 +199,8 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "max_model_len": _fitting_length(config),
         "max_num_seqs": MAX_SEQUENCES,
         "tensor_parallel_size": config.tensor_parallel_size,
+        # In a placement group vLLM would start its workers through Ray, which has nothing left to give them.
+        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
         "enforce_eager": True,
         "enable_prefix_caching": False,  # prompt log-probabilities need the whole prompt computed
         "disable_log_stats": True,
@@ -156,6 +210,8 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in RANKS if rank >= config.max_rank),
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),
+        # Logits of bfloat16 have an error of 0.06 nats at 16; on CPUs vLLM would copy the head's weights for this in each step.
+        "hf_overrides": {} if current_platform.is_cpu() else {"head_dtype": "float32"},
     }
 
 

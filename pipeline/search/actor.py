@@ -13,7 +13,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline.cache import AdapterCache
-from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
+from pipeline.engines.canary import EngineFaultError, proven_scorer
+from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.errors import AdapterError
 from pipeline.observe import WorkerLog, worker_log
 from pipeline.search.board import Job
@@ -36,7 +37,7 @@ class ScoringActor:
         if not self._enter():
             raise RuntimeError("the search was broken off before this engine came to it")
         self._tell(self.board.hello, self.name)
-        self.scorer: Scorer = build_scorer(engine, config)
+        self.scorer = self._start(engine, config)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
         self.warm = False
         startup = time.perf_counter() - started
@@ -50,6 +51,15 @@ class ScoringActor:
             self._do(job)
             left -= 1
         return batch
+
+    def _start(self, engine: str, config: EngineConfig) -> Scorer:
+        """An engine that can be believed. One that cannot ends the race, before it has scored anything."""
+        try:
+            return proven_scorer(engine, config, self.work.samples, self.work.store.folder.sub("canary"))
+        except EngineFaultError as fault:
+            self._log().error("%s", fault)
+            self._tell(self.board.refuse, str(fault))
+            raise
 
     def _next_job(self) -> Job | None:
         """Of this race, or where it is over of the next one; None: there is none to come."""

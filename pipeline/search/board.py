@@ -76,6 +76,8 @@ class Progress:
     not_reached: int = 0
     seen: list[int] | None = None
     """Samples that count for each candidate, once the race is over; 0: it was set aside, or there was no time for it."""
+    fault: str | None = None
+    """Why an engine cannot be believed, and so no score can be had."""
 
     @property
     def over(self) -> bool:
@@ -124,6 +126,10 @@ class Scoreboard:
             self._deadline, self._first_rung_ends = now + self._limit, now + FIRST_RUNG_SHARE * self._limit
         self._tell.engines += 1
         self._tell.startup += startup
+
+    def refuse(self, fault: str) -> None:
+        """An engine has not proved itself; it says why."""
+        self._tell.fault = fault
 
     async def take(self, engine: str, count: int) -> Job | None:
         """The next work for an engine, up to `count` adapters; waits where there is none yet. None: the race is over."""

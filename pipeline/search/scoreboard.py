@@ -62,7 +62,7 @@ def score_table(names: Sequence[str], known: Known, sample_ids: Sequence[str]) -
         pa.array(sample_ids, pa.string()).take(samples),
         known.nll_NS[candidates, samples],
         known.tokens_S[samples],
-        known.hits_NS[candidates, samples],
+        pa.array(known.hits_NS[candidates, samples], from_pandas=True).cast(pa.int32()),
     ]
     return pa.table(columns, schema=SCORES)
 
@@ -78,7 +78,7 @@ def _row(name: str, known: Known, place: int, end: int, n_search: int) -> dict[s
     search, holdout = slice(0, min(end, n_search)), slice(n_search, None)
     nll = mean_per_token(nll_S[search], tokens_S[search])
     difference, stderr = paired_difference(nll_S[search], base_S[search], tokens_S[search])
-    finished = end == len(tokens_S)
+    hits, finished = known.hits_NS[place, search].sum(), end == len(tokens_S)
     return {
         "adapter_id": name,
         "nll": nll.mean,
@@ -87,6 +87,6 @@ def _row(name: str, known: Known, place: int, end: int, n_search: int) -> dict[s
         "stopped_after": None if finished else end,
         "nll_minus_base": difference,
         "nll_minus_base_stderr": stderr,
-        "token_accuracy": float(known.hits_NS[place, search].sum() / tokens_S[search].sum()),
+        "token_accuracy": None if np.isnan(hits) else float(hits / tokens_S[search].sum()),
         "holdout_nll_minus_base": paired_difference(nll_S[holdout], base_S[holdout], tokens_S[holdout])[0] if finished else None,
     }

@@ -35,10 +35,11 @@ READ_ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of N candidates on S samples. In `nll_NS`, NaN: no score; infinity: a loss that was no number."""
+    """What is known of N candidates on S samples. In `nll_NS`, NaN: no score; infinity: a loss that was no number. In `hits_NS`,
+    NaN: no score, or the engine did not tell."""
 
     nll_NS: NDArray[np.float64]
-    hits_NS: NDArray[np.int32]
+    hits_NS: NDArray[np.float64]
     tokens_S: NDArray[np.int32]
 
 
@@ -69,7 +70,7 @@ class ScoreStore:
         tokens = [sum(mask[1:]) for mask in samples["completion_mask"].to_pylist()]
         known = Known(
             np.full((len(adapters), len(ids)), np.nan),
-            np.zeros((len(adapters), len(ids)), np.int32),
+            np.full((len(adapters), len(ids)), np.nan),
             np.array(tokens, np.int32),
         )
         wanted = pc.is_in(pc.field("sample_id"), ids) & pc.is_in(pc.field("adapter_hash"), adapters)
@@ -79,7 +80,7 @@ class ScoreStore:
                 rows, columns = pc.index_in(batch["adapter_hash"], adapters), pc.index_in(batch["sample_id"], ids)
                 place = rows.to_numpy(), columns.to_numpy()
                 known.nll_NS[place] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
-                known.hits_NS[place] = batch["n_correct"].to_numpy()
+                known.hits_NS[place] = batch["n_correct"].to_numpy(zero_copy_only=False)
 
         self._read(read)
         return known

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype
 from pipeline.config import SearchConfig
+from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.errors import InputError
 from pipeline.search.actor import ScoringActor
@@ -147,6 +148,7 @@ class Engines:
 
         Raises:
             InputError: no node of the cluster can hold an engine.
+            EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
         files = frozenset(work.store.files())
         board = _on_this_node(Scoreboard).remote(work, plan, seconds)
@@ -210,6 +212,8 @@ class Engines:
         self._races += 1
         self._idle = False
         while not (progress := ray.get(board.progress.remote())).over:
+            if progress.fault:
+                raise EngineFaultError(progress.fault)
             if running.done():
                 running.result()
                 raise RuntimeError("the engines ended before the race")

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_every_figure_equals_the_one_by_hand() -> None:
         assert row == {"place": place, "adapter_id": names[candidate], **by_hand(known, candidate, seen[candidate])}
     base = next(row for row in rows if row["adapter_id"] == BASE_ID)
     assert (base["nll_minus_base"], base["nll_minus_base_stderr"], base["holdout_nll_minus_base"]) == (0, 0, 0)
+
+
+def test_without_first_choices_there_is_no_token_accuracy() -> None:
+    known = drawn(3)
+    hits_NS = known.hits_NS.astype(np.float64)
+    hits_NS[1, 0] = np.nan
+    rows = build_leaderboard([BASE_ID, "a", "b"], replace(known, hits_NS=hits_NS), [S] * 3, N_SEARCH).to_pylist()
+    assert {row["adapter_id"]: row["token_accuracy"] is None for row in rows} == {BASE_ID: False, "a": True, "b": False}
 
 
 def test_who_went_further_stands_before_who_was_stopped() -> None:

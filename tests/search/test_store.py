@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.search.scoreboard import score_table
 from pipeline.search.store import MANY_FILES, News, ScoreStore, read_failures, record_failures
 from pipeline.storage import Folder
 from pipeline.tables import SCORES, STORED
@@ -53,6 +54,17 @@ def test_scores_are_known_by_content_in_the_order_that_is_asked_for(
         assert known.nll_NS[place].tolist() == [row["nll_sum"] for row in rows]
         assert known.hits_NS[place].tolist() == [row["n_correct"] for row in rows]
     assert np.isnan(known.nll_NS[1]).all()
+
+
+def test_first_choices_that_an_engine_does_not_tell_are_not_known(
+    store: ScoreStore, samples: pa.Table, drawn_scores: Draw, tmp_path: Path
+) -> None:
+    table = drawn_scores(["a"], SAMPLE_IDS)
+    untold = pa.array([None, *table["n_correct"].to_pylist()[1:]], pa.int32())
+    store.write(table.set_column(table.column_names.index("n_correct"), "n_correct", untold), by_name(table))
+    known = store.load(["hash-a"], samples)
+    assert np.isnan(known.hits_NS[0]).tolist() == [True, *[False] * 5]
+    assert score_table(["a"], known, SAMPLE_IDS)["n_correct"].to_pylist() == untold.to_pylist()
 
 
 def test_a_file_that_is_cut_short_is_passed_over(

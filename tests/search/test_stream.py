@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import ray
 
 from pipeline import cluster
 from pipeline.config import SearchConfig
-from pipeline.engines.scorer import Candidate
+from pipeline.engines import canary
+from pipeline.engines.canary import EngineFaultError
+from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.errors import InputError
 from pipeline.merge.adapter import WEIGHTS_FILE
@@ -319,6 +322,27 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
     work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
     assert run(tiny_base, work).seen == [4, 4, 0, 4]
     assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
+
+
+def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_aside(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithDeafEngine(stream.ScoringActor):
+        def _start(self, engine: str, config: EngineConfig) -> Scorer:
+            class Deaf(TransformersScorer):
+                def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+                    return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
+                return super()._start(engine, config)
+
+    monkeypatch.setattr(stream, "ScoringActor", WithDeafEngine)
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    with pytest.raises(EngineFaultError, match=r"transformers cannot be believed on this base: .* changes nothing"):
+        run(tiny_base, work)
+    assert not work.store.files()
+    assert read_failures(work.failures) == {}
 
 
 def test_a_base_that_cannot_be_scored_ends_the_race(

