@@ -230,7 +230,7 @@ def small_config(tiny_base: str, write_jsonl: Any, word_rows: list[dict[str, Any
             "base": tiny_base,
             "pool": str(pool),
             "target": {"train": write_jsonl(folder / "train.jsonl", word_rows)},
-            "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1},
+            "search": {"samples": 24, "engine": "transformers", "adapters_per_batch": 1, "cpus_per_actor": 1, "actors": 1},
             "train": {"steps": 6, "batch_size": 8, "learning_rates": [5e-3], "evaluations": 3, "cpus_per_worker": 1},
         }
 

@@ -82,6 +82,7 @@ def place(
     folder = tmp_path_factory.mktemp("faults")
     pool, short = write_pool(folder / "pool"), {"merge": {"k": 2, "weights": "equal"}, "compare": {"inits": ["mashup"]}}
     config = small_config(pool, folder) | short
+    config["search"]["actors"] = 2
     if request.param == "disk":
         return Place(config, str(folder))
     request.getfixturevalue("object_store")
