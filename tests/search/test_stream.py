@@ -327,12 +327,12 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
 def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_aside(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Deaf(TransformersScorer):
+        def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+            return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
+
     class WithDeafEngine(stream.ScoringActor):
         def _start(self, engine: str, config: EngineConfig) -> Scorer:
-            class Deaf(TransformersScorer):
-                def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
-                    return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
-
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
                 return super()._start(engine, config)
