@@ -70,9 +70,15 @@ def _matching(field: str, asked: Any, names: set[str]) -> set[str]:
     return {name for name in names if not wanted.isdisjoint(tails(name))}
 
 
-def _last_name(pattern: str) -> str:
-    """What every name ends in that a pattern matches, where the pattern is a path."""
-    return pattern.rpartition(".")[2] if PLAIN_PATH.fullmatch(pattern) else ""
+def _fits(path: str, name: str, ends: bool) -> bool:
+    """Whether a plain path, in which a dot stands for any sign as in every regular expression, matches a whole name or, with
+    `ends`, its end from a dot on."""
+    start = len(name) - len(path)
+    if not name.endswith(path.rpartition(".")[2]):  # most paths of a config name other modules
+        return False
+    if start < 0 or (start and not (ends and name[start - 1] == ".")):
+        return False
+    return all(asked in (".", found) for asked, found in zip(path, name[start:], strict=True))
 
 
 def tails(name: str) -> list[str]:
@@ -86,20 +92,25 @@ class _Patterns:
 
     def __init__(self, field: str, table: Mapping[str, Any], ends: bool = False):
         """`ends`: a pattern may match the end of a path, from a dot on."""
-        self._field, self._until = field, time.thread_time() + MATCH_SECONDS
-        self._table = [(self._compile(pattern, ends), _last_name(pattern), value) for pattern, value in table.items()]
+        self._field, self._ends, self._until = field, ends, time.thread_time() + MATCH_SECONDS
+        self._table = [(pattern, self._compile(pattern), value) for pattern, value in table.items()]
 
     def first(self, name: str, default: Any) -> Any:
         """The value of the first pattern that matches."""
-        for pattern, last, value in self._table:
-            if not name.endswith(last):  # a config may name every module by its path: most are not even tried
-                continue
-            try:
-                if pattern.fullmatch(name, timeout=self._left(pattern.pattern)):
-                    return value
-            except TimeoutError as error:
-                raise self._too_slow(pattern.pattern) from error
+        if self._table:
+            self._left(self._table[0][0])
+        for pattern, compiled, value in self._table:
+            if self._fits(pattern, compiled, name):
+                return value
         return default
+
+    def _fits(self, pattern: str, compiled: Any, name: str) -> bool:
+        if compiled is None:
+            return _fits(pattern, name, self._ends)
+        try:
+            return bool(compiled.fullmatch(name, timeout=self._left(pattern)))
+        except TimeoutError as error:
+            raise self._too_slow(pattern) from error
 
     def _left(self, pattern: str) -> float:
         left = self._until - time.thread_time()
@@ -107,12 +118,16 @@ class _Patterns:
             raise self._too_slow(pattern)
         return left
 
-    def _compile(self, pattern: str, ends: bool) -> Any:
+    def _compile(self, pattern: str) -> Any:
+        """The regular expression. None: it is a plain path. A config may name each of a thousand modules by its path, and to
+        compile all of these would take a slow machine longer than MATCH_SECONDS."""
         self._left(pattern)
         if len(pattern) > MAX_PATTERN:
             raise AdapterError(
                 f"corrupt config: {self._field} has a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed"
             )
+        if PLAIN_PATH.fullmatch(pattern):
+            return None
         repeats = math.prod(max(1, int(count)) for count in COUNT.findall(pattern))
         if FLAGS.search(pattern) or len(pattern) * repeats > MAX_REPEATED:
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} repeats too much, or sets a flag")
@@ -120,7 +135,7 @@ class _Patterns:
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} means other things to other readers")
         try:
             re.compile(pattern)  # what Python does not accept, PEFT would not
-            return regex.compile(rf"(.*\.)?({pattern})" if ends else pattern)
+            return regex.compile(rf"(.*\.)?({pattern})" if self._ends else pattern)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"corrupt config: {self._field} {pattern!r} is no regular expression ({error})") from error
 
