@@ -21,6 +21,7 @@ from store_server import StoreServer
 from writers import PART, READS, WRITES, check, content, write_on
 
 from pipeline import uploads
+from pipeline.errors import may_pass
 from pipeline.storage import Folder
 
 KILLS = int(os.environ.get("MASHUP_KILLS", "5"))
@@ -83,6 +84,8 @@ class Looks:
         try:
             self._read(self._folder)
         except BaseException as error:
+            if may_pass(error):  # the server of a busy machine does not answer in time, and shows no version at all
+                return
             self._wrong.append(error)
         self.count += 1
 
