@@ -78,14 +78,15 @@ def one_worker_sharded(setting: Setting) -> dict[str, Any]:
     """`shard: true` with a single worker, over NCCL or gloo, trains as without."""
     plain = Finetuning(_job(setting, "lora"), 0, 1, _nothing)
     plain.run()
-    os.environ["LOCAL_RANK"] = "0"
     backend = "gloo" if setting.tiny else "nccl"
+    os.environ["LOCAL_RANK"] = "0"
     dist.init_process_group(backend, init_method=f"file://{setting.scratch}/process-group", rank=0, world_size=1)
     try:
         sharded = Finetuning(_job(setting, "lora", shard=True), 0, 1, _nothing)
         sharded.run()
     finally:
         dist.destroy_process_group()
+        del os.environ["LOCAL_RANK"]  # transformers' Trainer would take it for a launcher's
     return within({"backend": backend, "curve": _apart(sharded, plain)}, {"curve": SHARED_OUT})
 
 

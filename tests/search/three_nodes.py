@@ -36,12 +36,16 @@ def work_in(folder: Path) -> Work:
     return Work(candidates, Folder.at(folder).read_table("samples.parquet"), store, run.sub("failures"))
 
 
-class Slow(stream.ScoringActor):
-    """Leaves the pool the time to grow: Ray Data looks for new nodes every few seconds, and an engine must start there."""
+class Waiting(stream.ScoringActor):
+    """Leaves the pool the time to grow, however slow the machine is: does two jobs, and goes on once another engine is up."""
 
-    def _score(self, *work: Any) -> Any:
-        time.sleep(2)
-        return super()._score(*work)
+    jobs = 0
+
+    def _next_job(self) -> Any:
+        self.jobs += 1
+        while self.jobs > 2 and ray.get(self.board.progress.remote()).engines < 2:
+            time.sleep(0.5)
+        return super()._next_job()
 
 
 def main() -> None:
@@ -52,7 +56,7 @@ def main() -> None:
     work = work_in(folder)
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1)
     if fault == "join":
-        stream.ScoringActor = Slow  # type: ignore[misc]
+        stream.ScoringActor = Waiting  # type: ignore[misc]
     done = False
     engine = stream.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
     for progress in stream.score_stream(work, engine, search, PLAN):
