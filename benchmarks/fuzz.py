@@ -125,7 +125,7 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what of a valid adapter the rest replaces: its config, its weights file, or the header of this."""
     from benchmarks.pools import random_adapters, tiny_base
     from pipeline.basemodel import linear_shapes
-    from pipeline.errors import AdapterError
+    from pipeline.core.errors import AdapterError
     from pipeline.merge.adapter import read_adapter
     from pipeline.merge.declared import CONFIG_FILE, WEIGHTS_FILE
     from pipeline.merge.spectrum import sketch, spectrum
@@ -176,7 +176,7 @@ def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 def _config(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what the rest is: a config file, or a list of adapters."""
     from pipeline.config import load_config
-    from pipeline.errors import InputError
+    from pipeline.core.errors import InputError
     from pipeline.pool import list_adapters
 
     file = work / "file"

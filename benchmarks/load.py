@@ -43,9 +43,9 @@ import yaml
 from benchmarks.pools import byte_tokenizer, random_adapters, tiny_base
 from pipeline import run as stages
 from pipeline.config import load_config
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID
 from pipeline.run_folder import Run
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID
 
 LOOKS = 0.2
 """Seconds between two looks at the workers' memory."""

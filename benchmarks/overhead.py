@@ -34,13 +34,13 @@ from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
 from pipeline.config import SearchConfig, TrainConfig
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.finetuning import Finetuning
 from pipeline.pool import build_catalogue
 from pipeline.search.race import make_plan
 from pipeline.search.stream import engine_config, score_stream
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID
 from pipeline.train import fit
 
 RANK = 8

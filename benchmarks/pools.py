@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.basemodel import Shapes, linear_shapes
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.merge.adapter import from_factors, write_adapter
 from pipeline.merge.delta import Factors
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID, SAMPLES
 
 if TYPE_CHECKING:
     from pipeline.search.board import Work

@@ -34,7 +34,8 @@ from examples.tasks import DONORS, TARGET, draw
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype, load_model, load_tokenizer
 from pipeline.config import SearchConfig
-from pipeline.ledger import digest
+from pipeline.core.ledger import digest
+from pipeline.core.tables import SAMPLES
 from pipeline.merge.adapter import Adapter, read_adapter
 from pipeline.pool import build_catalogue
 from pipeline.samples import tokenise
@@ -42,7 +43,6 @@ from pipeline.search.board import Work
 from pipeline.search.race import make_plan
 from pipeline.search.screen import Gradients, first_order, touched_modules, weight_gradients
 from pipeline.search.stream import engine_config, score_stream
-from pipeline.tables import SAMPLES
 
 MAX_TOKENS = 256
 FEW = {"1 sample": 1, "4 samples": 4}

@@ -22,6 +22,8 @@ import typer
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes, load_tokenizer
 from pipeline.config import TrainConfig
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.evaluation import Rows, as_metrics, evaluate
@@ -30,8 +32,6 @@ from pipeline.merge.adapter import CONFIG_FILE, read_adapter, write_adapter
 from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.samples import tokenise_text
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID, SAMPLES
 
 SEARCH, VALIDATION, TEST, MAX_TOKENS = 24, 48, 100, 1024
 TRAIN = TrainConfig(steps=24, batch_size=8, learning_rates=(5e-4,), evaluations=3)

@@ -37,12 +37,12 @@ from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora, copy_weights
 from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
-from pipeline.errors import InputError
-from pipeline.ledger import digest
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
 from pipeline.samples import take_samples
-from pipeline.storage import Folder
 
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {

@@ -45,8 +45,8 @@ from examples.base_model import FOLDER
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype, linear_shapes, load_model
 from pipeline.cluster import Resources, worker_env
+from pipeline.core.errors import AdapterError
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
-from pipeline.errors import AdapterError
 from pipeline.merge.adapter import read_adapter
 
 LENGTH, COMPLETION = 80, 16

@@ -45,11 +45,11 @@ from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import device, load_tokenizer
 from pipeline.batches import batch_places
 from pipeline.config import TrainConfig
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SAMPLES
 from pipeline.engines import completion
 from pipeline.finetuning import WARMUP, Finetuning
 from pipeline.samples import tokenise
-from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 from pipeline.train import fit
 from pipeline.trainable import Trainable
 

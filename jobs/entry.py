@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pipeline.errors import InputError, one_line
-from pipeline.progress import exit_when_stopped, quiet_libraries
+from pipeline.core.errors import InputError, one_line
+from pipeline.core.progress import exit_when_stopped, quiet_libraries
 
 RUN = "folder of the run, in place of the config's"
 

@@ -15,8 +15,8 @@ HEADLINE = ("verdict", "why", "donors", "recipe", "parity", "adapter")
 def mashup(config: str, run: str | None) -> dict[str, Any]:
     """Run all stages, going on where an earlier attempt stopped."""
     from pipeline.config import load_config
+    from pipeline.core.storage import Folder
     from pipeline.run import run_all
-    from pipeline.storage import Folder
 
     asked = load_config(config, run=run)
     summary = run_all(asked)

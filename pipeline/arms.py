@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import TrainConfig
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 CURVE_FILE = "curve.json"
 """In each checkpoint beside the weights: the curve up to it."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.errors import InputError, first_line, one_line, unknown_base
+from pipeline.core.errors import InputError, first_line, one_line, unknown_base
 
 FIRST_VALUES = 256
 ADAPTER_CONFIG = "adapter_config.json"

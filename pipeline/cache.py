@@ -34,10 +34,10 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from pipeline.cards import CARD_FILE
-from pipeline.errors import AdapterError, InputError, verdict
+from pipeline.core.errors import AdapterError, InputError, verdict
+from pipeline.core.storage import Folder
 from pipeline.fetch import MAX_ADAPTER_BYTES, locate, require_size
 from pipeline.merge.adapter import FILES
-from pipeline.storage import Folder
 
 MAX_CARD_BYTES = 1 << 20
 PARTIAL = ".partial"

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.core.ledger import digest
 from pipeline.costs import knows_scoring, training_rates
-from pipeline.ledger import digest
 from pipeline.pool import valid_adapters
 from pipeline.racing import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.run_folder import Run

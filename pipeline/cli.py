@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.errors import InputError, one_line
-from pipeline.progress import exit_when_stopped, quiet_libraries
+from pipeline.core.errors import InputError, one_line
+from pipeline.core.progress import exit_when_stopped, quiet_libraries
 
 app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
@@ -111,8 +111,8 @@ def run_command(
     """Run all stages; go on where an earlier attempt stopped. Prints the result and the path of the report."""
     from pipeline import run as page
     from pipeline.config import load_config
+    from pipeline.core.storage import Folder
     from pipeline.report.terminal import plan_table
-    from pipeline.storage import Folder
 
     asked = load_config(config, run=run)
     if plan:

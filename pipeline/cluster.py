@@ -16,7 +16,7 @@ from typing import Any, Literal
 import ray
 from ray.data import DataContext
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.join import join
 
 START_ATTEMPTS = 3

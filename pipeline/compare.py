@@ -17,11 +17,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import cluster, track
 from pipeline.arms import Job, row_ids
 from pipeline.config import TrackConfig
-from pipeline.errors import one_line
-from pipeline.ledger import digest
-from pipeline.metrics import interpolate, steps_to_parity
+from pipeline.core.errors import one_line
+from pipeline.core.ledger import digest
+from pipeline.core.stats import interpolate, steps_to_parity
+from pipeline.core.storage import Folder
 from pipeline.observe import tell_training
-from pipeline.storage import Folder
 from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
 
 RESULT_FILE = "result.json"

@@ -1,6 +1,6 @@
 """What a run is asked to do: one YAML file, every key but the first four with a default.
 
-`pipeline/section.py` reads the file and says what is wrong in it.
+`pipeline/core/settings.py` reads the file and says what is wrong in it.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.section import Section, checked, read_yaml
-from pipeline.storage import lies_in
+from pipeline.core.settings import Section, checked, read_yaml
+from pipeline.core.storage import lies_in
 
 Auto = Literal["auto"]
 SHORT_LIST = 3

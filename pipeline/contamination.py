@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from pipeline.basemodel import load_tokenizer
 from pipeline.cache import AdapterCache
-from pipeline.errors import AdapterError, one_line
+from pipeline.core.errors import AdapterError, one_line
 from pipeline.samples import tokenise_text
 
 MAX_BYTES = 4 << 20

@@ -6,9 +6,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.errors import AdapterError, InputError, first_line, verdict
+from pipeline.core.errors import AdapterError, InputError, first_line, verdict
+from pipeline.core.storage import Folder
 from pipeline.merge.adapter import FILES
-from pipeline.storage import Folder
 
 HUB = "hf://"
 

@@ -20,8 +20,8 @@ from transformers import get_cosine_schedule_with_warmup
 from pipeline.arms import CURVE_FILE, STATE, Job
 from pipeline.basemodel import device
 from pipeline.batches import Share, halved, make_steps
+from pipeline.core.errors import PassTooLargeError
 from pipeline.engines.completion import collate
-from pipeline.errors import PassTooLargeError
 from pipeline.evaluation import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
 from pipeline.passes import choose_tokens
 from pipeline.profiler import traced

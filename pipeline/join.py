@@ -9,7 +9,7 @@ import time
 import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 ANSWER_SECONDS = 5.0
 """In which a head accepts a connection; Ray itself tries for minutes without a word."""

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, NoReturn
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 EXPIRY = 120.0
 """Seconds after which a process that gives no sign of life has lost the lock."""

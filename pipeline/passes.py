@@ -7,8 +7,8 @@ import torch
 
 from pipeline.arms import Job, pass_tokens
 from pipeline.basemodel import device
+from pipeline.core.errors import PassTooLargeError
 from pipeline.engines.completion import Batch
-from pipeline.errors import PassTooLargeError
 from pipeline.evaluation import Rows
 from pipeline.trainable import Trainable
 

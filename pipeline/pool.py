@@ -28,7 +28,9 @@ from pyarrow import fs
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
-from pipeline.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
+from pipeline.core.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
+from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
+from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
 from pipeline.fetch import HUB, MAX_ADAPTER_BYTES
 from pipeline.licences import declared_licence
 from pipeline.merge.adapter import (
@@ -46,8 +48,6 @@ from pipeline.merge.delta import rounding_error
 from pipeline.merge.factor import INDEX_FILE, factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.observe import worker_log
-from pipeline.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
-from pipeline.tables import BASE_ID, CATALOGUE, INSPECTED
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 Listing = dict[str, list[str | None]]

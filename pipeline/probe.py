@@ -12,7 +12,7 @@ import ray
 
 from pipeline import cluster
 from pipeline.arms import Job
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 
 def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:

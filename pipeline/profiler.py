@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 WARM, STEPS = 1, 3
 """Steps before those that are traced, and those."""

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.basemodel import fingerprint
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import EngineConfig, too_large
-from pipeline.errors import InputError
-from pipeline.ledger import digest
 from pipeline.observe import tell
 from pipeline.rates import Rates
 from pipeline.reduce import largest_merge
@@ -22,8 +24,6 @@ from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool
 from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.stream import engine_config, scoring_dtype, scoring_kind, scoring_resources
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
 
-from pipeline.ledger import digest
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
 from pipeline.search.store import ScoreStore
-from pipeline.storage import Folder
 
 RECENT = 5
 """Measurements of a kind that count: the last ones that have a value."""

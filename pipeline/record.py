@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.storage import Folder
-from pipeline.tables import HISTORY, SEEN, require
+from pipeline.core.storage import Folder
+from pipeline.core.tables import HISTORY, SEEN, require
 
 FILE = "history.parquet"
 FAILURES = ("failed", "wrong input")

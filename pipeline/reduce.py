@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
+from pipeline.core.tables import BASE_ID
 from pipeline.merge.recipes import Recipe
-from pipeline.tables import BASE_ID
 
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
 AUTO_RANK = 32

@@ -19,13 +19,13 @@ from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
-from pipeline.errors import InputError, one_line, unknown_base
-from pipeline.ledger import digest
+from pipeline.core.errors import InputError, one_line, unknown_base
+from pipeline.core.ledger import digest
+from pipeline.core.progress import Progress
+from pipeline.core.settings import Section, checked, read_yaml
+from pipeline.core.storage import Folder, lies_in
 from pipeline.lock import Lock, LockLostError
-from pipeline.progress import Progress
 from pipeline.record import FAILURES, History, Seen
-from pipeline.section import Section, checked, read_yaml
-from pipeline.storage import Folder, lies_in
 
 if TYPE_CHECKING:
     from pipeline.run_folder import Run

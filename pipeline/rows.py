@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
 
-from pipeline.errors import InputError, may_pass, one_line
-from pipeline.storage import Folder
+from pipeline.core.errors import InputError, may_pass, one_line
+from pipeline.core.storage import Folder
 
 LINES = (".jsonl", ".json")
 COLUMNS = ("messages", "prompt", "completion")

@@ -25,8 +25,11 @@ from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
 from pipeline.config import SHORT_LIST, Config, TrainConfig
 from pipeline.contamination import find_contamination
-from pipeline.errors import InputError
-from pipeline.ledger import digest
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
+from pipeline.core.settings import checked
+from pipeline.core.storage import Folder
+from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
 from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
@@ -38,10 +41,7 @@ from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine, warm_up
-from pipeline.section import checked
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
-from pipeline.storage import Folder
-from pipeline.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.train import require_workers
 
 OVERHEAD = ("index", "samples", "search", "merge")

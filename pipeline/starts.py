@@ -16,15 +16,17 @@ from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.cluster import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
+from pipeline.core.stats import mean_per_token
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import too_large
-from pipeline.errors import InputError
 from pipeline.fetch import fetch_adapter
-from pipeline.ledger import digest
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
-from pipeline.metrics import mean_per_token
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
@@ -32,8 +34,6 @@ from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
 from pipeline.samples import split_of
 from pipeline.search.scoreboard import paired_difference, unsound
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID
 
 
 def score_recipes(

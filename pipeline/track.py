@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 
 from pipeline.config import TrackConfig
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
 """What each key of the config needs."""

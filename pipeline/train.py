@@ -23,11 +23,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
 from pipeline.config import TrainConfig
-from pipeline.errors import PassTooLargeError
+from pipeline.core.errors import PassTooLargeError
+from pipeline.core.storage import Folder
+from pipeline.core.tables import COMPARISON
 from pipeline.feed import stream_steps
 from pipeline.observe import WorkerLog, worker_log
-from pipeline.storage import Folder
-from pipeline.tables import COMPARISON
 
 MAX_FAILURES = 2
 SIZES_FILE = "tokens_per_pass.json"

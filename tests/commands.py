@@ -14,7 +14,7 @@ import psutil
 import yaml
 from nodes import descendants, end_node, free_ports, kill, start_node
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 FAULTY = Path(__file__).parent / "faulty"
 FLAG = "MASHUP_FAULT"

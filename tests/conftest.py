@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import Config, TrainConfig, build_config
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SAMPLES
 from pipeline.finetuning import Finetuning
 from pipeline.samples import tokenise
-from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river bank.",
@@ -258,7 +258,7 @@ def object_store(store_server: StoreServer) -> Iterator[str]:
 @pytest.fixture
 def bucket(object_store: str, request: pytest.FixtureRequest) -> str:
     """The URI of a fresh bucket."""
-    from pipeline.storage import Folder
+    from pipeline.core.storage import Folder
 
     uri = f"s3://bucket-{abs(hash(request.node.nodeid))}"
     Folder.at(f"{uri}?allow_bucket_creation=true").create()

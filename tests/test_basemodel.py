@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline import basemodel
 from pipeline.basemodel import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @pytest.mark.parametrize("base", ["tiny_base", "untied_base"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batches import STEP, Share, batch_places, halved, length_batches, make_steps, padded_tokens, share_out
-from pipeline.tables import SAMPLES
+from pipeline.core.tables import SAMPLES
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
 

@@ -14,9 +14,9 @@ from pyarrow import fs
 from store_server import StoreServer
 
 from pipeline.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
-from pipeline.errors import AdapterError, InputError
+from pipeline.core.errors import AdapterError, InputError
+from pipeline.core.storage import Folder
 from pipeline.merge.adapter import CONFIG_FILE, FILES, WEIGHTS_FILE
-from pipeline.storage import Folder
 
 WAIT = 60  # seconds until an event that does not come fails the test
 FORK = multiprocessing.get_context("fork")

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.core.storage import Folder
+from pipeline.core.tables import VERSION
 from pipeline.record import History
 from pipeline.refresh import load_refresh, look
-from pipeline.storage import Folder
-from pipeline.tables import VERSION
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import cluster
 from pipeline.cluster import Resources, describe, engine_slots, require, torch_env, worker_env, worker_resources, workers_at_once
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipeline import cluster, compare
 from pipeline.arms import Job
 from pipeline.compare import _chosen, parity, with_overhead
 from pipeline.config import TrainConfig
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 from pipeline.train import arms_at_once
 
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Config, build_config, load_config
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 MINIMAL: dict[str, Any] = {"run": "runs/x", "base": "org/model", "pool": "adapters/", "target": {"train": "train.jsonl"}}
 

@@ -21,8 +21,8 @@ from commands import Cluster, Command, Tables
 from nodes import kill
 from pyarrow import fs
 
-from pipeline.storage import Folder
-from pipeline.whole_files import PARTIAL
+from pipeline.core.storage import Folder
+from pipeline.core.whole_files import PARTIAL
 
 FAULTS = int(os.environ.get("MASHUP_FAULTS", "3"))
 SEED = int(os.environ.get("MASHUP_FAULT_SEED", "0"))

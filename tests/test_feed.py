@@ -5,8 +5,8 @@ import pytest
 import ray
 
 from pipeline.batches import Share, make_steps
+from pipeline.core.tables import SAMPLES
 from pipeline.feed import STEPS_A_TASK, stream_steps
-from pipeline.tables import SAMPLES
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

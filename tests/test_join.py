@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 
 from pipeline import cluster, join
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline import lock as lock_module
+from pipeline.core.storage import Folder
 from pipeline.lock import Lock, LockLostError, LockTakenError
-from pipeline.storage import Folder
 
 CONTENDER = """
 import os, random, sys, time
 from pipeline.lock import Lock, LockTakenError
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 place, witness = sys.argv[1:]
 held = 0
@@ -36,7 +36,7 @@ while held < 3:
 SLEEPER = """
 import sys
 from pipeline.lock import Lock
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 with Lock(Folder.at(sys.argv[1]), expiry=1) as lock:
     print("held", flush=True)

@@ -8,9 +8,9 @@ import pytest
 import ray
 
 from pipeline import observe, racing
-from pipeline.ledger import Ledger, Outputs
+from pipeline.core.ledger import Ledger, Outputs
+from pipeline.core.storage import Folder
 from pipeline.search.board import Progress
-from pipeline.storage import Folder
 
 
 def test_nothing_is_told_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.arms import Job
+from pipeline.core.errors import PassTooLargeError
+from pipeline.core.storage import Folder
 from pipeline.engines.completion import Batch
-from pipeline.errors import PassTooLargeError
 from pipeline.evaluation import Rows
 from pipeline.passes import LEAST, MEASURED, MOST, SHARE, choose_tokens
-from pipeline.storage import Folder
 
 GB, MB = 1_000_000_000, 1_000_000
 

@@ -18,12 +18,12 @@ from store_server import StoreServer
 
 from pipeline.basemodel import linear_shapes
 from pipeline.config import MAX_RANK
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
+from pipeline.core.tables import CATALOGUE
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.merge.declared import largest_adapter
 from pipeline.pool import LISTING, build_catalogue, compare, inspect_batch, list_adapters
-from pipeline.storage import Folder
-from pipeline.tables import CATALOGUE
 
 Make = Callable[..., Path]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.arms import Job
+from pipeline.core.storage import Folder
 from pipeline.finetuning import Finetuning
 from pipeline.probe import probe, write_probe_data
-from pipeline.storage import Folder
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path, data: Folder) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline import publish as publish_module
 from pipeline.config import Config
+from pipeline.core.storage import Folder
 from pipeline.publish import CURRENT, publish
 from pipeline.run_folder import Run
-from pipeline.storage import Folder
 
 THRESHOLD = 0.01
 

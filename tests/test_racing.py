@@ -10,14 +10,14 @@ import pytest
 
 from pipeline import cluster, racing
 from pipeline.config import build_config
+from pipeline.core.errors import InputError
+from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Loaded
-from pipeline.errors import InputError
 from pipeline.run_folder import Run
 from pipeline.search.board import Progress
 from pipeline.search.race import Race, make_plan
 from pipeline.search.screen import SCREEN
 from pipeline.search.store import read_failures
-from pipeline.tables import SCORES
 
 CANDIDATES = pa.schema([(name, pa.string()) for name in racing.CANDIDATE])
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SEEN
 from pipeline.record import History
-from pipeline.storage import Folder
-from pipeline.tables import SEEN
 
 BEFORE = dict.fromkeys(SEEN, "1")
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import MergeConfig
+from pipeline.core.tables import BASE_ID, CATALOGUE, LEADERBOARD
 from pipeline.merge.recipes import Recipe
 from pipeline.reduce import (
     Scored,
@@ -18,7 +19,6 @@ from pipeline.reduce import (
     ranked,
     selection,
 )
-from pipeline.tables import BASE_ID, CATALOGUE, LEADERBOARD
 
 
 def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:

@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from pipeline import renewal
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SEEN
 from pipeline.lock import Lock, LockLostError, LockTakenError
 from pipeline.record import History
 from pipeline.refresh import NOTHING, RefreshConfig, load_refresh, look, refresh
-from pipeline.storage import Folder
-from pipeline.tables import SEEN
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.samples import take_samples
 
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"The sum is {2 * n}."} for n in range(40)]

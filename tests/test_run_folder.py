@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from pipeline.config import Config, SearchConfig, TargetConfig
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.tables import VERSION
 from pipeline.run_folder import CONFIG, Run
-from pipeline.tables import VERSION
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline import samples
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.tables import SAMPLES
 from pipeline.samples import Splits, take_samples, target_paths, tokenise
-from pipeline.tables import SAMPLES
 
 Row = dict[str, Any]
 

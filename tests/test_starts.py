@@ -11,13 +11,13 @@ import pytest
 from pipeline.arms import Arm
 from pipeline.cluster import Resources
 from pipeline.config import Config, TargetConfig
+from pipeline.core.tables import SAMPLES
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.merge.build import build_on_device
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
 from pipeline.search.stream import Engines
 from pipeline.starts import _merged, make_jobs
-from pipeline.tables import SAMPLES
 
 
 @pytest.fixture

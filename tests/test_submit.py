@@ -12,7 +12,7 @@ import yaml
 from ray.job_submission import JobStatus
 
 from pipeline import submit
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 CONFIG = {
     "run": "s3://bucket/run",

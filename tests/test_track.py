@@ -11,9 +11,9 @@ from tensorboardX.proto.event_pb2 import Event
 from pipeline import compare, track
 from pipeline.arms import Job
 from pipeline.config import TrackConfig, build_config
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
 from pipeline.run import run_all
-from pipeline.storage import Folder
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import torch
 from torch import distributed, nn
 
 from pipeline.arms import Job
+from pipeline.core.storage import Folder
 from pipeline.evaluation import Rows
-from pipeline.storage import Folder
 from pipeline.trainable import BUCKET, Trainable, _buckets
 
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import uploads
+from pipeline.core import uploads
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SCORES
 from pipeline.search.store import ScoreStore
-from pipeline.storage import Folder
-from pipeline.tables import SCORES
 
 PART = 1 << 16
 """Of an upload, in bytes: small, so that a test's files have many."""

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.checks import Setting
 from benchmarks.pools import byte_tokenizer
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SAMPLES
 from pipeline.engines.completion import Batch
-from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

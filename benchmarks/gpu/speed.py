@@ -19,12 +19,12 @@ from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, mask_of, saved_base, shape_of, write_splits
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
+from pipeline.core.storage import Folder
 from pipeline.engines.completion import collate, completion_nll
 from pipeline.finetuning import Finetuning
 from pipeline.lora import fuse
 from pipeline.merge.delta import Factors, truncate, weighted_sum
 from pipeline.profiler import STEPS
-from pipeline.storage import Folder
 
 WARM, TIMED = 1, 3
 """Passes before those that are timed, and those."""

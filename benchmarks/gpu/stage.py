@@ -47,7 +47,7 @@ def main(stage: str, device: str, out: Path, scratch: Path, end: float) -> None:
 
 def _checks(stage: str) -> Sequence[Check]:
     if stage == "B":
-        from pipeline.progress import quiet_libraries  # needs rich
+        from pipeline.core.progress import quiet_libraries  # needs rich
 
         quiet_libraries()
     return [check for name in MODULES[stage] for check in importlib.import_module(name).CHECKS]

@@ -22,11 +22,11 @@ from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import load_tokenizer
 from pipeline.config import TrainConfig, build_config
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SAMPLES
 from pipeline.finetuning import Finetuning
 from pipeline.run import run_all
 from pipeline.samples import tokenise
-from pipeline.storage import Folder
-from pipeline.tables import SAMPLES
 
 WORDS = ("fox", "dog", "river", "hotel", "review", "France", "Paris", "number")
 HELD_GB = 4.0

@@ -24,11 +24,11 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from pipeline.basemodel import fast_dtype
+from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_head import START
 from pipeline.merge.adapter import WEIGHTS_FILE, for_engine
-from pipeline.tables import SCORES
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.basemodel import Shapes
-from pipeline.errors import AdapterError, verdict
+from pipeline.core.errors import AdapterError, verdict
 from pipeline.merge.declared import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_declared, open_weights, read_declared, split_name
 from pipeline.merge.delta import Factors, pad, without_nothing
 

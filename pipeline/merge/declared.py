@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.basemodel import ADAPTER_CONFIG, Shapes
 from pipeline.config import MAX_RANK
-from pipeline.errors import AdapterError, verdict
+from pipeline.core.errors import AdapterError, verdict
+from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.merge.patterns import own_scales, tails, targets
-from pipeline.storage import MAX_HEADER_BYTES
 
 CONFIG_FILE = ADAPTER_CONFIG
 WEIGHTS_FILE = "adapter_model.safetensors"

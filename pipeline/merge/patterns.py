@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from pipeline.basemodel import Shapes
-from pipeline.errors import AdapterError
+from pipeline.core.errors import AdapterError
 
 MAX_PATTERN = 2000
 """Characters of a regular expression."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.basemodel import Shapes
-from pipeline.errors import AdapterError
+from pipeline.core.errors import AdapterError
 from pipeline.merge.adapter import Adapter, from_factors
 from pipeline.merge.delta import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
 

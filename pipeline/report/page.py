@@ -16,10 +16,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
 from pipeline.licences import conflicts
 from pipeline.report import plots, words
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
 
 REPORT_FILE = "report.html"
 

@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from pipeline.core.tables import BASE_ID
 from pipeline.report.words import duration, is_number, rate, shorten, step
-from pipeline.tables import BASE_ID
 
 WIDTH = 440
 """Width in CSS pixels: narrow enough to be read when a phone scales it down."""

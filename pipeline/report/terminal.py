@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.core.tables import BASE_ID
 from pipeline.report import words
 from pipeline.report.words import Json
-from pipeline.tables import BASE_ID
 
 TOP = 25
 """Places of the leaderboard that are printed; the base's is always among them."""

@@ -13,14 +13,14 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline.cache import AdapterCache
+from pipeline.core.errors import AdapterError
+from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
-from pipeline.errors import AdapterError
 from pipeline.observe import WorkerLog, worker_log
 from pipeline.search.board import Job
 from pipeline.search.lobby import Race
 from pipeline.search.store import News, record_failures
-from pipeline.tables import BASE_ID, SCORES
 
 
 class ScoringActor:

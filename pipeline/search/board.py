@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from pipeline.core.storage import Folder
 from pipeline.engines.scorer import Loaded
 from pipeline.search.race import BASE, Plan, Race
 from pipeline.search.store import ScoreStore, read_failures, record_failures
-from pipeline.storage import Folder
 
 MAX_DEATHS = 3
 """Engines that may die with an adapter in their hands before it is set aside."""

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.metrics import mean_per_token
+from pipeline.core.stats import mean_per_token
+from pipeline.core.tables import LEADERBOARD, SCORES
 from pipeline.search.race import BASE
 from pipeline.search.store import Known
-from pipeline.tables import LEADERBOARD, SCORES
 
 Values = NDArray[np.float64]
 

@@ -23,8 +23,8 @@ from pipeline import cluster
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.batches import length_batches
 from pipeline.cache import AdapterCache
+from pipeline.core.errors import AdapterError
 from pipeline.engines.completion import collate, completion_nll
-from pipeline.errors import AdapterError
 from pipeline.merge.adapter import Adapter, read_adapter
 
 Gradients = dict[str, Tensor]

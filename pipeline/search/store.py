@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from pipeline.storage import Folder
-from pipeline.tables import SCORING_FAILURES, STORED
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SCORING_FAILURES, STORED
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import cluster
 from pipeline.basemodel import fast_dtype
 from pipeline.config import SearchConfig
+from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
-from pipeline.errors import InputError
 from pipeline.search.actor import ScoringActor
 from pipeline.search.board import Progress, Scoreboard, Work
 from pipeline.search.lobby import Lobby, Race

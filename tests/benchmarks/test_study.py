@@ -12,7 +12,7 @@ from benchmarks.bigbench import name_of, rows_of
 from benchmarks.paper import DATA_SETS
 from benchmarks.study import _own, _targets, conclude, sign_flips
 from benchmarks.study import main as study
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 def row(task: str, base: float, mashup: float | None, paper: float | None = None, **more: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig
-from pipeline.tables import BASE_ID
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.core.storage import Folder
 from pipeline.engines import canary
 from pipeline.engines.canary import Canary, EngineFaultError, make_canary, prove, proven_scorer, short_rows
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.storage import Folder
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.tables import SCORES
 
 pytestmark = [
     pytest.mark.skipif(

@@ -87,7 +87,7 @@ def bad(kind: type) -> type:
 def made_bad(make: Any, given: tuple[Any, ...]) -> Any:
     """The like of a file system that `make(*given)` gives, which misbehaves."""
     good = make(*given)
-    from pipeline.uploads import options
+    from pipeline.core.uploads import options
 
     return bad(type(good))(**options(good))
 
@@ -109,10 +109,10 @@ def patch(storage: ModuleType) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Patches `pipeline.storage` once it is imported."""
+    """Patches `pipeline.core.storage` once it is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "pipeline.storage":
+        if name != "pipeline.core.storage":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

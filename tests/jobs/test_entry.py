@@ -18,7 +18,7 @@ def start(work: str) -> subprocess.Popen[str]:
     script = f"""
 import signal, sys, time
 from jobs.entry import run_job
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 def work():
     {work}
 run_job(work)

@@ -20,7 +20,7 @@ import yaml
 from nodes import RAY, end_node, free_ports, start_node
 from ray.job_submission import JobSubmissionClient
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
 

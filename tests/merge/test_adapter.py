@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.basemodel import Shapes, linear_shapes
-from pipeline.errors import AdapterError
+from pipeline.core.errors import AdapterError
 from pipeline.merge.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.core.storage import Folder
 from pipeline.merge.adapter import content_hash, file_sha256, read_adapter
 from pipeline.merge.build import build
 from pipeline.merge.recipes import Recipe
-from pipeline.storage import Folder
 
 
 def test_recipes_become_folders_and_refusals_reasons(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from pipeline.basemodel import Shapes
-from pipeline.errors import AdapterError
+from pipeline.core.errors import AdapterError
 from pipeline.merge.patterns import MATCH_SECONDS, own_scales, targets
 
 ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.basemodel import linear_shapes
-from pipeline.errors import AdapterError
+from pipeline.core.errors import AdapterError
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.delta import Factors, ab_mean
 from pipeline.merge.recipes import METHODS, Merged, Recipe, alpha_at, merge, random_like

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import HOSTILE
 
+from pipeline.core.storage import Folder
 from pipeline.record import History
 from pipeline.report.history import render, write_history
-from pipeline.storage import Folder
 
 BEGAN = datetime(2026, 3, 1, 6, 0, tzinfo=UTC)
 SEEN = dict.fromkeys(("adapters", "data", "base", "settings"), "0")

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from conftest import RunData
 
+from pipeline.core.storage import Folder
 from pipeline.report.page import VISIBLE_ROWS, write_report
-from pipeline.storage import Folder
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from conftest import HOSTILE, RunData
 
+from pipeline.core.tables import COMPARISON
 from pipeline.report import plots
-from pipeline.tables import COMPARISON
 
 CHOSEN = {"base": 5e-4, "mashup": 5e-4}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.tables import SCORES
+from pipeline.core.tables import SCORES
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.core.storage import Folder
 from pipeline.engines.scorer import Loaded
 from pipeline.search import board as board_module
 from pipeline.search.board import Scoreboard, Work
 from pipeline.search.race import Plan
 from pipeline.search.store import ScoreStore, read_failures, record_failures
-from pipeline.storage import Folder
 
 EVERYTHING = Plan((4,), None, 1.0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 SCRIPT = Path(__file__).with_name("three_nodes.py")
 IN_FLIGHT = 2 * 2

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.core.tables import BASE_ID, LEADERBOARD, SCORES
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import Known
-from pipeline.tables import BASE_ID, LEADERBOARD, SCORES
 
 N_SEARCH, S = 9, 12
 

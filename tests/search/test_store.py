@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core.storage import Folder
+from pipeline.core.tables import SCORES, STORED
 from pipeline.search.scoreboard import score_table
 from pipeline.search.store import MANY_FILES, News, ScoreStore, read_failures, record_failures
-from pipeline.storage import Folder
-from pipeline.tables import SCORES, STORED
 
 Draw = Callable[..., pa.Table]
 SAMPLE_IDS = [f"s{n}" for n in range(6)]

@@ -15,11 +15,13 @@ import ray
 
 from pipeline import cluster
 from pipeline.config import SearchConfig
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines import canary
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.errors import InputError
 from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.search import stream
 from pipeline.search.board import Progress, Work
@@ -34,8 +36,6 @@ from pipeline.search.stream import (
     score_stream,
     scoring_dtype,
 )
-from pipeline.storage import Folder
-from pipeline.tables import BASE_ID, SCORES
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -17,11 +17,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config import SearchConfig
+from pipeline.core.storage import Folder
 from pipeline.search import stream
 from pipeline.search.board import Work
 from pipeline.search.race import Plan
 from pipeline.search.store import ScoreStore
-from pipeline.storage import Folder
 
 PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pipeline.errors import InputError
-from pipeline.storage import LISTED_APART, Folder, has_secret, lies_in, without_secret
+from pipeline.core.errors import InputError
+from pipeline.core.storage import LISTED_APART, Folder, has_secret, lies_in, without_secret
 
 SCHEMA = pa.schema([("n", pa.int64())])
 

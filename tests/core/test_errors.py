@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
-from pipeline.errors import CAUSED, may_pass, one_line
+from pipeline.core.errors import CAUSED, may_pass, one_line
+from pipeline.core.storage import Folder
 from pipeline.pool import list_adapters
-from pipeline.storage import Folder
 
 
 def test_the_last_line_of_an_error_is_what_went_wrong() -> None:

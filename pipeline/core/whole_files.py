@@ -17,7 +17,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline import uploads
+from pipeline.core import uploads
 
 PARTIAL = ".partial"
 """Ends the names of files that are being written on a disk; they begin with a dot."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pipeline.ledger import Ledger, Outputs, digest
-from pipeline.storage import Folder
+from pipeline.core.ledger import Ledger, Outputs, digest
+from pipeline.core.storage import Folder
 
 STAGES = {"search": Outputs(["board"], work=["scores"]), "merge": Outputs(["selection"], work=["candidates"])}
 

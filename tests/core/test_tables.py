@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.tables import LEADERBOARD, SCORES, SCORING_FAILURES, require
+from pipeline.core.tables import LEADERBOARD, SCORES, SCORING_FAILURES, require
 
 
 def test_columns_come_in_the_order_and_types_of_the_schema() -> None:

@@ -22,9 +22,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline import uploads, whole_files
-from pipeline.errors import InputError, may_pass
-from pipeline.whole_files import PARTIAL
+from pipeline.core import uploads, whole_files
+from pipeline.core.errors import InputError, may_pass
+from pipeline.core.whole_files import PARTIAL
 
 LISTED_APART = 32
 """Folders directly below one that are listed side by side at most; more of them are mostly one adapter each."""

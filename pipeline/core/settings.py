@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from pipeline.errors import InputError, shown
-from pipeline.storage import NO_SECRET, has_secret, without_secret
+from pipeline.core.errors import InputError, shown
+from pipeline.core.storage import NO_SECRET, has_secret, without_secret
 
 MAX_BYTES = 1 << 20
 """Of a config file."""

@@ -20,9 +20,9 @@ from pyarrow import fs
 from store_server import StoreServer
 from writers import PART, READS, WRITES, check, content, write_on
 
-from pipeline import uploads
-from pipeline.errors import may_pass
-from pipeline.storage import Folder
+from pipeline.core import uploads
+from pipeline.core.errors import may_pass
+from pipeline.core.storage import Folder
 
 KILLS = int(os.environ.get("MASHUP_KILLS", "5"))
 """Of each signal, each kind of write and each place."""

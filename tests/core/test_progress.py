@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from nodes import descendants, kill
 
-from pipeline.progress import Progress
+from pipeline.core.progress import Progress
 
 
 def test_a_counter_says_its_first_and_its_last_step_and_little_between(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +27,7 @@ def test_a_counter_says_its_first_and_its_last_step_and_little_between(capsys: p
 def test_a_line_is_not_repeated_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a text that is offered every second for a minute, a line at first and one half a minute later; a new text in between."""
     clock = 1000.0
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("pipeline.core.progress.time.monotonic", lambda: clock)
     progress = Progress()
     for second in range(60):
         clock = 1000.0 + second
@@ -38,7 +38,7 @@ def test_a_line_is_not_repeated_at_once(capsys: pytest.CaptureFixture[str], monk
 
 STOPPED = """
 import os, signal, sys, time
-from pipeline.progress import exit_when_stopped
+from pipeline.core.progress import exit_when_stopped
 exit_when_stopped()
 if "ray" in sys.argv:
     from pipeline.cluster import connect

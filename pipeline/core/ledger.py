@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.storage import Folder
+from pipeline.core.storage import Folder
 
 FILE = "stages.json"
 BACKUP = "stages.backup.json"

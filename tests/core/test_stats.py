@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import interpolate, mean_per_token, steps_to_parity
+from pipeline.core.stats import interpolate, mean_per_token, steps_to_parity
 
 
 def test_mean_per_token_weighs_samples_by_their_tokens() -> None:

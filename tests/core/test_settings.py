@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.errors import InputError
-from pipeline.section import MAX_BYTES
+from pipeline.core.errors import InputError
+from pipeline.core.settings import MAX_BYTES
 
 
 @pytest.mark.parametrize(
