@@ -30,9 +30,9 @@ import ray
 import typer
 
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
-from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
+from pipeline.cluster import connect, worker_env, worker_resources
 from pipeline.config import SearchConfig, TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
@@ -59,7 +59,7 @@ def main(
         base = str(Path(base).resolve()) if base else tiny_base(folder / "base")
         found: dict[str, Any] = _memory_growth(100, 1_000 if quick else 10_000)
         typer.echo(f"so far: {found}", err=True)
-        cluster.connect()
+        connect()
         parts = (
             lambda: _search(folder, base, engine, batches=4 if quick else 12),
             lambda: _train(folder, base, steps=10 if quick else 40),
@@ -75,8 +75,8 @@ def _search(folder: Path, base: str, engine: str, batches: int) -> dict[str, Any
     samples = random_samples(16, 64, _vocabulary(base))
     search = SearchConfig(engine=engine, adapters_per_batch=PER_BATCH, actors=1)
     config = engine_config(base, RANK, TARGETS, search, max_tokens=128)
-    resources = cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor)
-    bare_task = ray.remote(_bare_search).options(num_cpus=resources.cpus, runtime_env=cluster.worker_env(resources))
+    resources = worker_resources(search.cpus_per_actor, search.gpus_per_actor)
+    bare_task = ray.remote(_bare_search).options(num_cpus=resources.cpus, runtime_env=worker_env(resources))
     half = PER_BATCH * (batches // 2)
     bare = ray.get(bare_task.remote(engine, config, adapters.slice(0, half), samples))
     scores = folder / "scores"
@@ -115,8 +115,8 @@ def _train(folder: Path, base: str, steps: int) -> dict[str, Any]:
     settings = TrainConfig(steps=steps, batch_size=8, evaluations=1)
     job = Job(Arm("base", 1e-4, 0), base, Lora(RANK, 16.0, TARGETS), settings, data, data, "bench")
     half = replace(job, train=settings.model_copy(update={"steps": steps // 2}))
-    resources = cluster.worker_resources(settings.cpus_per_worker, settings.gpus_per_worker)
-    bare_task = ray.remote(_bare_train).options(num_cpus=resources.cpus, runtime_env=cluster.worker_env(resources))
+    resources = worker_resources(settings.cpus_per_worker, settings.gpus_per_worker)
+    bare_task = ray.remote(_bare_train).options(num_cpus=resources.cpus, runtime_env=worker_env(resources))
     bare = ray.get(bare_task.remote(half))
     started = time.perf_counter()
     outcome = fit(job, Folder.at(folder / "train"))
@@ -154,7 +154,7 @@ def print_peaks(count: int) -> None:
         folder = Path(scratch)
         base = tiny_base(folder / "base")
         random_adapters(folder / "pool", base, count, rank=2)
-        cluster.connect()
+        connect()
         adapters = build_catalogue(base, str(folder / "pool"))
         samples = random_samples(32, 16, VOCABULARY)
         search = SearchConfig(engine="transformers", adapters_per_batch=8, actors=1)

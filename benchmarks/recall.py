@@ -27,8 +27,8 @@ import typer
 
 from benchmarks.pools import everything
 from benchmarks.tiny import TARGETS, made_pool, target_samples, tiny_world
-from pipeline import cluster
 from pipeline.basemodel import fingerprint
+from pipeline.cluster import connect
 from pipeline.config import Config, SearchConfig
 from pipeline.pool import build_catalogue
 from pipeline.samples import take_samples
@@ -68,7 +68,7 @@ def main(
     """Measure cost, recall and regret; the last line is a JSON object, of the largest pool or the mean over the targets."""
     if any((base, pool, tasks)) and not all((base, pool, tasks)):
         raise typer.BadParameter("--base, --pool and --tasks go together")
-    cluster.connect()
+    connect()
     if base:
         arenas = _real(str(Path(base).resolve()), pool, Path(tasks), engine, samples or (32 if quick else 128), quick)
     else:

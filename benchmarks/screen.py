@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from benchmarks.pools import everything
 from examples.tasks import DONORS, TARGET, draw
-from pipeline import cluster
 from pipeline.basemodel import fast_dtype, load_model, load_tokenizer
+from pipeline.cluster import connect, worker_env, worker_resources
 from pipeline.config import SearchConfig
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES
@@ -81,7 +81,7 @@ def main(
     """Measure the screen on every target; print a table and one JSON object."""
     base = str(Path(base).resolve())  # workers run in other folders than this command
     targets = target_samples(base, tasks, 8 if quick else samples)
-    cluster.connect()
+    connect()
     catalogue = build_catalogue(base, str(Path(pool).resolve()))
     catalogue = catalogue.filter(pc.equal(catalogue["status"], "ok"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -148,8 +148,8 @@ class Bench:
 
     def _screen(self, donors: pa.Table, samples: pa.Table) -> dict[str, Any]:
         """A Ray task only for a process with the same threads as the engine's."""
-        resources = cluster.worker_resources("auto", "auto")
-        asked = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "runtime_env": cluster.worker_env(resources)}
+        resources = worker_resources("auto", "auto")
+        asked = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "runtime_env": worker_env(resources)}
         task = ray.remote(**asked)(screen_timed)
         modules = touched_modules(self.base, donors["target_modules"].to_pylist())
         result: dict[str, Any] = ray.get(task.remote(self.base, samples, modules, donors["uri"].to_pylist()))

@@ -33,8 +33,8 @@ from matplotlib.ticker import LogFormatter
 
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
-from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora, copy_weights
+from pipeline.cluster import connect
 from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
@@ -136,7 +136,7 @@ def _config(asked: Row, epochs: float | None, run: Path, target: Row) -> Config:
 
 def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
     """A pool of one donor a task, trained from the base like the arms of a comparison; validation picks its learning rate."""
-    cluster.connect()
+    connect()
     for seed, (task, config) in enumerate(configs.items(), start=1000):
         donor, place = Folder.at(work / "pool" / task), Folder.at(work / "donors" / task)
         if donor.exists(TRAINING_FILE):

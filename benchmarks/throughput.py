@@ -42,9 +42,8 @@ from transformers import AutoConfig
 from benchmarks.peak import gemm_peak
 from benchmarks.pools import random_adapters, random_samples
 from examples.base_model import FOLDER
-from pipeline import cluster
 from pipeline.basemodel import fast_dtype, linear_shapes, load_model
-from pipeline.cluster import Resources, worker_env
+from pipeline.cluster import Resources, connect, worker_env
 from pipeline.core.errors import AdapterError
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.merge.adapter import read_adapter
@@ -157,7 +156,7 @@ def main(
     if not base.is_dir():
         raise SystemExit(f"{base}: no such folder; `python -m examples.base_model` makes the default one, --base names another")
     with tempfile.TemporaryDirectory() as scratch:
-        cluster.connect()
+        connect()
         measured = list(_measure(_batches(str(base.resolve()), pool, Path(scratch), quick)))
     print(json.dumps({name: round(min(found[name] for found in measured), 3) for name in measured[0]}))
 

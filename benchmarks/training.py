@@ -40,10 +40,10 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.peak import gemm_peak
 from examples.base_model import base_model
-from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import device, load_tokenizer
 from pipeline.batches import batch_places
+from pipeline.cluster import connect, worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
@@ -195,8 +195,8 @@ def _row(ids: list[int]) -> dict[str, Any]:
 
 def _side_by_side(job: Job, turns: int) -> dict[str, Any]:
     """Every contender in turns; what they took, and how ours compares."""
-    cluster.connect()
-    environment = cluster.worker_env(cluster.worker_resources("auto", "auto"))["env_vars"]
+    connect()
+    environment = worker_env(worker_resources("auto", "auto"))["env_vars"]
     plain = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
     kinds = ["ours", *PEERS, "ours_whole", *(["ours_plain"] if "LD_PRELOAD" in environment else [])]
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}

@@ -14,8 +14,9 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipeline import cluster, track
+from pipeline import track
 from pipeline.arms import Job, row_ids
+from pipeline.cluster import compute_task
 from pipeline.config import TrackConfig
 from pipeline.core.errors import one_line
 from pipeline.core.ledger import digest
@@ -193,7 +194,7 @@ def _tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterat
     if checkpoints and job.train.shard:
         yield from score_on_test(job, checkpoints, storage).items()
         return
-    task = cluster.compute_task(evaluate_on_test, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    task = compute_task(evaluate_on_test, job.train.cpus_per_worker, job.train.gpus_per_worker)
     coming = {task.remote(job.base, job.train.dtype, job.data, checkpoint): name for name, checkpoint in checkpoints.items()}
     while coming:
         done = ray.wait(list(coming))[0][0]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from pipeline import cluster
 from pipeline.arms import Job
+from pipeline.cluster import compute_task
 from pipeline.core.storage import Folder
 
 
@@ -32,7 +32,7 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
     """
     known = {name: results.read_json(f"{name}.json") for name in jobs if results.is_whole(f"{name}.json")}
     train = next(iter(jobs.values())).train
-    task = cluster.compute_task(_loss_after_training, train.cpus_per_worker, train.gpus_per_worker)
+    task = compute_task(_loss_after_training, train.cpus_per_worker, train.gpus_per_worker)
     waiting = {task.remote(job): name for name, job in jobs.items() if name not in known}
     while waiting:
         (done,), _ = ray.wait(list(waiting))

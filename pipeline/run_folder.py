@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pyarrow import fs
 
-from pipeline import __version__, cluster
+from pipeline import __version__
+from pipeline.cluster import connect
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import FILE, Ledger, Outputs
@@ -87,7 +88,7 @@ class Run:
 
     def start_ray(self) -> None:
         """Join or start the cluster; what it took stands in the ledger beside the stages."""
-        seconds = cluster.connect()
+        seconds = connect()
         if seconds > 1:
             self.ledger.note("ray", seconds)
         self._once_joined(self)

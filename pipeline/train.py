@@ -20,8 +20,8 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline import cluster
 from pipeline.arms import CURVE_FILE, Job
+from pipeline.cluster import MOST_AHEAD, Resources, describe, require, torch_env, worker_resources, workers_at_once
 from pipeline.config import TrainConfig
 from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
@@ -114,14 +114,14 @@ def scoring_loop(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def training_resources(train: TrainConfig) -> cluster.Resources:
+def training_resources(train: TrainConfig) -> Resources:
     """What one worker of an arm gets."""
-    return cluster.worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
+    return worker_resources(train.cpus_per_worker, train.gpus_per_worker, train.workers)
 
 
 def training_kind(train: TrainConfig, named: bool = True) -> str:
     """What a measured speed of training holds for; `named` as of `cluster.describe`."""
-    workers = f"{train.workers} x {cluster.describe(training_resources(train), named)}"
+    workers = f"{train.workers} x {describe(training_resources(train), named)}"
     memory = f"{train.tokens_per_pass} tokens a pass, shared out: {train.shard}, checkpointing: {train.gradient_checkpointing}"
     return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 
@@ -129,8 +129,8 @@ def training_kind(train: TrainConfig, named: bool = True) -> str:
 def arms_at_once(train: TrainConfig, arms: int) -> int:
     """How many of so many arms to start at once: those that there is room for, and where an autoscaler may bring nodes those that
     wait for them."""
-    ahead = cluster.MOST_AHEAD * train.workers
-    return max(1, cluster.workers_at_once(training_resources(train), arms * train.workers, ahead) // train.workers)
+    ahead = MOST_AHEAD * train.workers
+    return max(1, workers_at_once(training_resources(train), arms * train.workers, ahead) // train.workers)
 
 
 def require_workers(train: TrainConfig) -> None:
@@ -139,7 +139,7 @@ def require_workers(train: TrainConfig) -> None:
     Raises:
         InputError: it cannot.
     """
-    cluster.require(training_resources(train), "train", train.min_workers or train.workers, beside=TRIAL_CPUS)
+    require(training_resources(train), "train", train.min_workers or train.workers, beside=TRIAL_CPUS)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:
@@ -166,7 +166,7 @@ def _trainer(
             storage_path=storage.path,
             storage_filesystem=storage.files,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            worker_runtime_env=cluster.torch_env(resources),
+            worker_runtime_env=torch_env(resources),
             **settings,
         ),
     )

@@ -6,9 +6,20 @@ import sys
 from typing import Any
 
 import pytest
+import ray
 
-from pipeline import cluster
-from pipeline.cluster import Resources, describe, engine_slots, require, torch_env, worker_env, worker_resources, workers_at_once
+from pipeline.cluster import (
+    CARRIED,
+    Resources,
+    connect,
+    describe,
+    engine_slots,
+    require,
+    torch_env,
+    worker_env,
+    worker_resources,
+    workers_at_once,
+)
 from pipeline.core.errors import InputError
 
 
@@ -18,8 +29,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def pretend(*resources: dict[str, float]) -> None:
         total = {name: sum(node.get(name, 0) for node in resources) for name in ("CPU", "GPU")}
-        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
-        monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
 
     return pretend
 
@@ -151,7 +162,7 @@ def test_nodes_that_an_autoscaler_may_bring_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     head = {"Alive": True, "Resources": {"CPU": 2.0}, "Labels": {"ray.io/node-group": "head"}}
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
     require(Resources(1, 1, 1), "search")
     assert "search.gpus_per_actor: a worker asks for 1 GPU" in caplog.text
     assert "waiting for the autoscaler" in caplog.text
@@ -164,7 +175,7 @@ def test_workers_are_asked_for_all_at_once_where_an_autoscaler_may_bring_nodes(
     monkeypatch: pytest.MonkeyPatch, wanted: int, ahead: int, fixed: int, growing: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 3.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}]
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == fixed
     nodes[1]["Labels"] = {"ray.io/node-group": "gone"}
     assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == fixed
@@ -172,7 +183,7 @@ def test_workers_are_asked_for_all_at_once_where_an_autoscaler_may_bring_nodes(
     assert workers_at_once(Resources(1, 1, 1), wanted, ahead) == growing
 
 
-@pytest.mark.parametrize("name", cluster.CARRIED)
+@pytest.mark.parametrize("name", CARRIED)
 def test_workers_know_what_the_drivers_environment_says_of_the_network_and_of_vllm(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -186,7 +197,7 @@ def test_workers_know_what_the_drivers_environment_says_of_the_network_and_of_vl
 def test_workers_on_cpus_use_the_faster_allocator_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, known: str | None, preloaded: str | None
 ) -> None:
-    monkeypatch.setattr(cluster, "find_library", lambda name: known)
+    monkeypatch.setattr("pipeline.cluster.find_library", lambda name: known)
     monkeypatch.setenv("LD_PRELOAD", "own.so")
     assert worker_env(Resources(1, 0, 2))["env_vars"].get("LD_PRELOAD") == preloaded
     assert "LD_PRELOAD" not in worker_env(Resources(1, 1, 2))["env_vars"]
@@ -202,14 +213,14 @@ def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest
         if len(calls) <= failures:
             raise ConnectionError("The current node timed out during startup.")
 
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", init)
-    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     if failures == 3:
         with pytest.raises(ConnectionError, match="timed out during startup"):
-            cluster.connect()
+            connect()
     else:
-        cluster.connect()
+        connect()
     assert [call["address"] for call in calls] == ["local"] * starts
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from pipeline import cluster, compare
+from pipeline import compare
 from pipeline.arms import Job
+from pipeline.cluster import MOST_AHEAD, NODE_GROUP
 from pipeline.compare import _chosen, parity, with_overhead
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
@@ -121,13 +123,13 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
 def test_all_arms_wait_for_nodes_that_an_autoscaler_may_bring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Head of a cluster that starts from zero; then with a node for two workers."""
     head = {"Alive": True, "Resources": {"CPU": 2.0}}
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
     train = TrainConfig(workers=2, gpus_per_worker=1)
     assert arms_at_once(train, 12) == 1
-    head["Labels"] = {cluster.NODE_GROUP: "head"}
+    head["Labels"] = {NODE_GROUP: "head"}
     assert arms_at_once(train, 12) == 12
-    assert arms_at_once(train, 1000) == cluster.MOST_AHEAD
+    assert arms_at_once(train, 1000) == MOST_AHEAD
     node = {"Alive": True, "Resources": {"CPU": 96.0, "GPU": 80.0}}
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [head, node])
+    monkeypatch.setattr(ray, "nodes", lambda: [head, node])
     assert arms_at_once(train, 1000) == 40

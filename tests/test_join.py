@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline import cluster, join
+from pipeline import join
+from pipeline.cluster import connect
 from pipeline.core.errors import InputError
 
 
@@ -20,8 +22,8 @@ def server() -> Any:
 
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
 
 
 @pytest.mark.usefixtures("no_cluster")
@@ -30,9 +32,9 @@ def test_an_address_where_nothing_answers_is_not_waited_for(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     monkeypatch.setenv("RAY_ADDRESS", f"{scheme}127.0.0.1:{port}")
-    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
     with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {scheme}127.0.0.1:{port}"):
-        cluster.connect()
+        connect()
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, no_cluster: None, server: int) -> 
             raise error
 
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server}")
-        monkeypatch.setattr(cluster.ray, "init", refuse)
+        monkeypatch.setattr(ray, "init", refuse)
         return f"127.0.0.1:{server}"
 
     return install
@@ -66,7 +68,7 @@ def from_another(cause: str) -> ConnectionError:
 def test_a_cluster_that_wants_a_token_is_the_users_error(refusing: Callable[[Exception], str], refusal: Exception) -> None:
     address = refusing(refusal)
     with pytest.raises(InputError) as found:
-        cluster.connect()
+        connect()
     assert str(found.value).startswith(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({refusal.args[0]}")
     assert join.TOKEN_HINT in str(found.value)
 
@@ -74,7 +76,7 @@ def test_a_cluster_that_wants_a_token_is_the_users_error(refusing: Callable[[Exc
 def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_error(refusing: Callable[[Exception], str]) -> None:
     address = refusing(from_another("No node info found matching attributes: '' when trying to resolve node to connect to."))
     with pytest.raises(ConnectionError, match=f"RAY_ADDRESS={address}: cannot join the Ray cluster there"):
-        cluster.connect()
+        connect()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "auto"])

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
-from pipeline import cluster, racing
+from pipeline import racing
 from pipeline.config import build_config
 from pipeline.core.errors import InputError
 from pipeline.core.tables import SCORES
@@ -124,8 +125,8 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
     search = {"engine": engine, "gpus_per_actor": gpus, "dtype": "float32"}
     run = Run(build_config({**asked(tmp_path), "search": search}, "test"))
     events: list[Any] = []
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}])
     monkeypatch.setattr(racing, "fingerprint", lambda base: "f")
     monkeypatch.setattr(racing, "race", lambda run, work, engine, plan, details: events.append((work, engine, plan)))
     monkeypatch.setattr(type(run.engines), "close", lambda self: events.append("closed"))

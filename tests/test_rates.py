@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from pipeline import cluster
 from pipeline.config import SearchConfig, TrainConfig
 from pipeline.rates import RECENT, Rates
 from pipeline.search.store import ScoreStore
@@ -48,8 +48,8 @@ def test_a_cluster_that_starts_from_zero_finds_what_was_measured_when_its_nodes_
 
     def nodes(*resources: dict[str, float]) -> None:
         total = {name: sum(node.get(name, 0) for node in resources) for name in ("CPU", "GPU")}
-        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
-        monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in resources])
 
     rates, head = Rates.beside(ScoreStore.at(str(tmp_path), "base", "vllm", "bfloat16")), {"CPU": 2.0}
     nodes(head, {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L40S": 1.0})

@@ -18,9 +18,9 @@ import torch
 from benchmarks.gpu.checks import Check, Setting, SkippedError, WrongError
 from benchmarks.gpu.models import LINEAR, TINY, make_model
 from benchmarks.pools import byte_tokenizer, random_adapters
-from pipeline import cluster
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import load_tokenizer
+from pipeline.cluster import compute_task, connect
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
@@ -75,9 +75,9 @@ def memory_after_a_task(setting: Setting) -> dict[str, Any]:
     starts next wants nine tenths of the device."""
     if setting.tiny:
         raise SkippedError("a CPU gives memory back when it is freed")
-    cluster.connect()
+    connect()
     before = device_memory()
-    during = ray.get(cluster.compute_task(_hold).remote(int(HELD_GB * 1e9)))
+    during = ray.get(compute_task(_hold).remote(int(HELD_GB * 1e9)))
     left = left_behind(before, device_memory, PATIENCE)
     figures = {"before_gb": before / 1e9, "during_gb": during / 1e9, "left_gb": left / 1e9}
     if during - before < HELD_GB * 1e9:

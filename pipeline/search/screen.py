@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import cluster
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.batches import length_batches
 from pipeline.cache import AdapterCache
+from pipeline.cluster import compute_task
 from pipeline.core.errors import AdapterError
 from pipeline.engines.completion import collate, completion_nll
 from pipeline.merge.adapter import Adapter, read_adapter
@@ -96,7 +96,7 @@ def screen_pool(catalogue: pa.Table, base: str, samples: pa.Table, dtype: str = 
     """
     modules = touched_modules(base, catalogue["target_modules"].to_pylist())
     # What a task returns lies in the object store, once; the driver holds no more than the reference.
-    gradients = cluster.compute_task(_gradients).remote(base, dtype, samples, modules)
+    gradients = compute_task(_gradients).remote(base, dtype, samples, modules)
     ray.wait([gradients], fetch_local=False)
     rows = (
         ray.data.from_arrow(catalogue.select(["adapter_id", "uri"]))

@@ -23,8 +23,8 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import cluster
 from pipeline.basemodel import fast_dtype
+from pipeline.cluster import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError
@@ -70,22 +70,22 @@ def scoring_dtype(search: SearchConfig) -> str:
     return "bfloat16" if scoring_resources(search).gpus else str(fast_dtype("auto")).removeprefix("torch.")
 
 
-def scoring_resources(search: SearchConfig) -> cluster.Resources:
+def scoring_resources(search: SearchConfig) -> Resources:
     """What one engine gets: on CPUs a whole node."""
-    return cluster.worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
+    return worker_resources(search.cpus_per_actor, search.gpus_per_actor, spare=0)
 
 
 def scoring_kind(search: SearchConfig, named: bool = True) -> str:
     """What a measured speed of scoring holds for, beside the scope of the score store; `named` as of `cluster.describe`."""
-    return f"scoring, {search.adapters_per_batch} adapters a batch, {cluster.describe(scoring_resources(search), named)}"
+    return f"scoring, {search.adapters_per_batch} adapters a batch, {describe(scoring_resources(search), named)}"
 
 
 def engines_at_once(search: SearchConfig, candidates: int) -> int:
     """How many engines are asked for at once to score so many candidates, where the cluster is all ours. On one that grows, those
     that `search.actors` names; the race begins with the first that is up."""
     batches = math.ceil(candidates / search.adapters_per_batch)
-    wanted, ahead = (batches, cluster.MOST_AHEAD) if search.actors == "auto" else (min(batches, search.actors), search.actors)
-    return max(1, cluster.workers_at_once(scoring_resources(search), wanted, ahead, spare=0))
+    wanted, ahead = (batches, MOST_AHEAD) if search.actors == "auto" else (min(batches, search.actors), search.actors)
+    return max(1, workers_at_once(scoring_resources(search), wanted, ahead, spare=0))
 
 
 def require_engine(search: SearchConfig) -> None:
@@ -100,7 +100,7 @@ def require_engine(search: SearchConfig) -> None:
             "search.dtype: float32 is not for search.engine vllm on a GPU, whose LoRA kernels compute in 16 bits; set "
             "search.dtype: auto (bfloat16 there), or search.engine: transformers"
         )
-    cluster.require(resources, "search")
+    require(resources, "search")
 
 
 def score_stream(
@@ -117,9 +117,7 @@ def warm_up(search: SearchConfig) -> None:
     """
     resources = scoring_resources(search)
     if not resources.gpus:
-        ray.remote(_import_engine).options(num_cpus=0, max_retries=0, runtime_env=cluster.worker_env(resources)).remote(
-            search.engine
-        )
+        ray.remote(_import_engine).options(num_cpus=0, max_retries=0, runtime_env=worker_env(resources)).remote(search.engine)
 
 
 def _import_engine(engine: str) -> None:
@@ -255,5 +253,5 @@ def _tickets(engine: EngineConfig, search: SearchConfig, lobby: Any, candidates:
         fn_constructor_args=(search.engine, engine, lobby),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
-        runtime_env=cluster.worker_env(resources),
+        runtime_env=worker_env(resources),
     )

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipeline import cluster
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
@@ -157,7 +156,7 @@ def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three engines of three CPUs each on a node of four, of a cluster that might grow and does not: two wait to the end."""
-    monkeypatch.setattr(cluster, "may_grow", lambda: True)
+    monkeypatch.setattr("pipeline.cluster.may_grow", lambda: True)
     uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(3)}
     work = work_on(uris, samples, Folder.at(tmp_path))
     waiting, last = Counter[str](), Progress()
@@ -176,7 +175,7 @@ def test_as_many_engines_are_asked_for_as_have_work_or_as_the_config_names(monke
         return engines_at_once(SearchConfig(adapters_per_batch=2, cpus_per_actor=1, **search), candidates)
 
     assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 4, 2, 4]
-    monkeypatch.setattr(cluster, "may_grow", lambda: True)
+    monkeypatch.setattr("pipeline.cluster.may_grow", lambda: True)
     assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 16, 2, 50]
 
 
@@ -192,7 +191,7 @@ def test_as_many_engines_are_asked_for_as_have_work_or_as_the_config_names(monke
 def test_a_type_that_vllm_has_no_kernels_for_is_refused_before_it_starts(
     search: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "require", lambda *wish: None)
+    monkeypatch.setattr(stream, "require", lambda *wish: None)
     if refused:
         with pytest.raises(InputError, match=r"^search\.dtype: float32 .* search\.dtype: auto .* search\.engine: transformers"):
             require_engine(SearchConfig(**search))
