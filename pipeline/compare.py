@@ -16,13 +16,13 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import track
 from pipeline.arms import Job, row_ids
-from pipeline.cluster import compute_task
+from pipeline.cluster.resources import compute_task
+from pipeline.cluster.telemetry import tell_training
 from pipeline.config import TrackConfig
 from pipeline.core.errors import one_line
 from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, steps_to_parity
 from pipeline.core.storage import Folder
-from pipeline.observe import tell_training
 from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
 
 RESULT_FILE = "result.json"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batches import batch_places, padded_tokens
-from pipeline.cluster import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
 from pipeline.search.race import BASE, Indices, Race
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.arms import pass_tokens
 from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
-from pipeline.cluster import Resources, live_nodes, may_grow, worker_env
+from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
 from pipeline.compare import RESULT_FILE
 from pipeline.core.ledger import digest
 from pipeline.costs import (

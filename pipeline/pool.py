@@ -28,6 +28,7 @@ from pyarrow import fs
 from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
+from pipeline.cluster.telemetry import worker_log
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
@@ -47,7 +48,6 @@ from pipeline.merge.declared import largest_adapter, unknown_fields
 from pipeline.merge.delta import rounding_error
 from pipeline.merge.factor import INDEX_FILE, factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
-from pipeline.observe import worker_log
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 Listing = dict[str, list[str | None]]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline.arms import Job
-from pipeline.cluster import compute_task
+from pipeline.cluster.resources import compute_task
 from pipeline.core.storage import Folder
 
 

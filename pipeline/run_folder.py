@@ -10,14 +10,14 @@ import yaml
 from pyarrow import fs
 
 from pipeline import __version__
-from pipeline.cluster import connect
+from pipeline.cluster.resources import connect
+from pipeline.cluster.telemetry import tell_stage
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import FILE, Ledger, Outputs
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder, lies_in
 from pipeline.core.tables import VERSION
-from pipeline.observe import tell_stage
 from pipeline.search.stream import Engines
 
 CONFIG = "config.yaml"

@@ -14,7 +14,7 @@ import ray
 
 from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.basemodel import fingerprint, linear_shapes
-from pipeline.cluster import compute_task, worker_resources
+from pipeline.cluster.resources import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest

@@ -24,11 +24,11 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console, RenderableType
 
+from pipeline.cluster.connect import TOKEN_HINT, require_answer
 from pipeline.config import Config
 from pipeline.core.errors import InputError
 from pipeline.core.settings import checked, read_yaml
 from pipeline.core.storage import Folder
-from pipeline.join import TOKEN_HINT, require_answer
 from pipeline.refresh import RefreshConfig
 from pipeline.report.terminal import leaderboard_table, summary_table
 

@@ -21,13 +21,13 @@ from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, Failur
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.arms import CURVE_FILE, Job
-from pipeline.cluster import MOST_AHEAD, Resources, describe, require, torch_env, worker_resources, workers_at_once
+from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, torch_env, worker_resources, workers_at_once
+from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.config import TrainConfig
 from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import COMPARISON
 from pipeline.feed import stream_steps
-from pipeline.observe import WorkerLog, worker_log
 
 MAX_FAILURES = 2
 SIZES_FILE = "tokens_per_pass.json"

@@ -10,7 +10,7 @@ import ray
 
 from pipeline import compare
 from pipeline.arms import Job
-from pipeline.cluster import MOST_AHEAD, NODE_GROUP
+from pipeline.cluster.resources import MOST_AHEAD, NODE_GROUP
 from pipeline.compare import _chosen, parity, with_overhead
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.batches import batch_places
-from pipeline.cluster import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
 from pipeline.costs import (
     Scoring,

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import plan as planning
 from pipeline.cli import main
-from pipeline.cluster import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.config import Config, build_config
 from pipeline.engines.scorer import EngineConfig
 from pipeline.merge.adapter import WEIGHTS_FILE

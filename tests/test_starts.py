@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.arms import Arm
-from pipeline.cluster import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE

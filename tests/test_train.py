@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipeline.arms import Job
+from pipeline.cluster.telemetry import worker_log
 from pipeline.core.storage import Folder
 from pipeline.evaluation import evaluate_on_test
 from pipeline.finetuning import Finetuning
-from pipeline.observe import worker_log
 from pipeline.train import _Reports, fit, score_on_test
 from pipeline.trainable import _sharing_out
 

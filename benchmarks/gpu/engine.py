@@ -25,7 +25,7 @@ from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, draw_rows, saved_base, shape_of
 from benchmarks.pools import random_adapters
 from pipeline.basemodel import fast_dtype
-from pipeline.cluster import Resources, worker_env
+from pipeline.cluster.resources import Resources, worker_env
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 

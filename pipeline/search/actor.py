@@ -13,11 +13,11 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline.cache import AdapterCache
+from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.core.errors import AdapterError
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
-from pipeline.observe import WorkerLog, worker_log
 from pipeline.search.board import Job
 from pipeline.search.lobby import Race
 from pipeline.search.store import News, record_failures

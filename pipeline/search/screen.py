@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.batches import length_batches
 from pipeline.cache import AdapterCache
-from pipeline.cluster import compute_task
+from pipeline.cluster.resources import compute_task
 from pipeline.core.errors import AdapterError
 from pipeline.engines.completion import collate, completion_nll
 from pipeline.merge.adapter import Adapter, read_adapter

@@ -24,7 +24,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.basemodel import fast_dtype
-from pipeline.cluster import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
+from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError

@@ -36,7 +36,7 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
     """engine(method, *arguments): one for the whole module, as its start takes some 15 s."""
     import ray
 
-    from pipeline.cluster import Resources, worker_env
+    from pipeline.cluster.resources import Resources, worker_env
     from pipeline.engines.scorer import build_scorer
 
     class Engine:
@@ -237,7 +237,7 @@ def test_it_says_what_reading_adapters_took_and_reads_none_that_it_holds(
 def test_what_the_environment_says_of_vllm_are_words_that_it_knows() -> None:
     from vllm.envs import environment_variables
 
-    from pipeline.cluster import CARRIED, Resources, worker_env
+    from pipeline.cluster.resources import CARRIED, Resources, worker_env
 
     said = {*CARRIED, *worker_env(Resources(1, 0, 2))["env_vars"]}
     assert {name for name in said if name.startswith("VLLM_")} - environment_variables.keys() == set()

@@ -47,7 +47,7 @@ def all_end(processes: list[int], seconds: float) -> bool:
 def actor(ray_session: None, engine_config: EngineConfig) -> Iterator[Any]:
     import ray
 
-    from pipeline.cluster import Resources, worker_env
+    from pipeline.cluster.resources import Resources, worker_env
     from pipeline.engines.scorer import build_scorer
 
     class Engine:

@@ -27,7 +27,7 @@ def score(ray_session: None, engine_config: EngineConfig) -> Iterator[Callable[.
     """score(candidates, samples)."""
     import ray
 
-    from pipeline.cluster import Resources, worker_env
+    from pipeline.cluster.resources import Resources, worker_env
     from pipeline.engines.scorer import build_scorer
 
     class Engine:

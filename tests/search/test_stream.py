@@ -156,7 +156,7 @@ def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three engines of three CPUs each on a node of four, of a cluster that might grow and does not: two wait to the end."""
-    monkeypatch.setattr("pipeline.cluster.may_grow", lambda: True)
+    monkeypatch.setattr("pipeline.cluster.resources.may_grow", lambda: True)
     uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(3)}
     work = work_on(uris, samples, Folder.at(tmp_path))
     waiting, last = Counter[str](), Progress()
@@ -175,7 +175,7 @@ def test_as_many_engines_are_asked_for_as_have_work_or_as_the_config_names(monke
         return engines_at_once(SearchConfig(adapters_per_batch=2, cpus_per_actor=1, **search), candidates)
 
     assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 4, 2, 4]
-    monkeypatch.setattr("pipeline.cluster.may_grow", lambda: True)
+    monkeypatch.setattr("pipeline.cluster.resources.may_grow", lambda: True)
     assert [asked(0), asked(5), asked(1000), asked(1000, actors=2), asked(1000, actors=50)] == [1, 3, 16, 2, 50]
 
 

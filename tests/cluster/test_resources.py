@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.cluster import (
+from pipeline.cluster.resources import (
     CARRIED,
     Resources,
     connect,
@@ -98,7 +98,7 @@ def test_gpus_can_be_left_alone(nodes: Any) -> None:
 
 GPU_TASKS = """
 import os, ray
-from pipeline.cluster import compute_task
+from pipeline.cluster.resources import compute_task
 
 def look(gpus):
     return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -197,7 +197,7 @@ def test_workers_know_what_the_drivers_environment_says_of_the_network_and_of_vl
 def test_workers_on_cpus_use_the_faster_allocator_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, known: str | None, preloaded: str | None
 ) -> None:
-    monkeypatch.setattr("pipeline.cluster.find_library", lambda name: known)
+    monkeypatch.setattr("pipeline.cluster.resources.find_library", lambda name: known)
     monkeypatch.setenv("LD_PRELOAD", "own.so")
     assert worker_env(Resources(1, 0, 2))["env_vars"].get("LD_PRELOAD") == preloaded
     assert "LD_PRELOAD" not in worker_env(Resources(1, 1, 2))["env_vars"]

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import observe, racing
+from pipeline import racing
+from pipeline.cluster.resources import telemetry
 from pipeline.core.ledger import Ledger, Outputs
 from pipeline.core.storage import Folder
 from pipeline.search.board import Progress
 
 
 def test_nothing_is_told_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(observe, "_gauge", lambda name: pytest.fail("a gauge was made"))
-    observe.tell("mashup_search_rung", 1)
+    monkeypatch.setattr(telemetry.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(telemetry, "_gauge", lambda name: pytest.fail("a gauge was made"))
+    telemetry.tell("mashup_search_rung", 1)
 
 
 def exported(names: set[str]) -> dict[str, float]:
@@ -42,11 +43,11 @@ def _parse(line: str) -> tuple[str, float]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
-    ledger = Ledger(Folder.at(tmp_path), {"probing": Outputs([])}, observe.tell_stage)
+    ledger = Ledger(Folder.at(tmp_path), {"probing": Outputs([])}, telemetry.tell_stage)
     with ledger.perform("probing", "key"):
         pass
-    observe.tell_training("some-arm", tokens=300, seconds=2.0)
-    observe.tell_training("not-begun", tokens=0, seconds=0.0)
+    telemetry.tell_training("some-arm", tokens=300, seconds=2.0)
+    telemetry.tell_training("not-begun", tokens=0, seconds=0.0)
     racing._measure(Progress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5))
     expected = {
         "mashup_train_tokens_per_second:some-arm": 150.0,
@@ -60,4 +61,4 @@ def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
     assert found["mashup_stage_seconds:probing"] == pytest.approx(ledger.seconds("probing"))
     assert {name: found[name] for name in expected} == expected
     assert "mashup_train_tokens_per_second:not-begun" not in found
-    assert {name.partition(":")[0] for name in found} == observe.METRICS.keys()
+    assert {name.partition(":")[0] for name in found} == telemetry.METRICS.keys()

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import ray
 from ray.data import DataContext
 
+from pipeline.cluster.connect import join
 from pipeline.core.errors import InputError
-from pipeline.join import join
 
 START_ATTEMPTS = 3
 """To start Ray on this machine."""
