@@ -32,7 +32,8 @@ import typer
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import linear_shapes
-from pipeline.cluster.resources import connect, worker_env, worker_resources
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig, TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID

@@ -28,7 +28,7 @@ import typer
 from benchmarks.pools import everything
 from benchmarks.tiny import TARGETS, made_pool, target_samples, tiny_world
 from pipeline.basemodel import fingerprint
-from pipeline.cluster.resources import connect
+from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
 from pipeline.pool import build_catalogue
 from pipeline.samples import take_samples

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from benchmarks.pools import everything
 from examples.tasks import DONORS, TARGET, draw
 from pipeline.basemodel import fast_dtype, load_model, load_tokenizer
-from pipeline.cluster.resources import connect, worker_env, worker_resources
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES

@@ -34,7 +34,7 @@ from matplotlib.ticker import LogFormatter
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
 from pipeline.arms import Arm, Job, Lora, copy_weights
-from pipeline.cluster.resources import connect
+from pipeline.cluster.connect import connect
 from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError

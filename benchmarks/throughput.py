@@ -43,7 +43,8 @@ from benchmarks.peak import gemm_peak
 from benchmarks.pools import random_adapters, random_samples
 from examples.base_model import FOLDER
 from pipeline.basemodel import fast_dtype, linear_shapes, load_model
-from pipeline.cluster.resources import Resources, connect, worker_env
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import Resources, worker_env
 from pipeline.core.errors import AdapterError
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.merge.adapter import read_adapter

@@ -43,7 +43,8 @@ from examples.base_model import base_model
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import device, load_tokenizer
 from pipeline.batches import batch_places
-from pipeline.cluster.resources import connect, worker_env, worker_resources
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES

@@ -10,7 +10,7 @@ import yaml
 from pyarrow import fs
 
 from pipeline import __version__
-from pipeline.cluster.resources import connect
+from pipeline.cluster.connect import connect
 from pipeline.cluster.telemetry import tell_stage
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError

@@ -20,7 +20,8 @@ from benchmarks.gpu.models import LINEAR, TINY, make_model
 from benchmarks.pools import byte_tokenizer, random_adapters
 from pipeline.arms import Arm, Job, Lora
 from pipeline.basemodel import load_tokenizer
-from pipeline.cluster.resources import compute_task, connect
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import compute_task
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES

@@ -1,15 +1,21 @@
-"""Joining a Ray cluster that is there already: soon, or with the reason why not; and noticing when its head is gone."""
+"""Joins a Ray cluster, or starts one on this machine: soon, or with the reason why not. Notices when the head is gone."""
 
+import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 
 import ray
+from ray.data import DataContext
 from ray.exceptions import AuthenticationError
 
 from pipeline.core.errors import InputError
+
+START_ATTEMPTS = 3
+"""To start Ray on this machine."""
 
 ANSWER_SECONDS = 5.0
 """In which a head accepts a connection; Ray itself tries for minutes without a word."""
@@ -23,7 +29,38 @@ RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 
-def join(address: str) -> None:
+def connect() -> float:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; with a cluster at hand, do nothing.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        ConnectionError: nothing answers at RAY_ADDRESS.
+        InputError: the cluster there cannot be joined, such as for want of its token.
+    """
+    started = time.perf_counter()
+    if not ray.is_initialized():
+        _quiet()
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start()
+        _have_time_to_stop()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return time.perf_counter() - started
+
+
+def _have_time_to_stop() -> None:
+    """Leave a SIGTERM to its Python handler. The one that Ray installs below it aborts the process three seconds later, whatever
+    that is putting down: absl's failure signal handler sets an alarm."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _join(address: str) -> None:
     """Join the cluster that RAY_ADDRESS names.
 
     Raises:
@@ -47,6 +84,25 @@ def join(address: str) -> None:
 def _wants_token(error: BaseException) -> bool:
     """Ray says so by the kind of the error, or in the text of the one that it came from."""
     return AuthenticationError.__name__ in f"{error!r} {error.__cause__!r} {error.__context__!r}"
+
+
+def _start() -> None:
+    """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+            return
+        except Exception:  # Ray raises no narrower one
+            ray.shutdown()
+            if attempt + 1 == START_ATTEMPTS:
+                raise
+
+
+def _quiet() -> None:
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    for name in ("ray", "ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised, and said once
 
 
 def require_answer(address: str) -> None:

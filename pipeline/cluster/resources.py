@@ -1,11 +1,8 @@
-"""The one place where a run meets the Ray cluster: connecting, and turning wishes into Ray's resource arguments."""
+"""Wishes for workers as Ray's resource arguments and environments, and whether the cluster can hold them."""
 
 import logging
 import os
 import platform
-import signal
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes.util import find_library
@@ -14,13 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.data import DataContext
 
-from pipeline.cluster.connect import join
 from pipeline.core.errors import InputError
-
-START_ATTEMPTS = 3
-"""To start Ray on this machine."""
 
 NODE_GROUP = "ray.io/node-group"
 """Ray's label for nodes that an autoscaler may start more of; it does not say which kinds it has that are not up."""
@@ -44,37 +36,6 @@ class Resources:
     cpus: float
     gpus: int
     threads: int
-
-
-def connect() -> float:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine; with a cluster at hand, do nothing.
-
-    Returns:
-        Seconds that it took.
-
-    Raises:
-        ConnectionError: nothing answers at RAY_ADDRESS.
-        InputError: the cluster there cannot be joined, such as for want of its token.
-    """
-    started = time.perf_counter()
-    if not ray.is_initialized():
-        _quiet()
-        if address := os.environ.get("RAY_ADDRESS"):
-            join(address)
-        else:
-            _start()
-        _have_time_to_stop()
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return time.perf_counter() - started
-
-
-def _have_time_to_stop() -> None:
-    """Leave a SIGTERM to its Python handler. The one that Ray installs below it aborts the process three seconds later, whatever
-    that is putting down: absl's failure signal handler sets an alarm."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare: int = 1) -> Resources:
@@ -199,18 +160,6 @@ def torch_env(resources: Resources) -> dict[str, Any]:
     return env
 
 
-def _start() -> None:
-    """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
-            return
-        except Exception:  # Ray raises no narrower one
-            ray.shutdown()
-            if attempt + 1 == START_ATTEMPTS:
-                raise
-
-
 def _room(node: dict[str, float], resources: Resources) -> int:
     """How many such workers a node with these resources holds."""
     asked = {"CPU": resources.cpus, "GPU": resources.gpus}
@@ -246,10 +195,3 @@ def _cpu_env() -> dict[str, str]:
     if tcmalloc := find_library("tcmalloc_minimal") or find_library("tcmalloc"):
         env["LD_PRELOAD"] = ":".join(filter(None, (tcmalloc, os.environ.get("LD_PRELOAD"))))
     return env
-
-
-def _quiet() -> None:
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    for name in ("ray", "ray.data", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised, and said once

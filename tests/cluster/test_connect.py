@@ -1,4 +1,4 @@
-"""Joining a cluster: what answers nothing, or lets nobody in, is said soon. A head that goes away: see tests/jobs."""
+"""A cluster is joined or started: what answers nothing, or lets nobody in, is said soon. A lost head: see tests/jobs."""
 
 import socket
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline.cluster.resources import connect
+from pipeline.cluster.connect import connect
 from pipeline.core.errors import InputError
 
 
@@ -81,3 +81,24 @@ def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_error(refusing:
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "auto"])
 def test_what_answers_is_taken_for_a_cluster(server: int, address: str) -> None:
     connect.require_answer(address.format(server))
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (3, 3)])
+def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest.MonkeyPatch, failures: int, starts: int) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    calls: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) <= failures:
+            raise ConnectionError("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    if failures == 3:
+        with pytest.raises(ConnectionError, match="timed out during startup"):
+            connect()
+    else:
+        connect()
+    assert [call["address"] for call in calls] == ["local"] * starts

@@ -11,7 +11,6 @@ import ray
 from pipeline.cluster.resources import (
     CARRIED,
     Resources,
-    connect,
     describe,
     engine_slots,
     require,
@@ -201,27 +200,6 @@ def test_workers_on_cpus_use_the_faster_allocator_where_there_is_one(
     monkeypatch.setenv("LD_PRELOAD", "own.so")
     assert worker_env(Resources(1, 0, 2))["env_vars"].get("LD_PRELOAD") == preloaded
     assert "LD_PRELOAD" not in worker_env(Resources(1, 1, 2))["env_vars"]
-
-
-@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (3, 3)])
-def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest.MonkeyPatch, failures: int, starts: int) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    calls: list[dict[str, Any]] = []
-
-    def init(**arguments: Any) -> None:
-        calls.append(arguments)
-        if len(calls) <= failures:
-            raise ConnectionError("The current node timed out during startup.")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    if failures == 3:
-        with pytest.raises(ConnectionError, match="timed out during startup"):
-            connect()
-    else:
-        connect()
-    assert [call["address"] for call in calls] == ["local"] * starts
 
 
 def test_on_gpus_the_allocator_of_training_grows_its_blocks_and_that_of_engines_does_not() -> None:

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from pipeline import racing
-from pipeline.cluster.resources import telemetry
+from pipeline.cluster import telemetry
 from pipeline.core.ledger import Ledger, Outputs
 from pipeline.core.storage import Folder
 from pipeline.search.board import Progress

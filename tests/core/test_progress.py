@@ -41,7 +41,7 @@ import os, signal, sys, time
 from pipeline.core.progress import exit_when_stopped
 exit_when_stopped()
 if "ray" in sys.argv:
-    from pipeline.cluster.resources import connect
+    from pipeline.cluster.connect import connect
     connect()
 try:
     print("at work", flush=True)

@@ -199,9 +199,7 @@ def test_rays_own_command_finds_what_is_done(world: World, whole: Ended) -> None
 
 def test_a_run_whose_cluster_loses_its_head_ends_with_a_line(world: World) -> None:
     """The last one: it takes the head away. The driver is not on the cluster, as with `mashup run` and RAY_ADDRESS."""
-    script = (
-        "import time; from pipeline.cluster.resources import connect; connect(); print('joined', flush=True); time.sleep(600)"
-    )
+    script = "import time; from pipeline.cluster.connect import connect; connect(); print('joined', flush=True); time.sleep(600)"
     env = world.env | {"RAY_ADDRESS": world.gcs, "RAY_BACKEND_LOG_LEVEL": "fatal"}
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert driver.stdout is not None
