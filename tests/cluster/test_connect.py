@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline.cluster.connect import connect
+from pipeline.cluster.connect import TOKEN_HINT, connect, require_answer
 from pipeline.core.errors import InputError
 
 
@@ -69,7 +69,7 @@ def test_a_cluster_that_wants_a_token_is_the_users_error(refusing: Callable[[Exc
     with pytest.raises(InputError) as found:
         connect()
     assert str(found.value).startswith(f"RAY_ADDRESS={address}: cannot join the Ray cluster there ({refusal.args[0]}")
-    assert connect.TOKEN_HINT in str(found.value)
+    assert TOKEN_HINT in str(found.value)
 
 
 def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_error(refusing: Callable[[Exception], str]) -> None:
@@ -80,7 +80,7 @@ def test_a_cluster_that_dies_while_it_is_joined_is_not_the_users_error(refusing:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "auto"])
 def test_what_answers_is_taken_for_a_cluster(server: int, address: str) -> None:
-    connect.require_answer(address.format(server))
+    require_answer(address.format(server))
 
 
 @pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (3, 3)])
