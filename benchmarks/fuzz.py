@@ -124,11 +124,11 @@ def _megabytes() -> float:
 def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what of a valid adapter the rest replaces: its config, its weights file, or the header of this."""
     from benchmarks.pools import random_adapters, tiny_base
-    from pipeline.basemodel import linear_shapes
     from pipeline.core.errors import AdapterError
     from pipeline.merge.adapter import read_adapter
     from pipeline.merge.declared import CONFIG_FILE, WEIGHTS_FILE
     from pipeline.merge.spectrum import sketch, spectrum
+    from pipeline.model.base_model import linear_shapes
 
     shapes, head = linear_shapes(base := tiny_base(work / "base"))
     random_adapters(work / "pool", base, 1, rank=1)

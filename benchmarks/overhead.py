@@ -31,7 +31,6 @@ import typer
 
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import linear_shapes
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig, TrainConfig
@@ -39,6 +38,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.finetuning import Finetuning
+from pipeline.model.base_model import linear_shapes
 from pipeline.pool import build_catalogue
 from pipeline.search.race import make_plan
 from pipeline.search.stream import engine_config, score_stream

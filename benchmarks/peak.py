@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from pipeline.basemodel import fast_dtype
+from pipeline.model.base_model import fast_dtype
 
 
 def gemm_peak(size: int = 4096) -> float:

@@ -27,9 +27,9 @@ import typer
 
 from benchmarks.pools import everything
 from benchmarks.tiny import TARGETS, made_pool, target_samples, tiny_world
-from pipeline.basemodel import fingerprint
 from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
+from pipeline.model.base_model import fingerprint
 from pipeline.pool import build_catalogue
 from pipeline.samples import take_samples
 from pipeline.search.board import Progress, Work

@@ -20,7 +20,6 @@ import pyarrow as pa
 import typer
 
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import linear_shapes, load_tokenizer
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
@@ -31,6 +30,7 @@ from pipeline.finetuning import Finetuning
 from pipeline.merge.adapter import CONFIG_FILE, read_adapter, write_adapter
 from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
+from pipeline.model.base_model import linear_shapes, load_tokenizer
 from pipeline.samples import tokenise_text
 
 SEARCH, VALIDATION, TEST, MAX_TOKENS = 24, 48, 100, 1024

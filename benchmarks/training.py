@@ -41,15 +41,15 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.peak import gemm_peak
 from examples.base_model import base_model
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import device, load_tokenizer
 from pipeline.batches import batch_places
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.engines import completion
 from pipeline.finetuning import WARMUP, Finetuning
+from pipeline.model import completion_loss
+from pipeline.model.base_model import device, load_tokenizer
 from pipeline.samples import tokenise
 from pipeline.train import fit
 from pipeline.trainable import Trainable
@@ -247,7 +247,7 @@ def measure(kind: str, file: str) -> None:
     job: Job = pickle.loads(Path(file).read_bytes())
     mine = kind.startswith("ours")
     if kind == "ours_whole":
-        completion.SHARED = sys.maxsize
+        completion_loss.SHARED = sys.maxsize
     done: Any = ours(job) if mine else theirs(job, kind)
     found = {
         "seconds": statistics.median(end - start for start, end in pairwise(done.ends[WARM - 1 :])),

@@ -17,9 +17,9 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipeline.basemodel import load_tokenizer
 from pipeline.cache import AdapterCache
 from pipeline.core.errors import AdapterError, one_line
+from pipeline.model.base_model import load_tokenizer
 from pipeline.samples import tokenise_text
 
 MAX_BYTES = 4 << 20

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from pipeline.arms import download_model
-from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.batches import share_out
 from pipeline.core.storage import Folder
-from pipeline.engines.completion import Batch, collate, copied_to, score_tokens
 from pipeline.fetch import fetch_adapter
 from pipeline.merge.adapter import CONFIG_FILE
+from pipeline.model.base_model import device, fast_dtype, load_model
+from pipeline.model.completion_loss import Batch, collate, copied_to, score_tokens
 
 EVALUATION_TOKENS = 2048
 """Padded tokens in one forward pass of an evaluation."""

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from pipeline.arms import CURVE_FILE, STATE, Job
-from pipeline.basemodel import device
 from pipeline.batches import Share, halved, make_steps
 from pipeline.core.errors import PassTooLargeError
-from pipeline.engines.completion import collate
 from pipeline.evaluation import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
+from pipeline.model.base_model import device
+from pipeline.model.completion_loss import collate
 from pipeline.passes import choose_tokens
 from pipeline.profiler import traced
 from pipeline.trainable import Trainable

@@ -6,10 +6,10 @@ An 8B base saves some 6 MB of activations a token, a 135M one a tenth of a MB; c
 import torch
 
 from pipeline.arms import Job, pass_tokens
-from pipeline.basemodel import device
 from pipeline.core.errors import PassTooLargeError
-from pipeline.engines.completion import Batch
 from pipeline.evaluation import Rows
+from pipeline.model.base_model import device
+from pipeline.model.completion_loss import Batch
 from pipeline.trainable import Trainable
 
 MEASURED = 512

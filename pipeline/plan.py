@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arms import pass_tokens
-from pipeline.basemodel import count_parameters, fast_dtype, linear_shapes
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
 from pipeline.compare import RESULT_FILE
@@ -33,6 +32,7 @@ from pipeline.costs import (
     training_seconds,
 )
 from pipeline.engines.scorer import EngineConfig
+from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
 from pipeline.pool import valid_adapters
 from pipeline.racing import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.reduce import most_recipes

@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 
-from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.cache import AdapterCache
 from pipeline.cards import read_card, texts
 from pipeline.cluster.telemetry import worker_log
@@ -48,6 +47,7 @@ from pipeline.merge.declared import largest_adapter, unknown_fields
 from pipeline.merge.delta import rounding_error
 from pipeline.merge.factor import INDEX_FILE, factor_checkpoint, is_checkpoint
 from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
+from pipeline.model.base_model import Shapes, linear_shapes
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 Listing = dict[str, list[str | None]]

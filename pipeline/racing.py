@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.basemodel import fingerprint
 from pipeline.cluster.telemetry import tell
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import EngineConfig, too_large
+from pipeline.model.base_model import fingerprint
 from pipeline.rates import Rates
 from pipeline.reduce import largest_merge
 from pipeline.run_folder import Run

@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from pipeline import track
 from pipeline.arms import Arm, Job, copy_weights, row_ids
-from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.calibrate import calibrate
 from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
@@ -30,6 +29,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
+from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.pool import build_catalogue, list_adapters, valid_adapters
 from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable

@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.basemodel import context_length, load_tokenizer
 from pipeline.config import Config
 from pipeline.core.errors import InputError, may_pass, one_line, shown
 from pipeline.core.storage import Folder, is_text
 from pipeline.core.tables import SAMPLES
+from pipeline.model.base_model import context_length, load_tokenizer
 from pipeline.rows import first_malformed, read_rows, unreadable
 
 ROLES = ("train", "validation", "test")

@@ -13,7 +13,6 @@ import pyarrow as pa
 import ray
 
 from pipeline.arms import Arm, Job, Lora, row_ids
-from pipeline.basemodel import fingerprint, linear_shapes
 from pipeline.cluster.resources import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
 from pipeline.core.errors import InputError
@@ -27,6 +26,7 @@ from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
+from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout

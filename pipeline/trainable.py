@@ -27,14 +27,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from pipeline.arms import Job, download_model
-from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.core.storage import Folder
-from pipeline.engines.completion import Batch, completion_nll, score_tokens
 from pipeline.evaluation import causal
 from pipeline.fetch import fetch_adapter
 from pipeline.lora import fuse
 from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Recipe, merge
+from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
+from pipeline.model.completion_loss import Batch, completion_nll, score_tokens
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 """Of a state dict that is the same whatever the number of workers."""

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline import contamination
-from pipeline.basemodel import load_tokenizer
 from pipeline.contamination import MAX_BYTES, Ours, compare_data, find_contamination, overlaps
+from pipeline.model.base_model import load_tokenizer
 from pipeline.samples import tokenise_text
 
 LONG = "The quick brown fox jumps over the lazy dog near the river bank, and then it sleeps in the tall grass for a while. "

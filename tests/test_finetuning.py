@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.arms import CURVE_FILE, STATE, Arm, Job
 from pipeline.batches import batch_places
 from pipeline.core.storage import Folder
-from pipeline.engines.completion import Batch, collate, score_tokens
 from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
 from pipeline.finetuning import Finetuning, Write, evaluation_steps
+from pipeline.model.completion_loss import Batch, collate, score_tokens
 from pipeline.profiler import STEPS
 
 FULL = {"method": "full", "steps": 4, "evaluations": 2}

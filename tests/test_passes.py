@@ -10,8 +10,8 @@ import torch
 from pipeline.arms import Job
 from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
-from pipeline.engines.completion import Batch
 from pipeline.evaluation import Rows
+from pipeline.model.completion_loss import Batch
 from pipeline.passes import LEAST, MEASURED, MOST, SHARE, choose_tokens
 
 GB, MB = 1_000_000_000, 1_000_000

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
-from pipeline.basemodel import linear_shapes
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE
 from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.merge.declared import largest_adapter
+from pipeline.model.base_model import linear_shapes
 from pipeline.pool import LISTING, build_catalogue, compare, inspect_batch, list_adapters
 
 Make = Callable[..., Path]

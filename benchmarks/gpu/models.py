@@ -14,7 +14,7 @@ from benchmarks.gpu.checks import Setting
 from benchmarks.pools import byte_tokenizer
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.engines.completion import Batch
+from pipeline.model.completion_loss import Batch
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -20,10 +20,10 @@ from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, m
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.engines.completion import collate, completion_nll
 from pipeline.finetuning import Finetuning
 from pipeline.lora import fuse
 from pipeline.merge.delta import Factors, truncate, weighted_sum
+from pipeline.model.completion_loss import collate, completion_nll
 from pipeline.profiler import STEPS
 
 WARM, TIMED = 1, 3

@@ -19,13 +19,13 @@ from benchmarks.gpu.checks import Check, Setting, SkippedError, WrongError
 from benchmarks.gpu.models import LINEAR, TINY, make_model
 from benchmarks.pools import byte_tokenizer, random_adapters
 from pipeline.arms import Arm, Job, Lora
-from pipeline.basemodel import load_tokenizer
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import compute_task
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.finetuning import Finetuning
+from pipeline.model.base_model import load_tokenizer
 from pipeline.run import run_all
 from pipeline.samples import tokenise
 

@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -32,6 +31,7 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
 from pipeline.merge.adapter import from_factors, write_adapter
 from pipeline.merge.delta import Factors
+from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
 
 ROWS, LENGTH = 4, 64
 """Rows that are scored, and the tokens of each at most: the last ones of its completion and what precedes them."""

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.basemodel import Shapes
 from pipeline.core.errors import AdapterError, verdict
 from pipeline.merge.declared import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_declared, open_weights, read_declared, split_name
 from pipeline.merge.delta import Factors, pad, without_nothing
+from pipeline.model.base_model import Shapes
 
 FILES = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.basemodel import Shapes, weights_folder
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.merge.adapter import Adapter, from_factors
 from pipeline.merge.declared import CONFIG_FILE, check_dtype, open_weights
 from pipeline.merge.delta import Factors, factorise
+from pipeline.model.base_model import Shapes, weights_folder
 
 ENERGY = 0.9
 """The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""

@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.basemodel import device, fast_dtype, load_model
 from pipeline.batches import length_batches
-from pipeline.engines.completion import collate, completion_nll
 from pipeline.fetch import fetch_adapter
 from pipeline.merge.adapter import Adapter, read_adapter
+from pipeline.model.base_model import device, fast_dtype, load_model
+from pipeline.model.completion_loss import collate, completion_nll
 
 STEPS, ROWS, RATE = 24, 4, 0.1
 """Of Adam: steps, samples a step, and its rate. More samples a step found no better weights."""

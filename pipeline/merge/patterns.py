@@ -11,8 +11,8 @@ import regex
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from pipeline.basemodel import Shapes
 from pipeline.core.errors import AdapterError
+from pipeline.model.base_model import Shapes
 
 MAX_PATTERN = 2000
 """Characters of a regular expression."""

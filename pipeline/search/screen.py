@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.basemodel import device, fast_dtype, linear_shapes, load_model
 from pipeline.batches import length_batches
 from pipeline.cache import AdapterCache
 from pipeline.cluster.resources import compute_task
 from pipeline.core.errors import AdapterError
-from pipeline.engines.completion import collate, completion_nll
 from pipeline.merge.adapter import Adapter, read_adapter
+from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
+from pipeline.model.completion_loss import collate, completion_nll
 
 Gradients = dict[str, Tensor]
 """Module path -> G_OI in float32, nats a completion token for a unit of weight."""

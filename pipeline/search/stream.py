@@ -23,12 +23,12 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.basemodel import fast_dtype
 from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
+from pipeline.model.base_model import fast_dtype
 from pipeline.search.actor import ScoringActor
 from pipeline.search.board import Progress, Scoreboard, Work
 from pipeline.search.lobby import Lobby, Race

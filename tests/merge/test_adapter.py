@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.basemodel import Shapes, linear_shapes
 from pipeline.core.errors import AdapterError
 from pipeline.merge.adapter import (
     CONFIG_FILE,
@@ -24,6 +23,7 @@ from pipeline.merge.adapter import (
 )
 from pipeline.merge.declared import read_declared
 from pipeline.merge.delta import Factors
+from pipeline.model.base_model import Shapes, linear_shapes
 
 Q0 = "model.layers.0.self_attn.q_proj"
 Q0_A = f"base_model.model.{Q0}.lora_A.weight"

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.basemodel import linear_shapes
-from pipeline.engines.completion import collate, completion_logits, completion_targets
 from pipeline.merge import learn
 from pipeline.merge.adapter import read_adapter, write_adapter
 from pipeline.merge.learn import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
+from pipeline.model.base_model import linear_shapes
+from pipeline.model.completion_loss import collate, completion_logits, completion_targets
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from pipeline.basemodel import Shapes
 from pipeline.core.errors import AdapterError
 from pipeline.merge.patterns import MATCH_SECONDS, own_scales, targets
+from pipeline.model.base_model import Shapes
 
 ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"
 """A regular expression that tries 4^n ways on a name of n letters."""

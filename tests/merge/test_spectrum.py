@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.basemodel import linear_shapes
 from pipeline.merge.adapter import Adapter, from_factors
 from pipeline.merge.delta import Factors
 from pipeline.merge.spectrum import FEWEST, FIGURES, NEAR_DIRECTION, families, outliers, sketch, spectrum
+from pipeline.model.base_model import linear_shapes
 
 SALT = 7
 

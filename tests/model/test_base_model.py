@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from pipeline import basemodel
-from pipeline.basemodel import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
 from pipeline.core.errors import InputError
+from pipeline.model import base_model
+from pipeline.model.base_model import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
 
 
 @pytest.mark.parametrize("base", ["tiny_base", "untied_base"])
@@ -42,7 +42,7 @@ def test_folder_without_a_model_is_an_input_error(tmp_path: Path) -> None:
 
 
 def test_slow_tokenizer_is_an_input_error(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basemodel, "_cached_tokenizer", lambda base: PreTrainedTokenizerBase())
+    monkeypatch.setattr(base_model, "_cached_tokenizer", lambda base: PreTrainedTokenizerBase())
     monkeypatch.setattr(PreTrainedTokenizerBase, "is_fast", False, raising=False)
     with pytest.raises(InputError, match="no fast version"):
         load_tokenizer(tiny_base)

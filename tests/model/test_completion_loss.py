@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline.basemodel import load_model
-from pipeline.engines import completion
-from pipeline.engines.completion import (
+from pipeline.model import completion_loss
+from pipeline.model.base_model import load_model
+from pipeline.model.completion_loss import (
     SHARED_ON_GPU,
     Batch,
     collate,
@@ -121,7 +121,7 @@ def test_losses_and_gradients_are_the_same_in_chunks(tiny_base: str, monkeypatch
     batch, model, found = collate(ids, masks, CPU), load_model(tiny_base, torch.float32), []
     vocabulary = model.get_output_embeddings().weight.shape[0]
     for chunk in (10_000, 3):
-        monkeypatch.setattr(completion, "LOGITS", chunk * vocabulary)
+        monkeypatch.setattr(completion_loss, "LOGITS", chunk * vocabulary)
         model.zero_grad()
         nll_N = completion_nll(model, batch)
         nll_N.sum().backward()
@@ -170,7 +170,7 @@ def test_what_all_rows_begin_with_is_computed_once(
 ) -> None:
     model.train(training)
     shared = losses_and_gradients(model, alike())
-    monkeypatch.setattr(completion, "SHARED", 10**9)
+    monkeypatch.setattr(completion_loss, "SHARED", 10**9)
     plain = losses_and_gradients(model, alike())
     assert plain[2] == [4 * 39]
     assert shared[2] == (plain[2] if isinstance(model, MambaForCausalLM) else [25, 4 * 14])
@@ -203,7 +203,7 @@ def test_scoring_and_training_ask_whether_sharing_pays_where_they_compute(
     tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int, torch.device]] = []
-    monkeypatch.setattr(completion, "sharing_pays", lambda *given: bool(asked.append(given)))
+    monkeypatch.setattr(completion_loss, "sharing_pays", lambda *given: bool(asked.append(given)))
     model = load_model(tiny_base, torch.float32)
     assert losses_and_gradients(model, alike())[2] == [4 * 39]
     score_rows(model, alike())
