@@ -124,10 +124,10 @@ def _megabytes() -> float:
 def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what of a valid adapter the rest replaces: its config, its weights file, or the header of this."""
     from benchmarks.pools import random_adapters, tiny_base
+    from pipeline.adapters.adapter import read_adapter
+    from pipeline.adapters.spectrum import sketch, spectrum
+    from pipeline.adapters.validation import CONFIG_FILE, WEIGHTS_FILE
     from pipeline.core.errors import AdapterError
-    from pipeline.merge.adapter import read_adapter
-    from pipeline.merge.declared import CONFIG_FILE, WEIGHTS_FILE
-    from pipeline.merge.spectrum import sketch, spectrum
     from pipeline.model.base_model import linear_shapes
 
     shapes, head = linear_shapes(base := tiny_base(work / "base"))
@@ -175,9 +175,9 @@ def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 
 def _config(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what the rest is: a config file, or a list of adapters."""
+    from pipeline.adapters.pool import list_adapters
     from pipeline.config import load_config
     from pipeline.core.errors import InputError
-    from pipeline.pool import list_adapters
 
     file = work / "file"
 

@@ -30,6 +30,7 @@ import ray
 import typer
 
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
+from pipeline.adapters.pool import build_catalogue
 from pipeline.arms import Arm, Job, Lora
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
@@ -39,7 +40,6 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.finetuning import Finetuning
 from pipeline.model.base_model import linear_shapes
-from pipeline.pool import build_catalogue
 from pipeline.search.race import make_plan
 from pipeline.search.stream import engine_config, score_stream
 from pipeline.train import fit

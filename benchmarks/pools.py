@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.adapters.adapter import from_factors, write_adapter
+from pipeline.adapters.low_rank import Factors
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
-from pipeline.merge.adapter import from_factors, write_adapter
-from pipeline.merge.delta import Factors
 from pipeline.model.base_model import Shapes, linear_shapes
 
 if TYPE_CHECKING:

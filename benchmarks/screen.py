@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 
 from benchmarks.pools import everything
 from examples.tasks import DONORS, TARGET, draw
+from pipeline.adapters.adapter import Adapter, read_adapter
+from pipeline.adapters.pool import build_catalogue
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES
-from pipeline.merge.adapter import Adapter, read_adapter
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
-from pipeline.pool import build_catalogue
 from pipeline.samples import tokenise
 from pipeline.search.board import Work
 from pipeline.search.race import make_plan

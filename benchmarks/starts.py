@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import typer
 
+from pipeline.adapters.adapter import CONFIG_FILE, read_adapter, write_adapter
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
@@ -27,7 +28,6 @@ from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.evaluation import Rows, as_metrics, evaluate
 from pipeline.finetuning import Finetuning
-from pipeline.merge.adapter import CONFIG_FILE, read_adapter, write_adapter
 from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.model.base_model import linear_shapes, load_tokenizer

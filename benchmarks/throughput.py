@@ -42,11 +42,11 @@ from transformers import AutoConfig
 from benchmarks.peak import gemm_peak
 from benchmarks.pools import random_adapters, random_samples
 from examples.base_model import FOLDER
+from pipeline.adapters.adapter import read_adapter
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import Resources, worker_env
 from pipeline.core.errors import AdapterError
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
-from pipeline.merge.adapter import read_adapter
 from pipeline.model.base_model import fast_dtype, linear_shapes, load_model
 
 LENGTH, COMPLETION = 80, 16

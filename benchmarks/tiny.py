@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.pools import tiny_llama
 from examples.tasks import DONORS, TARGET, Row, draw
+from pipeline.adapters.adapter import Adapter, from_factors, read_adapter, write_adapter
+from pipeline.adapters.low_rank import truncate, weighted_sum
 from pipeline.core.tables import SAMPLES
-from pipeline.merge.adapter import Adapter, from_factors, read_adapter, write_adapter
-from pipeline.merge.delta import truncate, weighted_sum
 from pipeline.model.base_model import linear_shapes
 from pipeline.model.completion_loss import collate, completion_nll
 

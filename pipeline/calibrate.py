@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.adapters.pool import valid_adapters
 from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.costs import knows_scoring, training_rates
-from pipeline.pool import valid_adapters
 from pipeline.racing import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.run_folder import Run
 from pipeline.samples import split_of

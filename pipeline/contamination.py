@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipeline.cache import AdapterCache
+from pipeline.adapters.cache import AdapterCache
 from pipeline.core.errors import AdapterError, one_line
 from pipeline.model.base_model import load_tokenizer
 from pipeline.samples import tokenise_text

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
+from pipeline.adapters.adapter import CONFIG_FILE
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.arms import download_model
 from pipeline.batches import share_out
 from pipeline.core.storage import Folder
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import CONFIG_FILE
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import Batch, collate, copied_to, score_tokens
 

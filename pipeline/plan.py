@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.adapters.pool import valid_adapters
 from pipeline.arms import pass_tokens
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
@@ -33,7 +34,6 @@ from pipeline.costs import (
 )
 from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
-from pipeline.pool import valid_adapters
 from pipeline.racing import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.reduce import most_recipes
 from pipeline.report.words import duration

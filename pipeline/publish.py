@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.adapters.adapter import WEIGHTS_FILE, content_hash, file_sha256, read_adapter
+from pipeline.adapters.fetch import fetch_adapter
+from pipeline.adapters.pool import valid_adapters
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import WEIGHTS_FILE, content_hash, file_sha256, read_adapter
 from pipeline.model.base_model import fingerprint
-from pipeline.pool import valid_adapters
 from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.run_folder import Run
 

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import track
+from pipeline.adapters.pool import build_catalogue, list_adapters, valid_adapters
 from pipeline.arms import Arm, Job, copy_weights, row_ids
 from pipeline.calibrate import calibrate
 from pipeline.compare import RESULT_FILE, train_arms, with_overhead
@@ -31,7 +32,6 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
-from pipeline.pool import build_catalogue, list_adapters, valid_adapters
 from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
 from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card

@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from pipeline.adapters.fetch import fetch_adapter
+from pipeline.adapters.pool import valid_adapters
 from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.cluster.resources import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
@@ -21,13 +24,10 @@ from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import too_large
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
 from pipeline.model.base_model import fingerprint, linear_shapes
-from pipeline.pool import valid_adapters
 from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank

@@ -26,12 +26,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.arms import Job, download_model
 from pipeline.core.storage import Folder
 from pipeline.evaluation import causal
-from pipeline.fetch import fetch_adapter
 from pipeline.lora import fuse
-from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.model.completion_loss import Batch, completion_nll, score_tokens

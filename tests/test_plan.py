@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from pipeline import plan as planning
+from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.cli import main
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, build_config
 from pipeline.engines.scorer import EngineConfig
-from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.plan import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.racing import CANDIDATE
 from pipeline.run import plan_run, run_all

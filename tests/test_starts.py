@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.arms import Arm
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.merge.build import build_on_device
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, draw_rows, saved_base, shape_of
 from benchmarks.pools import random_adapters
+from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.cluster.resources import Resources, worker_env
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
-from pipeline.merge.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.model.base_model import fast_dtype
 
 if importlib.util.find_spec("vllm") is None:

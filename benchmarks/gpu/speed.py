@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, mask_of, saved_base, shape_of, write_splits
+from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
 from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.finetuning import Finetuning
 from pipeline.lora import fuse
-from pipeline.merge.delta import Factors, truncate, weighted_sum
 from pipeline.model.completion_loss import collate, completion_nll
 from pipeline.profiler import STEPS
 

@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
+from pipeline.adapters.adapter import from_factors, write_adapter
+from pipeline.adapters.low_rank import Factors
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
-from pipeline.merge.adapter import from_factors, write_adapter
-from pipeline.merge.delta import Factors
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
 
 ROWS, LENGTH = 4, 64

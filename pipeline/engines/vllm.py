@@ -23,11 +23,11 @@ from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
 from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_head import START
-from pipeline.merge.adapter import WEIGHTS_FILE, for_engine
 from pipeline.model.base_model import fast_dtype
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

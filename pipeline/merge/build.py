@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from pipeline.adapters.adapter import WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import Folder
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
 from pipeline.merge.recipes import CPU, Recipe, merge
 from pipeline.model.base_model import device, linear_shapes
 

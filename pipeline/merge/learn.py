@@ -12,9 +12,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.adapters.adapter import Adapter, read_adapter
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.batches import length_batches
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import Adapter, read_adapter
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import collate, completion_nll
 

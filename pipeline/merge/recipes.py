@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.adapters.adapter import Adapter, from_factors
+from pipeline.adapters.low_rank import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
 from pipeline.core.errors import AdapterError
-from pipeline.merge.adapter import Adapter, from_factors
-from pipeline.merge.delta import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
 from pipeline.model.base_model import Shapes
 
 CPU = torch.device("cpu")

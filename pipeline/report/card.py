@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from pipeline import __version__
+from pipeline.adapters.licences import conflicts, front_matter
 from pipeline.config import Config
-from pipeline.licences import conflicts, front_matter
 from pipeline.report.words import METHODS, NOTHING, Json, count, nll, one_line, percent, signed
 
 TAGS = ["lora", "mashup-learning", "merge"]

@@ -16,9 +16,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from pipeline.adapters.licences import conflicts
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
-from pipeline.licences import conflicts
 from pipeline.report import plots, words
 
 REPORT_FILE = "report.html"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayActorError
 
-from pipeline.cache import AdapterCache
+from pipeline.adapters.cache import AdapterCache
 from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.core.errors import AdapterError
 from pipeline.core.tables import BASE_ID, SCORES

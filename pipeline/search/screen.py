@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.adapters.adapter import Adapter, read_adapter
+from pipeline.adapters.cache import AdapterCache
 from pipeline.batches import length_batches
-from pipeline.cache import AdapterCache
 from pipeline.cluster.resources import compute_task
 from pipeline.core.errors import AdapterError
-from pipeline.merge.adapter import Adapter, read_adapter
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
 from pipeline.model.completion_loss import collate, completion_nll
 

@@ -18,8 +18,8 @@ import torch
 from benchmarks.gpu import exact, speed, whole_run
 from benchmarks.gpu.__main__ import run_stage
 from benchmarks.gpu.checks import FAILED, OK, RUNNING, SKIPPED, Results, Setting, SkippedError, WrongError, run_checks, within
+from pipeline.adapters.low_rank import Factors
 from pipeline.finetuning import Finetuning
-from pipeline.merge.delta import Factors
 
 CRASHING = """
 import os, sys

@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
+from pipeline.adapters.pool import list_adapters
 from pipeline.core.errors import CAUSED, may_pass, one_line
 from pipeline.core.storage import Folder
-from pipeline.pool import list_adapters
 
 
 def test_the_last_line_of_an_error_is_what_went_wrong() -> None:

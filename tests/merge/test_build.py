@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.adapters.adapter import content_hash, file_sha256, read_adapter
 from pipeline.core.storage import Folder
-from pipeline.merge.adapter import content_hash, file_sha256, read_adapter
 from pipeline.merge.build import build
 from pipeline.merge.recipes import Recipe
 

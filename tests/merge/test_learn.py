@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapters.adapter import read_adapter, write_adapter
 from pipeline.merge import learn
-from pipeline.merge.adapter import read_adapter, write_adapter
 from pipeline.merge.learn import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import linear_shapes

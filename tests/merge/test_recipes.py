@@ -10,9 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
+from pipeline.adapters.low_rank import Factors, ab_mean
 from pipeline.core.errors import AdapterError
-from pipeline.merge.adapter import Adapter, read_adapter, write_adapter
-from pipeline.merge.delta import Factors, ab_mean
 from pipeline.merge.recipes import METHODS, Merged, Recipe, alpha_at, merge, random_like
 from pipeline.model.base_model import linear_shapes
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapters.adapter import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.merge.adapter import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from pipeline.model.base_model import linear_shapes, load_model
 from pipeline.search import screen
 from pipeline.search.screen import SCREEN, first_order, screen_pool, touched_modules, weight_gradients

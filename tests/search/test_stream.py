@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
@@ -21,7 +22,6 @@ from pipeline.engines import canary
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.merge.adapter import WEIGHTS_FILE
 from pipeline.search import stream
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import Plan, make_plan

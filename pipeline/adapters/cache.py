@@ -33,11 +33,11 @@ from typing import NamedTuple
 
 from pyarrow import fs
 
-from pipeline.cards import CARD_FILE
+from pipeline.adapters.adapter import FILES
+from pipeline.adapters.card import CARD_FILE
+from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, locate, require_size
 from pipeline.core.errors import AdapterError, InputError, verdict
 from pipeline.core.storage import Folder
-from pipeline.fetch import MAX_ADAPTER_BYTES, locate, require_size
-from pipeline.merge.adapter import FILES
 
 MAX_CARD_BYTES = 1 << 20
 PARTIAL = ".partial"

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from pipeline.adapters.target_modules import MATCH_SECONDS, own_scales, targets
 from pipeline.core.errors import AdapterError
-from pipeline.merge.patterns import MATCH_SECONDS, own_scales, targets
 from pipeline.model.base_model import Shapes
 
 ENDLESS = "(?:(.)|(.)|(.)|(.))*(?<=Z)$"

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cards import MAX_BYTES, read_card
-from pipeline.licences import conflicts, declared_licence, front_matter
+from pipeline.adapters.card import MAX_BYTES, read_card
+from pipeline.adapters.licences import conflicts, declared_licence, front_matter
 
 
 def declared(folder: Path, card: str | bytes) -> str | None:

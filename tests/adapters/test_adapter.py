@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.core.errors import AdapterError
-from pipeline.merge.adapter import (
+from pipeline.adapters.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     from_factors,
@@ -21,8 +20,9 @@ from pipeline.merge.adapter import (
     read_adapter,
     write_adapter,
 )
-from pipeline.merge.declared import read_declared
-from pipeline.merge.delta import Factors
+from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.validation import read_declared
+from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import Shapes, linear_shapes
 
 Q0 = "model.layers.0.self_attn.q_proj"

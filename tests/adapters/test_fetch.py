@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
+from pipeline.adapters.adapter import FILES, WEIGHTS_FILE
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import Folder
-from pipeline.fetch import fetch_adapter
-from pipeline.merge.adapter import FILES, WEIGHTS_FILE
 
 
 def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_hub_id_that_is_not_in_the_cache_is_an_adapter_error(repo: str, tmp_pa
 FETCH = """
 import sys
 from pipeline.core.errors import AdapterError
-from pipeline.fetch import locate
+from pipeline.adapters.fetch import locate
 
 for repo in sys.argv[1:]:
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cards import CARD_FILE, MAX_TEXTS, read_card, text, texts
+from pipeline.adapters.card import CARD_FILE, MAX_TEXTS, read_card, text, texts
 
 
 @pytest.mark.parametrize(

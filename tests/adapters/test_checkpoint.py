@@ -10,10 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapters.adapter import write_adapter
+from pipeline.adapters.checkpoint import ENERGY, INDEX_FILE, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.merge.adapter import write_adapter
-from pipeline.merge.factor import ENERGY, INDEX_FILE, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
 from pipeline.model.base_model import linear_shapes
 
 CHANGED = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"

@@ -12,7 +12,7 @@ where to look before a mashup is passed on; that there is none is no permission.
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from pipeline.cards import Fields, text
+from pipeline.adapters.card import Fields, text
 
 NO_DERIVATIVES = re.compile(r"\bcc-by-(nc-)?nd\b")
 NON_COMMERCIAL = re.compile(r"\bcc-by-nc\b|non-?commercial|\bresearch\b")

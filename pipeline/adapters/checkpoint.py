@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.adapters.adapter import Adapter, from_factors
+from pipeline.adapters.low_rank import Factors, factorise
+from pipeline.adapters.validation import CONFIG_FILE, check_dtype, open_weights
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.merge.adapter import Adapter, from_factors
-from pipeline.merge.declared import CONFIG_FILE, check_dtype, open_weights
-from pipeline.merge.delta import Factors, factorise
 from pipeline.model.base_model import Shapes, weights_folder
 
 ENERGY = 0.9

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.merge.adapter import Adapter
-from pipeline.merge.delta import Factors
+from pipeline.adapters.adapter import Adapter
+from pipeline.adapters.low_rank import Factors
 
 FIGURES = ("leading singular value", "norm", "energy concentration", "spectral entropy", "kurtosis", "largest module")
 DIRECTIONS = 16

@@ -6,9 +6,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from pipeline.adapters.adapter import FILES
 from pipeline.core.errors import AdapterError, InputError, first_line, verdict
 from pipeline.core.storage import Folder
-from pipeline.merge.adapter import FILES
 
 HUB = "hf://"
 
@@ -35,7 +35,7 @@ def locate(uri: str, max_bytes: int = MAX_ADAPTER_BYTES) -> Path | Folder:
 
 
 def fetch_adapter(uri: str, cache: Path) -> Path:
-    """The local folder of one adapter; object-store files are copied under `cache`. For many, see `pipeline.cache`.
+    """The local folder of one adapter; object-store files are copied under `cache`. For many, see `pipeline.adapters.cache`.
 
     Raises:
         AdapterError: it cannot be reached.

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.merge.adapter import Adapter, from_factors
-from pipeline.merge.delta import Factors
-from pipeline.merge.spectrum import FEWEST, FIGURES, NEAR_DIRECTION, families, outliers, sketch, spectrum
+from pipeline.adapters.adapter import Adapter, from_factors
+from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.spectrum import FEWEST, FIGURES, NEAR_DIRECTION, families, outliers, sketch, spectrum
 from pipeline.model.base_model import linear_shapes
 
 SALT = 7

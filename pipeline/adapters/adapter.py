@@ -1,7 +1,7 @@
 """Reading, checking and writing PEFT LoRA adapters.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes it. What a stranger may have put
-there is the business of `pipeline/merge/declared.py`.
+there is the business of `pipeline/adapters/validation.py`.
 """
 
 import hashlib
@@ -16,9 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.adapters.low_rank import Factors, pad, without_nothing
+from pipeline.adapters.validation import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    check_declared,
+    open_weights,
+    read_declared,
+    split_name,
+)
 from pipeline.core.errors import AdapterError, verdict
-from pipeline.merge.declared import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_declared, open_weights, read_declared, split_name
-from pipeline.merge.delta import Factors, pad, without_nothing
 from pipeline.model.base_model import Shapes
 
 FILES = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]

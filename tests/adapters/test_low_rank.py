@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.merge.delta import DENSITY, Factors, ab_mean, dare, factorise, pad, ties, truncate, weighted_sum, without_nothing
+from pipeline.adapters.low_rank import (
+    DENSITY,
+    Factors,
+    ab_mean,
+    dare,
+    factorise,
+    pad,
+    ties,
+    truncate,
+    weighted_sum,
+    without_nothing,
+)
 
 SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**31)

@@ -12,10 +12,10 @@ from typing import Any
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
+from pipeline.adapters.target_modules import own_scales, tails, targets
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, verdict
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.merge.patterns import own_scales, tails, targets
 from pipeline.model.base_model import ADAPTER_CONFIG, Shapes
 
 CONFIG_FILE = ADAPTER_CONFIG

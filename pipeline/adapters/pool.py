@@ -25,15 +25,7 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 
-from pipeline.cache import AdapterCache
-from pipeline.cards import read_card, texts
-from pipeline.cluster.telemetry import worker_log
-from pipeline.core.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
-from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
-from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
-from pipeline.fetch import HUB, MAX_ADAPTER_BYTES
-from pipeline.licences import declared_licence
-from pipeline.merge.adapter import (
+from pipeline.adapters.adapter import (
     CONFIG_FILE,
     FILES,
     WEIGHTS_FILE,
@@ -43,10 +35,18 @@ from pipeline.merge.adapter import (
     read_adapter,
     write_adapter,
 )
-from pipeline.merge.declared import largest_adapter, unknown_fields
-from pipeline.merge.delta import rounding_error
-from pipeline.merge.factor import INDEX_FILE, factor_checkpoint, is_checkpoint
-from pipeline.merge.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
+from pipeline.adapters.cache import AdapterCache
+from pipeline.adapters.card import read_card, texts
+from pipeline.adapters.checkpoint import INDEX_FILE, factor_checkpoint, is_checkpoint
+from pipeline.adapters.fetch import HUB, MAX_ADAPTER_BYTES
+from pipeline.adapters.licences import declared_licence
+from pipeline.adapters.low_rank import rounding_error
+from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
+from pipeline.adapters.validation import largest_adapter, unknown_fields
+from pipeline.cluster.telemetry import worker_log
+from pipeline.core.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
+from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
+from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
 from pipeline.model.base_model import Shapes, linear_shapes
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])

@@ -13,10 +13,10 @@ import pytest
 from pyarrow import fs
 from store_server import StoreServer
 
-from pipeline.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
+from pipeline.adapters.adapter import CONFIG_FILE, FILES, WEIGHTS_FILE
+from pipeline.adapters.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
 from pipeline.core.errors import AdapterError, InputError
 from pipeline.core.storage import Folder
-from pipeline.merge.adapter import CONFIG_FILE, FILES, WEIGHTS_FILE
 
 WAIT = 60  # seconds until an event that does not come fails the test
 FORK = multiprocessing.get_context("fork")
@@ -39,7 +39,7 @@ def cache(tmp_path: Path) -> Iterator[AdapterCache]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     """An object store of which a local folder keeps the files; a forked process can read it too."""
     monkeypatch.setattr(
-        "pipeline.cache.locate", lambda uri, _: Folder(uri, uri.replace("disk:/", str(tmp_path)), fs.LocalFileSystem())
+        "pipeline.adapters.cache.locate", lambda uri, _: Folder(uri, uri.replace("disk:/", str(tmp_path)), fs.LocalFileSystem())
     )
     return Folder("disk://store", str(tmp_path / "store"), fs.LocalFileSystem())
 
