@@ -30,8 +30,8 @@ from benchmarks.tiny import TARGETS, made_pool, target_samples, tiny_world
 from pipeline.adapters.pool import build_catalogue
 from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
+from pipeline.data.splits import take_samples
 from pipeline.model.base_model import fingerprint
-from pipeline.samples import take_samples
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import BASE, Race, make_plan
 from pipeline.search.store import Known

@@ -38,8 +38,8 @@ from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES
+from pipeline.data.splits import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
-from pipeline.samples import tokenise
 from pipeline.search.board import Work
 from pipeline.search.race import make_plan
 from pipeline.search.screen import Gradients, first_order, touched_modules, weight_gradients

@@ -24,6 +24,7 @@ from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
+from pipeline.data.splits import tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.evaluation import Rows, as_metrics, evaluate
@@ -31,7 +32,6 @@ from pipeline.finetuning import Finetuning
 from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.model.base_model import linear_shapes, load_tokenizer
-from pipeline.samples import tokenise_text
 
 SEARCH, VALIDATION, TEST, MAX_TOKENS = 24, 48, 100, 1024
 TRAIN = TrainConfig(steps=24, batch_size=8, learning_rates=(5e-4,), evaluations=3)
@@ -84,7 +84,7 @@ def _train_all(base: str, pool: Path, task: Path, starts: Sequence[str], seed: i
 
 
 def _rows(file: Path, base: str) -> pa.Table:
-    """The usable rows of a file, each content once, in the order that `pipeline.samples` draws them."""
+    """The usable rows of a file, each content once, in the order that `pipeline.data.splits` draws them."""
     tokenizer = load_tokenizer(base)
     found = [tokenise_text(line.encode(), tokenizer, 0, MAX_TOKENS) for line in file.read_text().split("\n") if line.strip()]
     usable = {row["sample_id"]: {**row, "split": "train"} for row in found if "sample_id" in row}

@@ -40,9 +40,9 @@ from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
+from pipeline.data.splits import take_samples
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
-from pipeline.samples import take_samples
 
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {

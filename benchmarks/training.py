@@ -47,10 +47,10 @@ from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
+from pipeline.data.splits import tokenise
 from pipeline.finetuning import WARMUP, Finetuning
 from pipeline.model import completion_loss
 from pipeline.model.base_model import device, load_tokenizer
-from pipeline.samples import tokenise
 from pipeline.train import fit
 from pipeline.trainable import Trainable
 

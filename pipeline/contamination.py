@@ -19,8 +19,8 @@ from ray.exceptions import RayError
 
 from pipeline.adapters.cache import AdapterCache
 from pipeline.core.errors import AdapterError, one_line
+from pipeline.data.splits import tokenise_text
 from pipeline.model.base_model import load_tokenizer
-from pipeline.samples import tokenise_text
 
 MAX_BYTES = 4 << 20
 """Of an adapter's data files together; what comes after is not read."""

@@ -32,13 +32,13 @@ from pipeline.costs import (
     total,
     training_seconds,
 )
+from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
 from pipeline.racing import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.reduce import most_recipes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
-from pipeline.samples import split_of
 from pipeline.search.board import Scoreboard, Work
 from pipeline.search.race import Race
 from pipeline.search.stream import engines_at_once, scoring_kind, scoring_resources

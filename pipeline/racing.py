@@ -13,12 +13,12 @@ from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
+from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.rates import Rates
 from pipeline.reduce import largest_merge
 from pipeline.run_folder import Run
-from pipeline.samples import split_of
 from pipeline.search.board import Progress, Work
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.screen import screen_pool

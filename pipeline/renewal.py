@@ -6,9 +6,9 @@ from typing import Any
 from pipeline import run as stages
 from pipeline.config import Config, TargetConfig
 from pipeline.core.storage import Folder
+from pipeline.data.splits import target_paths
 from pipeline.publish import chosen, publish
 from pipeline.run_folder import Run
-from pipeline.samples import target_paths
 
 
 def index_pool(config: Config, folder: Folder) -> Run:

@@ -30,6 +30,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
+from pipeline.data.splits import split_of, take_samples, target_paths
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
 from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
@@ -37,7 +38,6 @@ from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
-from pipeline.samples import split_of, take_samples, target_paths
 from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
 from pipeline.search.store import read_failures
 from pipeline.search.stream import require_engine, warm_up

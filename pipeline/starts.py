@@ -23,6 +23,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
+from pipeline.data.splits import split_of
 from pipeline.engines.scorer import too_large
 from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
@@ -32,7 +33,6 @@ from pipeline.probe import probe, write_probe_data
 from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
-from pipeline.samples import split_of
 from pipeline.search.scoreboard import paired_difference, unsound
 
 

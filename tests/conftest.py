@@ -22,8 +22,8 @@ from pipeline.arms import Arm, Job, Lora
 from pipeline.config import Config, TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
+from pipeline.data.splits import tokenise
 from pipeline.finetuning import Finetuning
-from pipeline.samples import tokenise
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river bank.",

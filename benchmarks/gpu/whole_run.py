@@ -24,10 +24,10 @@ from pipeline.cluster.resources import compute_task
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
+from pipeline.data.splits import tokenise
 from pipeline.finetuning import Finetuning
 from pipeline.model.base_model import load_tokenizer
 from pipeline.run import run_all
-from pipeline.samples import tokenise
 
 WORDS = ("fox", "dog", "river", "hotel", "review", "France", "Paris", "number")
 HELD_GB = 4.0

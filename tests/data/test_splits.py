@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline import samples
 from pipeline.config import Config
 from pipeline.core.errors import InputError
 from pipeline.core.tables import SAMPLES
-from pipeline.samples import Splits, take_samples, target_paths, tokenise
+from pipeline.data import splits
+from pipeline.data.splits import Splits, take_samples, target_paths, tokenise
 
 Row = dict[str, Any]
 
@@ -138,7 +138,7 @@ def test_a_row_whose_other_fields_are_odd_is_counted(last: Row, reason: str, tin
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **last}]}
     with pytest.raises(ValueError, match=reason):
         tokenise(row, tokenizer)
-    assert set(samples.tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
+    assert set(splits.tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
 
 
 def test_a_row_of_which_nothing_can_be_scored_is_counted(untied_base: str) -> None:
@@ -151,7 +151,7 @@ def test_many_reasons_are_told_in_few(tmp_path: Path, config_for: Callable[..., 
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows(30), *odd])))
     counts = take_samples(config_for(tmp_path / "t.jsonl")).counts["train"]
     assert counts["used"] == 30
-    assert counts["other reasons"] == 300 - samples.MAX_PROBLEMS
+    assert counts["other reasons"] == 300 - splits.MAX_PROBLEMS
 
 
 BAD_ROWS: dict[str, tuple[Row, str]] = {
@@ -191,9 +191,9 @@ def test_an_answer_without_a_question_is_counted_not_fatal(tokenizer: PreTrained
 def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    monkeypatch.setattr(samples, "load_tokenizer", lambda base: tokenizer)
+    monkeypatch.setattr(splits, "load_tokenizer", lambda base: tokenizer)
     batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
-    found = samples.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
+    found = splits.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
     assert found["problem"].to_pylist() == ["the chat template refuses it: System role not supported"] * 2
 
 
@@ -202,9 +202,9 @@ def test_what_can_never_fit_is_not_tokenised(base: str, request: pytest.FixtureR
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(base))
     longest = max(map(len, tokenizer.get_vocab()))
     text = json.dumps({"prompt": "a", "completion": "x" * 8 * longest}).encode()
-    assert samples.tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
+    assert splits.tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-    assert samples.tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
+    assert splits.tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
 
 
 def shown(splits: Splits) -> list[Row]:

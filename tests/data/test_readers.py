@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError
-from pipeline.samples import take_samples
+from pipeline.data.splits import take_samples
 
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"The sum is {2 * n}."} for n in range(40)]
 

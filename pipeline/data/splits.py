@@ -26,8 +26,8 @@ from pipeline.config import Config
 from pipeline.core.errors import InputError, may_pass, one_line, shown
 from pipeline.core.storage import Folder, is_text
 from pipeline.core.tables import SAMPLES
+from pipeline.data.readers import first_malformed, read_rows, unreadable
 from pipeline.model.base_model import context_length, load_tokenizer
-from pipeline.rows import first_malformed, read_rows, unreadable
 
 ROLES = ("train", "validation", "test")
 SPLIT_OFF = 0.1
