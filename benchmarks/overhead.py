@@ -40,8 +40,8 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.finetuning import Finetuning
 from pipeline.model.base_model import linear_shapes
+from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import make_plan
-from pipeline.search.stream import engine_config, score_stream
 from pipeline.train import fit
 
 RANK = 8

@@ -16,7 +16,7 @@ from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.model.base_model import Shapes, linear_shapes
 
 if TYPE_CHECKING:
-    from pipeline.search.board import Work
+    from pipeline.search.scoreboard import Work
 
 TARGETS = ("q_proj", "v_proj")
 VOCABULARY = 512
@@ -83,8 +83,8 @@ def random_samples(count: int, length: int, vocabulary: int, completion: int = 8
 
 def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> "Work":
     """The base and these adapters on these samples, with a score store at `scores`."""
-    from pipeline.search.board import Work  # needs Ray, which half of the GPU check does without
-    from pipeline.search.store import ScoreStore
+    from pipeline.search.score_store import ScoreStore
+    from pipeline.search.scoreboard import Work  # needs Ray, which half of the GPU check does without
 
     base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
     candidates = pa.concat_tables([base, adapters.select(["adapter_id", "uri"])])

@@ -32,10 +32,10 @@ from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
 from pipeline.data.splits import take_samples
 from pipeline.model.base_model import fingerprint
-from pipeline.search.board import Progress, Work
+from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import BASE, Race, make_plan
-from pipeline.search.store import Known
-from pipeline.search.stream import engine_config, score_stream
+from pipeline.search.score_store import Known
+from pipeline.search.scoreboard import Progress, Work
 
 SIZES, QUICK_SIZES = (64, 256, 1024, 4096), (64, 1024)
 KS = (1, 3, 8)

@@ -40,10 +40,10 @@ from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES
 from pipeline.data.splits import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
-from pipeline.search.board import Work
+from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import make_plan
+from pipeline.search.scoreboard import Work
 from pipeline.search.screen import Gradients, first_order, touched_modules, weight_gradients
-from pipeline.search.stream import engine_config, score_stream
 
 MAX_TOKENS = 256
 FEW = {"1 sample": 1, "4 samples": 4}

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from pipeline.search.board import LEASE, SLOW
 from pipeline.search.race import Floats, Race, make_plan
+from pipeline.search.scoreboard import LEASE, SLOW
 
 N_SEARCH, N_HOLDOUT = 96, 32
 PER_JOB = 4

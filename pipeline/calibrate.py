@@ -20,10 +20,10 @@ from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.costs import knows_scoring, training_rates
 from pipeline.data.splits import split_of
-from pipeline.racing import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.race import Indices, make_plan
-from pipeline.search.stream import scoring_kind
+from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.starts import make_jobs, probed_training
 from pipeline.train import fit, training_kind
 

@@ -2,7 +2,7 @@
 
 Index and samples are done by then, as they say which candidates there are and how long the samples. All else is arithmetic on
 tables, on the score store, on what the cluster holds and on rates that earlier runs, or a calibration, left beside the scores
-(`pipeline/rates.py`). Counts are the most that there can be: a race may drop its candidates early. Time is None where nobody
+(`pipeline/search/rates.py`). Counts are the most that there can be: a race may drop its candidates early. Time is None where nobody
 measured it on workers of this kind.
 """
 
@@ -35,13 +35,13 @@ from pipeline.costs import (
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
-from pipeline.racing import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.reduce import most_recipes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
-from pipeline.search.board import Scoreboard, Work
+from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
 from pipeline.search.race import Race
-from pipeline.search.stream import engines_at_once, scoring_kind, scoring_resources
+from pipeline.search.scoreboard import Scoreboard, Work
+from pipeline.search.scoring import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.starts import list_arms, make_jobs
 from pipeline.train import arms_at_once, training_kind, training_resources
 

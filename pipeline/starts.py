@@ -30,10 +30,10 @@ from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.probe import probe, write_probe_data
-from pipeline.racing import CANDIDATE, race_holdout
 from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
-from pipeline.search.scoreboard import paired_difference, unsound
+from pipeline.search.leaderboard import paired_difference, unsound
+from pipeline.search.scoring import CANDIDATE, race_holdout
 
 
 def score_recipes(

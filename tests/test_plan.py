@@ -18,11 +18,11 @@ from pipeline.cluster.resources import Resources
 from pipeline.config import Config, build_config
 from pipeline.engines.scorer import EngineConfig
 from pipeline.plan import estimate_before_search, memory_of_engine, to_fetch
-from pipeline.racing import CANDIDATE
 from pipeline.run import plan_run, run_all
 from pipeline.run_folder import Run
-from pipeline.search.board import Work
 from pipeline.search.race import Race, make_plan
+from pipeline.search.scoreboard import Work
+from pipeline.search.scoring import CANDIDATE
 
 WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number"]
 

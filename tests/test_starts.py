@@ -16,7 +16,7 @@ from pipeline.core.tables import SAMPLES
 from pipeline.merge.build import build_on_device
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
-from pipeline.search.stream import Engines
+from pipeline.search.engine_pool import Engines
 from pipeline.starts import _merged, make_jobs
 
 

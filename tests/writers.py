@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.core import uploads
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES
-from pipeline.search.store import ScoreStore
+from pipeline.search.score_store import ScoreStore
 
 PART = 1 << 16
 """Of an upload, in bytes: small, so that a test's files have many."""

@@ -18,9 +18,9 @@ from pipeline.core.errors import AdapterError
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
-from pipeline.search.board import Job
 from pipeline.search.lobby import Race
-from pipeline.search.store import News, record_failures
+from pipeline.search.score_store import News, record_failures
+from pipeline.search.scoreboard import Job
 
 
 class ScoringActor:

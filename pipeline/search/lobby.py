@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.search.board import Work
+from pipeline.search.scoreboard import Work
 
 
 @dataclass(frozen=True)

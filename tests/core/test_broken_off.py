@@ -33,7 +33,7 @@ LONGEST = 0.03
 @pytest.fixture(scope="module")
 def forked() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.search.store", "obstore.auth.boto3"])
+    context.set_forkserver_preload(["pipeline.search.score_store", "obstore.auth.boto3"])
     return context
 
 

@@ -1,124 +1,193 @@
-"""The leaderboard against the same figures computed by hand, sample by sample."""
+"""The scoreboard without Ray: what it gives out, to whom, and what becomes of work that nobody finishes."""
 
-import math
-import statistics
-from dataclasses import replace
-from typing import Any
+import asyncio
+from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.core.tables import BASE_ID, LEADERBOARD, SCORES
-from pipeline.search.scoreboard import build_leaderboard, score_table, unsound
-from pipeline.search.store import Known
+from pipeline.core.storage import Folder
+from pipeline.engines.scorer import Loaded
+from pipeline.search import scoreboard as board_module
+from pipeline.search.race import Plan
+from pipeline.search.score_store import ScoreStore, read_failures, record_failures
+from pipeline.search.scoreboard import Scoreboard, Work
 
-N_SEARCH, S = 9, 12
-
-
-def drawn(n: int, seed: int = 0) -> Known:
-    generator = np.random.default_rng(seed)
-    tokens = 3 + np.arange(S, dtype=np.int32) % 5
-    return Known(generator.uniform(0.5, 3, (n, S)) * tokens, generator.integers(0, 3, (n, S)).astype(np.int32), tokens)
+EVERYTHING = Plan((4,), None, 1.0)
 
 
-def ratio(sums: list[float], tokens: list[int]) -> tuple[float, float]:
-    """sum(x) / sum(n) and its error by the delta method, with the sample variance of the residuals."""
-    mean = sum(sums) / sum(tokens)
-    residuals = [x - mean * n for x, n in zip(sums, tokens, strict=True)]
-    return mean, statistics.stdev(residuals) * math.sqrt(len(sums)) / sum(tokens)
+def work_on(folder: Path, names: list[str]) -> Work:
+    columns = [["base", *names], [None, *(f"/pool/{name}" for name in names)], ["base", *names]]
+    candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+    samples = pa.table({"sample_id": [f"s{n}" for n in range(4)], "completion_mask": [[False, True, True]] * 4})
+    store = ScoreStore.at(str(folder), "base", "vllm", "float32")
+    return Work(candidates, samples, store, Folder.at(folder / "failures"))
 
 
-def by_hand(known: Known, place: int, end: int) -> dict[str, Any]:
-    judged = range(min(end, N_SEARCH))
-    tokens = [int(known.tokens_S[s]) for s in judged]
-    nll, stderr = ratio([known.nll_NS[place, s] for s in judged], tokens)
-    difference, difference_error = ratio([known.nll_NS[place, s] - known.nll_NS[0, s] for s in judged], tokens)
-    held = [known.nll_NS[place, s] - known.nll_NS[0, s] for s in range(N_SEARCH, S)]
-    figures = {
-        "nll": nll,
-        "stderr": stderr,
-        "nll_minus_base": difference,
-        "nll_minus_base_stderr": difference_error,
-        "token_accuracy": sum(known.hits_NS[place, s] for s in judged) / sum(tokens),
-    }
-    holdout = pytest.approx(sum(held) / known.tokens_S[N_SEARCH:].sum(), abs=1e-12) if end == S else None
-    close = {name: pytest.approx(value, abs=1e-12) for name, value in figures.items()}
-    stopped = None if end == S else end
-    return {"n_samples": len(tokens), "stopped_after": stopped, "holdout_nll_minus_base": holdout, **close}
+def losses(job: board_module.Job) -> dict[int, list[float]]:
+    return {candidate: [1.0 + candidate] * len(job.samples) for candidate in job.candidates}
 
 
-def test_every_figure_equals_the_one_by_hand() -> None:
-    known, names, seen = drawn(5), [BASE_ID, "a", "b", "c", "d"], [S, S, 4, N_SEARCH, S]
-    board = build_leaderboard(names, known, seen, N_SEARCH)
-    assert board.schema == LEADERBOARD
-    rows = board.to_pylist()
-    for place, row in enumerate(rows, start=1):
-        candidate = names.index(row["adapter_id"])
-        assert row == {"place": place, "adapter_id": names[candidate], **by_hand(known, candidate, seen[candidate])}
-    base = next(row for row in rows if row["adapter_id"] == BASE_ID)
-    assert (base["nll_minus_base"], base["nll_minus_base_stderr"], base["holdout_nll_minus_base"]) == (0, 0, 0)
+async def finish(board: Scoreboard, engine: str = "one") -> list[list[int]]:
+    """Work as an engine until the race is over. The jobs that it got."""
+    jobs = []
+    while job := await board.take(engine, 2):
+        jobs.append(job.candidates)
+        await board.report(engine, losses(job), tokens=3)
+    return jobs
 
 
-def test_without_first_choices_there_is_no_token_accuracy() -> None:
-    known = drawn(3)
-    hits_NS = known.hits_NS.astype(np.float64)
-    hits_NS[1, 0] = np.nan
-    rows = build_leaderboard([BASE_ID, "a", "b"], replace(known, hits_NS=hits_NS), [S] * 3, N_SEARCH).to_pylist()
-    assert {row["adapter_id"]: row["token_accuracy"] is None for row in rows} == {BASE_ID: False, "a": True, "b": False}
+def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
+    board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
+    board.ready(2.5)
+    assert asyncio.run(finish(board)) == [[0], [1, 2], [3]]
+    progress = board.progress()
+    assert (progress.engines, progress.startup, progress.tokens) == (1, 2.5, 9)
+    assert progress.adapter_samples == 16
+    assert progress.seen == [4, 4, 4, 4]
 
 
-def test_who_went_further_stands_before_who_was_stopped() -> None:
-    known = drawn(4)
-    known.nll_NS[2] = 0.01  # lucky on the samples that it saw, and stopped all the same
-    rows = build_leaderboard([BASE_ID, "a", "lucky", "c"], known, [S, S, 4, S], N_SEARCH).to_pylist()
-    assert rows[-1]["adapter_id"] == "lucky"
-    assert [row["nll"] for row in rows[:-1]] == sorted(row["nll"] for row in rows[:-1])
+def test_reading_adapters_and_an_engines_first_batch_are_no_scoring(tmp_path: Path) -> None:
+    """Each job takes ten seconds, three of which go to reading its adapter."""
+
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+        for loaded, warm in ((None, False), (Loaded(1, 500, 3.0), False), (Loaded(1, 700, 3.0), True)):
+            job = await board.take("one", 1)
+            assert job is not None
+            board._held["one"].started -= 10
+            await board.report("one", losses(job), tokens=70, loaded=loaded, warm=warm)
+        progress = board.progress()
+        assert (progress.tokens, progress.seconds) == (210, pytest.approx(30, abs=1))
+        assert (progress.warm_tokens, progress.warm_seconds) == (70, pytest.approx(7, abs=1))
+        assert progress.loaded == Loaded(2, 1200, 6.0)
+
+    asyncio.run(scenario())
 
 
-def test_who_was_not_scored_has_no_place() -> None:
-    board = build_leaderboard([BASE_ID, "a", "failed"], drawn(3), [S, S, 0], N_SEARCH)
-    assert sorted(board["adapter_id"].to_pylist()) == ["a", BASE_ID]
+def test_scores_that_were_found_count_for_the_race_and_not_as_made(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+        for found in (0, 1):
+            job = await board.take("one", 2)
+            assert job is not None
+            await board.report("one", losses(job), tokens=3, found=found)
+        assert board.progress().seen == [4, 4, 4]
+        assert board.progress().adapter_samples == 8
+
+    asyncio.run(scenario())
 
 
-def test_equal_losses_are_ordered_by_name() -> None:
-    known = drawn(3)
-    known.nll_NS[:] = known.nll_NS[0]
-    board = build_leaderboard([BASE_ID, "z", "a"], known, [S] * 3, N_SEARCH)
-    assert board["adapter_id"].to_pylist() == ["a", BASE_ID, "z"]
+def test_a_job_names_what_comes_next_so_that_it_can_be_fetched_ahead(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
+        first = await board.take("one", 2)
+        assert first is not None
+        assert first.upcoming == ["/pool/a", "/pool/b"]
+
+    asyncio.run(scenario())
 
 
-def test_who_gave_no_number_on_a_sample_that_counts_is_set_aside_with_the_reason() -> None:
-    known, names = drawn(4), [BASE_ID, "broken", "stopped before", "b"]
-    known.nll_NS[1, 3] = known.nll_NS[2, 5] = np.inf
-    seen = [S, S, 4, S]
-    assert unsound(names, known, seen) == {"broken": f"NaN or Inf: its loss on 1 of {S} samples is no number"}
-    board = build_leaderboard(names, known, seen, N_SEARCH)
-    assert sorted(board["adapter_id"].to_pylist()) == ["b", BASE_ID, "stopped before"]
+def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path) -> None:
+    """Its process begins anew three times; the adapter that is in its hands each time is set aside, the other is not."""
+
+    async def scenario() -> list[list[int]]:
+        board = Scoreboard(work_on(tmp_path, ["a", "deadly"]), EVERYTHING)
+        jobs = []
+        while job := await board.take("one", 2):
+            jobs.append(job.candidates)
+            if 2 in job.candidates:
+                await board.hello("one")
+            else:
+                await board.report("one", losses(job), tokens=0)
+        assert board.progress().seen == [4, 4, 0]
+        return jobs
+
+    assert asyncio.run(scenario()) == [[0], [1, 2], [1], [2], [2]]
+    assert "died, or hung, 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
 
 
-def test_a_base_that_gives_no_number_ends_the_search() -> None:
-    known = drawn(2)
-    known.nll_NS[0, 1] = np.inf
-    with pytest.raises(ValueError, match="base model's own loss"):
-        build_leaderboard([BASE_ID, "a"], known, [S] * 2, N_SEARCH)
+def test_a_scoreboard_that_begins_anew_takes_no_report_of_what_it_did_not_give_out(tmp_path: Path) -> None:
+    async def scenario() -> list[list[int]]:
+        work = work_on(tmp_path, ["a"])
+        job = await Scoreboard(work, EVERYTHING).take("one", 2)
+        assert job is not None
+        anew = Scoreboard(work, EVERYTHING)
+        await anew.report("one", losses(job), tokens=3)
+        return await finish(anew)
+
+    assert asyncio.run(scenario()) == [[0], [1]]
 
 
-def test_without_the_base_there_is_no_leaderboard() -> None:
-    with pytest.raises(ValueError, match="base"):
-        build_leaderboard([BASE_ID, "a"], drawn(2), [4, S], N_SEARCH)
+def test_work_that_is_held_too_long_goes_to_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "LEASE", 0.0)
+
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
+        slow = await board.take("slow", 1)
+        again = await board.take("quick", 1)
+        assert slow is not None
+        assert again is not None
+        assert again.candidates == slow.candidates == [0]
+        await board.report("quick", losses(again), tokens=0)
+        assert board.progress().over
+        await board.report("slow", losses(slow), tokens=0)  # harmless
+        assert await board.take("slow", 1) is None
+
+    asyncio.run(scenario())
 
 
-def test_scores_are_written_with_a_row_a_pair_that_is_known() -> None:
-    known = drawn(2)
-    known.nll_NS[1, 5:] = np.nan
-    table = score_table([BASE_ID, "a"], known, [f"s{n}" for n in range(S)])
-    assert table.schema == SCORES
-    assert len(table) == S + 5
-    row = table.to_pylist()[S + 2]
-    assert row == {
-        "adapter_id": "a",
-        "sample_id": "s2",
-        "nll_sum": known.nll_NS[1, 2],
-        "n_tokens": known.tokens_S[2],
-        "n_correct": known.hits_NS[1, 2],
-    }
+def test_an_engine_waits_where_everything_is_with_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
+        job = await board.take("one", 1)
+        waiting = asyncio.create_task(board.take("two", 1))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        assert job is not None
+        await board.report("one", losses(job), tokens=0)
+        assert await waiting is None
+
+    asyncio.run(scenario())
+
+
+def test_known_failures_and_adapters_without_scores_are_set_aside(tmp_path: Path) -> None:
+    work = work_on(tmp_path, ["a", "b"])
+    record_failures(work.failures, {"a": "corrupt"})
+
+    async def scenario() -> None:
+        board = Scoreboard(work, EVERYTHING)
+        base = await board.take("one", 2)
+        assert base is not None
+        await board.report("one", losses(base), tokens=0)
+        job = await board.take("one", 2)
+        assert job is not None
+        assert job.candidates == [2]
+        await board.report("one", {}, tokens=0)
+        assert board.progress().seen == [4, 0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_base_that_cannot_be_scored_ends_the_race(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        board = Scoreboard(work_on(tmp_path, ["a"]), EVERYTHING)
+        await board.take("one", 1)
+        await board.report("one", {}, tokens=0)
+        assert await board.take("one", 1) is None
+        seen = board.progress().seen
+        assert seen is not None
+        assert seen[0] == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> None:
+    """With no time at all, only the base is scored."""
+    names = [f"a{n}" for n in range(20)]
+    board = Scoreboard(work_on(tmp_path, names), Plan((2, 4), None, 0.99), seconds=1e-9)
+    board.ready(startup=0)
+    assert asyncio.run(finish(board)) == [[0], [0]]
+    progress = board.progress()
+    assert progress.not_reached == 20
+    assert progress.seen == [4] + [0] * 20

@@ -18,10 +18,10 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config import SearchConfig
 from pipeline.core.storage import Folder
-from pipeline.search import stream
-from pipeline.search.board import Work
+from pipeline.search import engine_pool
 from pipeline.search.race import Plan
-from pipeline.search.store import ScoreStore
+from pipeline.search.score_store import ScoreStore
+from pipeline.search.scoreboard import Work
 
 PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
 
@@ -36,7 +36,7 @@ def work_in(folder: Path) -> Work:
     return Work(candidates, Folder.at(folder).read_table("samples.parquet"), store, run.sub("failures"))
 
 
-class Waiting(stream.ScoringActor):
+class Waiting(engine_pool.ScoringActor):
     """Leaves the pool the time to grow, however slow the machine is: does two jobs, and goes on once another engine is up."""
 
     jobs = 0
@@ -56,10 +56,10 @@ def main() -> None:
     work = work_in(folder)
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1)
     if fault == "join":
-        stream.ScoringActor = Waiting  # type: ignore[misc]
+        engine_pool.ScoringActor = Waiting  # type: ignore[misc]
     done = False
-    engine = stream.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
-    for progress in stream.score_stream(work, engine, search, PLAN):
+    engine = engine_pool.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
+    for progress in engine_pool.score_stream(work, engine, search, PLAN):
         if done or not 4 <= progress.adapter_samples < 50:
             continue
         done = True

@@ -16,14 +16,14 @@ from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.model.base_model import fingerprint
-from pipeline.rates import Rates
 from pipeline.reduce import largest_merge
 from pipeline.run_folder import Run
-from pipeline.search.board import Progress, Work
+from pipeline.search.engine_pool import engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
+from pipeline.search.rates import Rates
+from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
+from pipeline.search.scoreboard import Progress, Work
 from pipeline.search.screen import screen_pool
-from pipeline.search.store import Known, ScoreStore, read_failures, record_failures
-from pipeline.search.stream import engine_config, scoring_dtype, scoring_kind, scoring_resources
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 

@@ -7,9 +7,9 @@ import pytest
 import ray
 
 from pipeline.config import SearchConfig, TrainConfig
-from pipeline.rates import RECENT, Rates
-from pipeline.search.store import ScoreStore
-from pipeline.search.stream import scoring_kind
+from pipeline.search.engine_pool import scoring_kind
+from pipeline.search.rates import RECENT, Rates
+from pipeline.search.score_store import ScoreStore
 from pipeline.train import training_kind
 
 

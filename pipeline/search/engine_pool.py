@@ -30,9 +30,9 @@ from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.model.base_model import fast_dtype
 from pipeline.search.actor import ScoringActor
-from pipeline.search.board import Progress, Scoreboard, Work
 from pipeline.search.lobby import Lobby, Race
 from pipeline.search.race import Plan
+from pipeline.search.scoreboard import Progress, Scoreboard, Work
 
 IN_FLIGHT = 2
 """Tickets that an actor has at hand: the one that it works on and the next."""

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import contamination
-from pipeline.contamination import MAX_BYTES, Ours, compare_data, find_contamination, overlaps
 from pipeline.data.splits import tokenise_text
 from pipeline.model.base_model import load_tokenizer
+from pipeline.search import contamination
+from pipeline.search.contamination import MAX_BYTES, Ours, compare_data, find_contamination, overlaps
 
 LONG = "The quick brown fox jumps over the lazy dog near the river bank, and then it sleeps in the tall grass for a while. "
 

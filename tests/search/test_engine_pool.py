@@ -22,11 +22,8 @@ from pipeline.engines import canary
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.search import stream
-from pipeline.search.board import Progress, Work
-from pipeline.search.race import Plan, make_plan
-from pipeline.search.store import ScoreStore, read_failures
-from pipeline.search.stream import (
+from pipeline.search import engine_pool
+from pipeline.search.engine_pool import (
     Engines,
     Lobby,
     engine_config,
@@ -35,6 +32,9 @@ from pipeline.search.stream import (
     score_stream,
     scoring_dtype,
 )
+from pipeline.search.race import Plan, make_plan
+from pipeline.search.score_store import ScoreStore, read_failures
+from pipeline.search.scoreboard import Progress, Work
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -191,7 +191,7 @@ def test_as_many_engines_are_asked_for_as_have_work_or_as_the_config_names(monke
 def test_a_type_that_vllm_has_no_kernels_for_is_refused_before_it_starts(
     search: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "require", lambda *wish: None)
+    monkeypatch.setattr(engine_pool, "require", lambda *wish: None)
     if refused:
         with pytest.raises(InputError, match=r"^search\.dtype: float32 .* search\.dtype: auto .* search\.engine: transformers"):
             require_engine(SearchConfig(**search))
@@ -309,7 +309,7 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
 ) -> None:
     """The engine's process is ended each time, so that one which dies by itself is covered too."""
 
-    class Impatient(stream.ScoringActor):
+    class Impatient(engine_pool.ScoringActor):
         patience = 1.0
 
         def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
@@ -317,7 +317,7 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
                 time.sleep(1000)
             return super()._score(candidates, samples)
 
-    monkeypatch.setattr(stream, "ScoringActor", Impatient)
+    monkeypatch.setattr(engine_pool, "ScoringActor", Impatient)
     work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
     assert run(tiny_base, work).seen == [4, 4, 0, 4]
     assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
@@ -330,13 +330,13 @@ def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_asi
         def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
             return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
 
-    class WithDeafEngine(stream.ScoringActor):
+    class WithDeafEngine(engine_pool.ScoringActor):
         def _start(self, engine: str, config: EngineConfig) -> Scorer:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
                 return super()._start(engine, config)
 
-    monkeypatch.setattr(stream, "ScoringActor", WithDeafEngine)
+    monkeypatch.setattr(engine_pool, "ScoringActor", WithDeafEngine)
     work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
     with pytest.raises(EngineFaultError, match=r"transformers cannot be believed on this base: .* changes nothing"):
         run(tiny_base, work)

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES, STORED
-from pipeline.search.scoreboard import score_table
-from pipeline.search.store import MANY_FILES, News, ScoreStore, read_failures, record_failures
+from pipeline.search.leaderboard import score_table
+from pipeline.search.score_store import MANY_FILES, News, ScoreStore, read_failures, record_failures
 
 Draw = Callable[..., pa.Table]
 SAMPLE_IDS = [f"s{n}" for n in range(6)]

@@ -13,7 +13,7 @@ from statistics import median
 
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
-from pipeline.search.store import ScoreStore
+from pipeline.search.score_store import ScoreStore
 
 RECENT = 5
 """Measurements of a kind that count: the last ones that have a value."""
