@@ -31,18 +31,18 @@ import typer
 
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
 from pipeline.adapters.pool import build_catalogue
-from pipeline.arms import Arm, Job, Lora
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig, TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
-from pipeline.finetuning import Finetuning
 from pipeline.model.base_model import linear_shapes
 from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import make_plan
-from pipeline.train import fit
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.loop import Finetuning
+from pipeline.train.ray_train import fit
 
 RANK = 8
 PER_BATCH = 4

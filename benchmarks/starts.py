@@ -20,18 +20,18 @@ import pyarrow as pa
 import typer
 
 from pipeline.adapters.adapter import CONFIG_FILE, read_adapter, write_adapter
-from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.data.splits import tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.evaluation import Rows, as_metrics, evaluate
-from pipeline.finetuning import Finetuning
 from pipeline.merge.learn import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.model.base_model import linear_shapes, load_tokenizer
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.evaluate import Rows, as_metrics, evaluate
+from pipeline.train.loop import Finetuning
 
 SEARCH, VALIDATION, TEST, MAX_TOKENS = 24, 48, 100, 1024
 TRAIN = TrainConfig(steps=24, batch_size=8, learning_rates=(5e-4,), evaluations=3)

@@ -33,9 +33,7 @@ from matplotlib.ticker import LogFormatter
 
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
-from pipeline.arms import Arm, Job, Lora, copy_weights
 from pipeline.cluster.connect import connect
-from pipeline.compare import train_arms
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
@@ -43,6 +41,8 @@ from pipeline.core.storage import Folder
 from pipeline.data.splits import take_samples
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
+from pipeline.train.arm import Arm, Job, Lora, copy_weights
+from pipeline.train.compare import train_arms
 
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {

@@ -40,19 +40,19 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.peak import gemm_peak
 from examples.base_model import base_model
-from pipeline.arms import Arm, Job, Lora
-from pipeline.batches import batch_places
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.splits import tokenise
-from pipeline.finetuning import WARMUP, Finetuning
 from pipeline.model import completion_loss
 from pipeline.model.base_model import device, load_tokenizer
-from pipeline.train import fit
-from pipeline.trainable import Trainable
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.batches import batch_places
+from pipeline.train.loop import WARMUP, Finetuning
+from pipeline.train.ray_train import fit
+from pipeline.train.worker_model import Trainable
 
 WARM = 2
 """First steps of a process, which are not counted."""

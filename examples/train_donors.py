@@ -26,11 +26,11 @@ from examples.base_model import base_model
 from examples.folders import appear_whole
 from examples.tasks import DONORS, Row, donor_rows
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
-from pipeline.batches import batch_places
 from pipeline.data.splits import tokenise
-from pipeline.evaluation import Rows, as_metrics, evaluate
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
 from pipeline.model.completion_loss import completion_nll, score_tokens
+from pipeline.train.batches import batch_places
+from pipeline.train.evaluate import Rows, as_metrics, evaluate
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 POOL = Path(__file__).parent / "pool"

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.adapters.pool import valid_adapters
-from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.costs import knows_scoring, training_rates
@@ -25,7 +24,8 @@ from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.starts import make_jobs, probed_training
-from pipeline.train import fit, training_kind
+from pipeline.train.arm import Arm
+from pipeline.train.ray_train import fit, training_kind
 
 SAMPLES = 8
 """That the calibration scores; the search begins with them, too."""

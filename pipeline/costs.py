@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batches import batch_places, padded_tokens
 from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
 from pipeline.search.race import BASE, Indices, Race
+from pipeline.train.batches import batch_places, padded_tokens
 
 Seconds = float | None
 """None: nobody measured what it takes to say."""

@@ -14,10 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.adapters.pool import valid_adapters
-from pipeline.arms import pass_tokens
 from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
-from pipeline.compare import RESULT_FILE
 from pipeline.core.ledger import digest
 from pipeline.costs import (
     Scoring,
@@ -43,7 +41,9 @@ from pipeline.search.race import Race
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.starts import list_arms, make_jobs
-from pipeline.train import arms_at_once, training_kind, training_resources
+from pipeline.train.arm import pass_tokens
+from pipeline.train.compare import RESULT_FILE
+from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
 
 PLAN_FILE = "plan.json"
 

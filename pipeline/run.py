@@ -17,12 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import track
 from pipeline.adapters.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.arms import Arm, Job, copy_weights, row_ids
 from pipeline.calibrate import calibrate
-from pipeline.compare import RESULT_FILE, train_arms, with_overhead
-from pipeline.compare import compare as compare_arms
 from pipeline.config import SHORT_LIST, Config, TrainConfig
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
@@ -42,7 +38,11 @@ from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
 from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
-from pipeline.train import require_workers
+from pipeline.train import tracking
+from pipeline.train.arm import Arm, Job, copy_weights, row_ids
+from pipeline.train.compare import RESULT_FILE, train_arms, with_overhead
+from pipeline.train.compare import compare as compare_arms
+from pipeline.train.ray_train import require_workers
 
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages that a start from the base does without."""
@@ -106,7 +106,7 @@ def open_run(config: Config, once_joined: Callable[[Run], None]) -> Run:
         InputError: there is nothing at a path, or a package for `track` is missing: said now, not after an hour of indexing.
     """
     target_paths(config)
-    track.check(config.track)
+    tracking.check(config.track)
     if config.search.store:
         Folder.at(config.search.store).create()
     run = Run(config, once_joined)

@@ -15,7 +15,6 @@ import ray
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.pool import valid_adapters
-from pipeline.arms import Arm, Job, Lora, row_ids
 from pipeline.cluster.resources import compute_task, worker_resources
 from pipeline.config import ON_SAMPLES, Config
 from pipeline.core.errors import InputError
@@ -29,11 +28,12 @@ from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learn import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
 from pipeline.model.base_model import fingerprint, linear_shapes
-from pipeline.probe import probe, write_probe_data
 from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
 from pipeline.search.leaderboard import paired_difference, unsound
 from pipeline.search.scoring import CANDIDATE, race_holdout
+from pipeline.train.arm import Arm, Job, Lora, row_ids
+from pipeline.train.probe import probe, write_probe_data
 
 
 def score_recipes(

@@ -18,12 +18,12 @@ from store_server import StoreServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.arms import Arm, Job, Lora
 from pipeline.config import Config, TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.splits import tokenise
-from pipeline.finetuning import Finetuning
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.loop import Finetuning
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river bank.",

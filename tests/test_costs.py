@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches import batch_places
 from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
 from pipeline.costs import (
@@ -24,6 +23,7 @@ from pipeline.costs import (
     training_seconds,
 )
 from pipeline.search.race import Race, make_plan
+from pipeline.train.batches import batch_places
 
 N_SEARCH, N_HOLDOUT = 24, 8
 S = N_SEARCH + N_HOLDOUT

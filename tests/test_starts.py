@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.arms import Arm
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
@@ -18,6 +17,7 @@ from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
 from pipeline.starts import _merged, make_jobs
+from pipeline.train.arm import Arm
 
 
 @pytest.fixture

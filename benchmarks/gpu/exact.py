@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, draw_rows, flat_gradient, make_model, mask_of, saved_base, shape_of, write_splits
-from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
-from pipeline.finetuning import Finetuning
-from pipeline.lora import fuse
 from pipeline.model.completion_loss import Batch, collate, completion_nll
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.fused_lora import fuse
+from pipeline.train.loop import Finetuning
 
 FLOAT32 = 1e-3
 """The largest `Computed.errors` in float32."""

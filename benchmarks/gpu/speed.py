@@ -18,13 +18,13 @@ from torch import Tensor
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, SHAPES, TINY, draw_rows, make_model, mask_of, saved_base, shape_of, write_splits
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
-from pipeline.arms import Arm, Job, Lora
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.finetuning import Finetuning
-from pipeline.lora import fuse
 from pipeline.model.completion_loss import collate, completion_nll
-from pipeline.profiler import STEPS
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.fused_lora import fuse
+from pipeline.train.loop import Finetuning
+from pipeline.train.profiler import STEPS
 
 WARM, TIMED = 1, 3
 """Passes before those that are timed, and those."""

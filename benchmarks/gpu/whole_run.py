@@ -18,16 +18,16 @@ import torch
 from benchmarks.gpu.checks import Check, Setting, SkippedError, WrongError
 from benchmarks.gpu.models import LINEAR, TINY, make_model
 from benchmarks.pools import byte_tokenizer, random_adapters
-from pipeline.arms import Arm, Job, Lora
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import compute_task
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.splits import tokenise
-from pipeline.finetuning import Finetuning
 from pipeline.model.base_model import load_tokenizer
 from pipeline.run import run_all
+from pipeline.train.arm import Arm, Job, Lora
+from pipeline.train.loop import Finetuning
 
 WORDS = ("fox", "dog", "river", "hotel", "review", "France", "Paris", "number")
 HELD_GB = 4.0

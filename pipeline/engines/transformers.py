@@ -8,11 +8,11 @@ import pyarrow as pa
 from peft import PeftModel
 
 from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
-from pipeline.batches import length_batches
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import collate, score_rows
+from pipeline.train.batches import length_batches
 
 BATCH_TOKENS = 2048
 """Padded tokens in one forward pass."""

@@ -19,7 +19,7 @@ from benchmarks.gpu import exact, speed, whole_run
 from benchmarks.gpu.__main__ import run_stage
 from benchmarks.gpu.checks import FAILED, OK, RUNNING, SKIPPED, Results, Setting, SkippedError, WrongError, run_checks, within
 from pipeline.adapters.low_rank import Factors
-from pipeline.finetuning import Finetuning
+from pipeline.train.loop import Finetuning
 
 CRASHING = """
 import os, sys
@@ -209,7 +209,7 @@ def test_a_beginning_that_is_not_shared_is_found(setting: Setting, monkeypatch: 
 def test_a_fused_layer_that_is_wrong_is_found(
     check: Callable[..., Any], setting: Setting, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    from pipeline.lora import _Product
+    from pipeline.train.fused_lora import _Product
 
     backward = _Product.backward
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.training import losses, ours, theirs, uneven_rows, write_data
-from pipeline.arms import Job
+from pipeline.train.arm import Job
 
 
 @pytest.mark.parametrize("kind", ["trl", "hf_trainer"])

@@ -10,7 +10,7 @@ from pipeline.config import SearchConfig, TrainConfig
 from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.rates import RECENT, Rates
 from pipeline.search.score_store import ScoreStore
-from pipeline.train import training_kind
+from pipeline.train.ray_train import training_kind
 
 
 def test_rates_of_another_kind_base_or_engine_are_not_used(tmp_path: Path) -> None:

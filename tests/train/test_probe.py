@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.arms import Job
 from pipeline.core.storage import Folder
-from pipeline.finetuning import Finetuning
-from pipeline.probe import probe, write_probe_data
+from pipeline.train.arm import Job
+from pipeline.train.loop import Finetuning
+from pipeline.train.probe import probe, write_probe_data
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path, data: Folder) -> None:

@@ -10,13 +10,13 @@ import psutil
 import pytest
 import torch
 
-from pipeline.arms import Job
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.storage import Folder
-from pipeline.evaluation import evaluate_on_test
-from pipeline.finetuning import Finetuning
-from pipeline.train import _Reports, fit, score_on_test
-from pipeline.trainable import _sharing_out
+from pipeline.train.arm import Job
+from pipeline.train.evaluate import evaluate_on_test
+from pipeline.train.loop import Finetuning
+from pipeline.train.ray_train import _Reports, fit, score_on_test
+from pipeline.train.worker_model import _sharing_out
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -50,7 +50,7 @@ UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens
 def test_any_number_of_workers_gives_the_curve_of_one(
     settings: dict[str, Any], job: Callable[..., Job], alone: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.MAX_FAILURES", 0)  # a second attempt would hide what only the first meets
+    monkeypatch.setattr("pipeline.train.ray_train.MAX_FAILURES", 0)  # a second attempt would hide what only the first meets
     storage = Folder.at(bucket if "shard" in settings else tmp_path)
     arm = job(**{"cpus_per_worker": 0.5, **UNEVEN, **settings})
     found = fit(arm, storage)
@@ -87,8 +87,8 @@ def test_a_worker_that_runs_out_of_memory_leaves_no_other_waiting(
         import ray.train
         import torch
 
-        from pipeline.train import train_loop
-        from pipeline.trainable import Trainable
+        from pipeline.train.ray_train import train_loop
+        from pipeline.train.worker_model import Trainable
 
         loss, passes = Trainable.loss, []
 
@@ -101,7 +101,7 @@ def test_a_worker_that_runs_out_of_memory_leaves_no_other_waiting(
         Trainable.loss = limited
         train_loop(config)
 
-    monkeypatch.setattr("pipeline.train.train_loop", loop)
+    monkeypatch.setattr("pipeline.train.ray_train.train_loop", loop)
     settings = {"steps": 4, "evaluations": 2, "batch_size": 16, "tokens_per_pass": 64}
     found = fit(job(workers=2, cpus_per_worker=0.5, shard=shard, **settings), Folder.at(tmp_path))
     assert found["tokens_per_pass"][0] == 64
@@ -133,7 +133,7 @@ def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pyt
 
 def test_workers_of_a_node_load_a_base_that_they_share_out_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     barrier, here, log = threading.Barrier(3), threading.local(), list[str]()
-    monkeypatch.setattr("pipeline.trainable.init_device_mesh", lambda *given: None)
+    monkeypatch.setattr("pipeline.train.worker_model.init_device_mesh", lambda *given: None)
     monkeypatch.setattr("torch.distributed.barrier", lambda: barrier.wait(20))
     monkeypatch.setattr("torch.distributed.get_node_local_rank", lambda: here.rank)
 

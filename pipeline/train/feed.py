@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 
-from pipeline.batches import STEP, Share, make_steps
+from pipeline.train.batches import STEP, Share, make_steps
 
 STEPS_A_TASK = 16
 

@@ -14,8 +14,6 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipeline import track
-from pipeline.arms import Job, row_ids
 from pipeline.cluster.resources import compute_task
 from pipeline.cluster.telemetry import tell_training
 from pipeline.config import TrackConfig
@@ -23,7 +21,9 @@ from pipeline.core.errors import one_line
 from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, steps_to_parity
 from pipeline.core.storage import Folder
-from pipeline.train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
+from pipeline.train import tracking
+from pipeline.train.arm import Job, row_ids
+from pipeline.train.ray_train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
 
 RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -46,8 +46,8 @@ def train_arms(
     todo = [job for job in jobs if not storage.is_whole(f"{job.name}/{RESULT_FILE}")]
     if todo:
         tracked = tracked or TrackConfig()
-        track.check(tracked)
-        _tune(todo, storage, [_Follow(say, todo[0].train.steps), *track.callbacks(tracked, storage.path)])
+        tracking.check(tracked)
+        _tune(todo, storage, [_Follow(say, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
     return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
 
 
@@ -189,7 +189,7 @@ def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, Any]:
 
 def _tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, dict[str, float]]]:
     """Name and metrics of each checkpoint, as they come."""
-    from pipeline.evaluation import evaluate_on_test  # not above: see pipeline/train.py
+    from pipeline.train.evaluate import evaluate_on_test  # not above: see pipeline/train/ray_train.py
 
     if checkpoints and job.train.shard:
         yield from score_on_test(job, checkpoints, storage).items()

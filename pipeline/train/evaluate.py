@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pipeline.adapters.adapter import CONFIG_FILE
 from pipeline.adapters.fetch import fetch_adapter
-from pipeline.arms import download_model
-from pipeline.batches import share_out
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import Batch, collate, copied_to, score_tokens
+from pipeline.train.arm import download_model
+from pipeline.train.batches import share_out
 
 EVALUATION_TOKENS = 2048
 """Padded tokens in one forward pass of an evaluation."""

@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.arms import CURVE_FILE, STATE, Arm, Job
-from pipeline.batches import batch_places
 from pipeline.core.storage import Folder
-from pipeline.evaluation import Rows, Score, as_metrics, evaluate, evaluate_on_test
-from pipeline.finetuning import Finetuning, Write, evaluation_steps
 from pipeline.model.completion_loss import Batch, collate, score_tokens
-from pipeline.profiler import STEPS
+from pipeline.train.arm import CURVE_FILE, STATE, Arm, Job
+from pipeline.train.batches import batch_places
+from pipeline.train.evaluate import Rows, Score, as_metrics, evaluate, evaluate_on_test
+from pipeline.train.loop import Finetuning, Write, evaluation_steps
+from pipeline.train.profiler import STEPS
 
 FULL = {"method": "full", "steps": 4, "evaluations": 2}
 
@@ -314,7 +314,7 @@ def test_a_step_waits_for_the_device_once_however_many_passes_it_has(
         reads.deaf = False
         return batch
 
-    monkeypatch.setattr("pipeline.finetuning.collate", collated)
+    monkeypatch.setattr("pipeline.train.loop.collate", collated)
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)  # theirs, a pass
     finetuning._train_step(steps[0])
     finetuning.step = 1
@@ -324,7 +324,7 @@ def test_a_step_waits_for_the_device_once_however_many_passes_it_has(
 
 
 def test_an_evaluation_waits_for_the_device_once(job: Callable[..., Job], data: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.evaluation.EVALUATION_TOKENS", 40)
+    monkeypatch.setattr("pipeline.train.evaluate.EVALUATION_TOKENS", 40)
     finetuning, rows = Finetuning(job(), 0, 1, lambda metrics, snapshot: None), Rows(data.read_table("validation.parquet"))
     reads = HostReads()
 

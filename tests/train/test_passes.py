@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.arms import Job
 from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
-from pipeline.evaluation import Rows
 from pipeline.model.completion_loss import Batch
-from pipeline.passes import LEAST, MEASURED, MOST, SHARE, choose_tokens
+from pipeline.train.arm import Job
+from pipeline.train.evaluate import Rows
+from pipeline.train.passes import LEAST, MEASURED, MOST, SHARE, choose_tokens
 
 GB, MB = 1_000_000_000, 1_000_000
 
@@ -51,7 +51,7 @@ def choose(job: Callable[..., Job], data: Folder, monkeypatch: pytest.MonkeyPatc
     """choose(card, **train): what is chosen on it."""
 
     def chosen(card: Card, **train: Any) -> int:
-        monkeypatch.setattr("pipeline.passes.device", lambda: torch.device("cuda"))
+        monkeypatch.setattr("pipeline.train.passes.device", lambda: torch.device("cuda"))
         given = {
             "memory_allocated": lambda: card.held,
             "max_memory_allocated": lambda: card.peak,

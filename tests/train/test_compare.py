@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline import compare
-from pipeline.arms import Job
 from pipeline.cluster.resources import MOST_AHEAD, NODE_GROUP
-from pipeline.compare import _chosen, parity, with_overhead
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.train import arms_at_once
+from pipeline.train import compare
+from pipeline.train.arm import Job
+from pipeline.train.compare import _chosen, parity, with_overhead
+from pipeline.train.ray_train import arms_at_once
 
 
 def arm(init: str, losses: list[float], *, lr: float = 1e-4, seed: int = 0, diverged_at: int | None = None) -> dict[str, Any]:

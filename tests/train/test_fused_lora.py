@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pipeline.lora import fuse
+from pipeline.train.fused_lora import fuse
 
 
 class Net(nn.Module):

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from pipeline.arms import Job
 from pipeline.cluster.resources import compute_task
 from pipeline.core.storage import Folder
+from pipeline.train.arm import Job
 
 
 def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:
@@ -44,7 +44,7 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
 
 
 def _loss_after_training(job: Job) -> float | None:
-    from pipeline.finetuning import Finetuning  # not above: see pipeline/train.py
+    from pipeline.train.loop import Finetuning  # not above: see pipeline/train/ray_train.py
 
     finetuning = Finetuning(job, 0, 1, lambda metrics, save: None)
     finetuning.run()

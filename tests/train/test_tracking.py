@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pipeline import compare, track
-from pipeline.arms import Job
 from pipeline.config import TrackConfig, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.run import run_all
+from pipeline.train import compare, tracking
+from pipeline.train.arm import Job
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +72,14 @@ def test_an_arm_is_tracked_in_both(
 
 
 def test_nothing_is_written_unasked() -> None:
-    assert track.callbacks(TrackConfig(), "experiment") == []
+    assert tracking.callbacks(TrackConfig(), "experiment") == []
 
 
 @pytest.mark.parametrize(("asked", "package"), [({"tensorboard": True}, "tensorboardX"), ({"mlflow": "http://x"}, "mlflow")])
 def test_a_missing_package_is_said_before_anything_is_spent(
     asked: dict[str, Any], package: str, tiny_base: str, write_jsonl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     target = {"train": write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])}
     content = {"run": str(tmp_path / "run"), "base": tiny_base, "pool": str(tmp_path / "pool"), "target": target, "track": asked}
     with pytest.raises(InputError, match=f"install {package} to use track.{next(iter(asked))}: pip install 'mashup-learning"):
@@ -90,4 +90,4 @@ def test_a_missing_package_is_said_before_anything_is_spent(
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "nosuch://store"])
 def test_a_server_that_cannot_be_used_is_an_input_error(uri: str) -> None:
     with pytest.raises(InputError, match=f"track.mlflow: {uri}: cannot be used"):
-        track.check(TrackConfig(mlflow=uri))
+        tracking.check(TrackConfig(mlflow=uri))

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.arms import CURVE_FILE, STATE, Job
-from pipeline.batches import Share, halved, make_steps
 from pipeline.core.errors import PassTooLargeError
-from pipeline.evaluation import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
 from pipeline.model.base_model import device
 from pipeline.model.completion_loss import collate
-from pipeline.passes import choose_tokens
-from pipeline.profiler import traced
-from pipeline.trainable import Trainable
+from pipeline.train.arm import CURVE_FILE, STATE, Job
+from pipeline.train.batches import Share, halved, make_steps
+from pipeline.train.evaluate import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
+from pipeline.train.passes import choose_tokens
+from pipeline.train.profiler import traced
+from pipeline.train.worker_model import Trainable
 
 WARMUP = 0.05
 Write = Callable[[Path], None]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from pipeline.arms import Job
 from pipeline.core.storage import Folder
-from pipeline.evaluation import Rows
-from pipeline.trainable import BUCKET, Trainable, _buckets
+from pipeline.train.arm import Job
+from pipeline.train.evaluate import Rows
+from pipeline.train.worker_model import BUCKET, Trainable, _buckets
 
 
 @pytest.fixture

@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
 from pipeline.adapters.fetch import fetch_adapter
-from pipeline.arms import Job, download_model
 from pipeline.core.storage import Folder
-from pipeline.evaluation import causal
-from pipeline.lora import fuse
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.model.completion_loss import Batch, completion_nll, score_tokens
+from pipeline.train.arm import Job, download_model
+from pipeline.train.evaluate import causal
+from pipeline.train.fused_lora import fuse
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 """Of a state dict that is the same whatever the number of workers."""

@@ -74,7 +74,7 @@ class Job:
 
 def pass_tokens(train: TrainConfig, gpu: bool) -> int:
     """Padded tokens in one forward and backward pass of a training worker; for `auto` on a GPU a guess, as it is measured there
-    (`pipeline/passes.py`)."""
+    (`pipeline/train/passes.py`)."""
     return (8192 if gpu else 1024) if train.tokens_per_pass == "auto" else train.tokens_per_pass
 
 

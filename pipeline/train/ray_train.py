@@ -1,6 +1,6 @@
 """One arm under Ray Train: several workers over gloo on CPUs, NCCL on GPUs.
 
-The loop itself is `pipeline/finetuning.py`. Ray unpickles this module in processes that only steer; importing torch's and PEFT's
+The loop itself is `pipeline/train/loop.py`. Ray unpickles this module in processes that only steer; importing torch's and PEFT's
 world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
@@ -20,14 +20,14 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline.arms import CURVE_FILE, Job
 from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, torch_env, worker_resources, workers_at_once
 from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.config import TrainConfig
 from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import COMPARISON
-from pipeline.feed import stream_steps
+from pipeline.train.arm import CURVE_FILE, Job
+from pipeline.train.feed import stream_steps
 
 MAX_FAILURES = 2
 SIZES_FILE = "tokens_per_pass.json"
@@ -79,7 +79,7 @@ def score_on_test(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> 
 def train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs. Where workers share the weights out, one that runs out of memory ends them all; the next
     attempt goes on from the last checkpoint with smaller passes."""
-    from pipeline.finetuning import Finetuning
+    from pipeline.train.loop import Finetuning
 
     job: Job = config["job"]
     storage: Folder = config["storage"]
@@ -100,8 +100,8 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def scoring_loop(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What each Ray Train worker runs for `score_on_test`."""
-    from pipeline.evaluation import Rows, as_metrics, evaluate, on_test, sum_over_workers
-    from pipeline.trainable import trained
+    from pipeline.train.evaluate import Rows, as_metrics, evaluate, on_test, sum_over_workers
+    from pipeline.train.worker_model import trained
 
     job: Job = config["job"]
     context = ray.train.get_context()

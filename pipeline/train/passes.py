@@ -5,12 +5,12 @@ An 8B base saves some 6 MB of activations a token, a 135M one a tenth of a MB; c
 
 import torch
 
-from pipeline.arms import Job, pass_tokens
 from pipeline.core.errors import PassTooLargeError
-from pipeline.evaluation import Rows
 from pipeline.model.base_model import device
 from pipeline.model.completion_loss import Batch
-from pipeline.trainable import Trainable
+from pipeline.train.arm import Job, pass_tokens
+from pipeline.train.evaluate import Rows
+from pipeline.train.worker_model import Trainable
 
 MEASURED = 512
 """Padded tokens of the pass that is measured, or one row where the longest has more."""

@@ -4,9 +4,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipeline.batches import Share, make_steps
 from pipeline.core.tables import SAMPLES
-from pipeline.feed import STEPS_A_TASK, stream_steps
+from pipeline.train.batches import Share, make_steps
+from pipeline.train.feed import STEPS_A_TASK, stream_steps
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
