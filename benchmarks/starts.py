@@ -26,7 +26,7 @@ from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.data.splits import tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
-from pipeline.merge.learn import learn_weights
+from pipeline.merge.learned_weights import learn_weights
 from pipeline.merge.recipes import Recipe, alpha_at, merge
 from pipeline.model.base_model import linear_shapes, load_tokenizer
 from pipeline.train.arm import Arm, Job, Lora

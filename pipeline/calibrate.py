@@ -19,11 +19,11 @@ from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.costs import knows_scoring, training_rates
 from pipeline.data.splits import split_of
+from pipeline.merge.candidates import make_jobs, probed_training
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
-from pipeline.starts import make_jobs, probed_training
 from pipeline.train.arm import Arm
 from pipeline.train.ray_train import fit, training_kind
 

@@ -32,15 +32,15 @@ from pipeline.costs import (
 )
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
+from pipeline.merge.candidates import list_arms, make_jobs
+from pipeline.merge.selection import most_recipes
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
-from pipeline.reduce import most_recipes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
 from pipeline.search.race import Race
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
-from pipeline.starts import list_arms, make_jobs
 from pipeline.train.arm import pass_tokens
 from pipeline.train.compare import RESULT_FILE
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources

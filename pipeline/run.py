@@ -26,9 +26,10 @@ from pipeline.core.settings import checked
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.data.splits import split_of, take_samples, target_paths
+from pipeline.merge.candidates import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
+from pipeline.merge.selection import propose, ranked, selection
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
-from pipeline.reduce import propose, ranked, selection
 from pipeline.report.card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
@@ -37,7 +38,6 @@ from pipeline.search.engine_pool import require_engine, warm_up
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
-from pipeline.starts import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.train import tracking
 from pipeline.train.arm import Arm, Job, copy_weights, row_ids
 from pipeline.train.compare import RESULT_FILE, train_arms, with_overhead

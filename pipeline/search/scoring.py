@@ -15,8 +15,8 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, too_large
+from pipeline.merge.selection import largest_merge
 from pipeline.model.base_model import fingerprint
-from pipeline.reduce import largest_merge
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan

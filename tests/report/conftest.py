@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD
 from pipeline.merge.recipes import Recipe
-from pipeline.reduce import Scored, selection
+from pipeline.merge.selection import Scored, selection
 
 HOSTILE = ("<script>alert(1)</script>", "a|b`c\nd", "$\\frac{--> &lt;b&gt;")
 STEPS = (0, 17, 33, 50, 67, 83, 100)

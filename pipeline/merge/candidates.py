@@ -25,10 +25,10 @@ from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import too_large
 from pipeline.merge.build import Built, build, build_on_device, store
-from pipeline.merge.learn import greedy_donors, learn_weights
+from pipeline.merge.learned_weights import greedy_donors, learn_weights
 from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
+from pipeline.merge.selection import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.model.base_model import fingerprint, linear_shapes
-from pipeline.reduce import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.run_folder import Run
 from pipeline.search.leaderboard import paired_difference, unsound
 from pipeline.search.scoring import CANDIDATE, race_holdout

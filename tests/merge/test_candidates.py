@@ -13,10 +13,10 @@ from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
 from pipeline.merge.build import build_on_device
+from pipeline.merge.candidates import _merged, make_jobs
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
-from pipeline.starts import _merged, make_jobs
 from pipeline.train.arm import Arm
 
 
@@ -86,10 +86,10 @@ def test_merges_are_computed_on_a_gpu_that_is_free_and_dense_ones_on_one_that_en
             done.append("on a GPU")
             return "made"
 
-    monkeypatch.setattr("pipeline.starts.worker_resources", lambda *asked: Resources(1.0, gpus, 1))
-    monkeypatch.setattr("pipeline.starts.compute_task", Task)
-    monkeypatch.setattr("pipeline.starts.build", lambda *given: done.append("here"))
-    monkeypatch.setattr("pipeline.starts.ray.get", lambda made: made)
+    monkeypatch.setattr("pipeline.merge.candidates.worker_resources", lambda *asked: Resources(1.0, gpus, 1))
+    monkeypatch.setattr("pipeline.merge.candidates.compute_task", Task)
+    monkeypatch.setattr("pipeline.merge.candidates.build", lambda *given: done.append("here"))
+    monkeypatch.setattr("pipeline.merge.candidates.ray.get", lambda made: made)
     monkeypatch.setattr(Engines, "up", property(lambda engines: up))
     monkeypatch.setattr(Engines, "leave_room", lambda engines: bool(up and done.append("engines ended")))
     _merged(run, {"one": Recipe(("a", "b"), (0.5, 0.5), method, 4)}, {"a": "a", "b": "b"})

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import read_adapter, write_adapter
-from pipeline.merge import learn
-from pipeline.merge.learn import add_donors, greedy_donors, learn_weights
+from pipeline.merge import learned_weights
+from pipeline.merge.learned_weights import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import linear_shapes
 from pipeline.model.completion_loss import collate, completion_logits, completion_targets
@@ -57,7 +57,7 @@ def test_donors_added_by_hooks_compute_what_their_merge_computes(
     modules = add_donors(model, [read_adapter(donor) for donor in donors], weights_K.expand(14, 3))
     assert modules == sorted(linear_shapes(tiny_base)[0].keys() - {"lm_head"})
     assert loss(model, samples) == pytest.approx(merged_loss(tiny_base, donors, weights, samples, tmp_path), abs=1e-4)
-    losses = list(learn._losses(model, samples))
+    losses = list(learned_weights._losses(model, samples))
     assert sum(nll.item() for nll in losses) == pytest.approx(loss(model, samples), abs=1e-5)
     for nll in losses:
         nll.backward()

@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import MergeConfig
 from pipeline.core.tables import BASE_ID, CATALOGUE, LEADERBOARD
 from pipeline.merge.recipes import Recipe
-from pipeline.reduce import (
+from pipeline.merge.selection import (
     Scored,
     choose,
     control_recipes,
