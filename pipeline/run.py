@@ -30,7 +30,7 @@ from pipeline.merge.candidates import list_arms, make_controls, make_jobs, probe
 from pipeline.merge.selection import propose, ranked, selection
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan import estimate_before_search, settle, write_plan
-from pipeline.report.card import model_card
+from pipeline.report.model_card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination

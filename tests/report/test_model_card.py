@@ -10,7 +10,7 @@ import yaml
 from conftest import RunData
 
 from pipeline.config import Config
-from pipeline.report.card import escape_markdown, model_card
+from pipeline.report.model_card import escape_markdown, model_card
 
 SAMPLES = {"search": 96, "holdout": 32}
 
