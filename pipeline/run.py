@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.adapters.pool import build_catalogue, list_adapters, valid_adapters
-from pipeline.calibrate import calibrate
 from pipeline.config import SHORT_LIST, Config, TrainConfig
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
@@ -29,7 +28,8 @@ from pipeline.data.splits import split_of, take_samples, target_paths
 from pipeline.merge.candidates import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
 from pipeline.merge.selection import propose, ranked, selection
 from pipeline.model.base_model import fingerprint, linear_shapes
-from pipeline.plan import estimate_before_search, settle, write_plan
+from pipeline.plan.calibrate import calibrate
+from pipeline.plan.estimate import estimate_before_search, settle, write_plan
 from pipeline.report.model_card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline import plan as planning
 from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.cli import main
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, build_config
 from pipeline.engines.scorer import EngineConfig
-from pipeline.plan import estimate_before_search, memory_of_engine, to_fetch
+from pipeline.plan import estimate as planning
+from pipeline.plan.estimate import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.run import plan_run, run_all
 from pipeline.run_folder import Run
 from pipeline.search.race import Race, make_plan

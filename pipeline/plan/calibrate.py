@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from pipeline.adapters.pool import valid_adapters
 from pipeline.config import Config
 from pipeline.core.ledger import digest
-from pipeline.costs import knows_scoring, training_rates
 from pipeline.data.splits import split_of
 from pipeline.merge.candidates import make_jobs, probed_training
+from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.race import Indices, make_plan

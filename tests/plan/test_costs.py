@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
-from pipeline.costs import (
+from pipeline.plan.costs import (
     Scoring,
     Training,
     against,

@@ -14,10 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.adapters.pool import valid_adapters
-from pipeline.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
 from pipeline.core.ledger import digest
-from pipeline.costs import (
+from pipeline.data.splits import split_of
+from pipeline.engines.scorer import EngineConfig
+from pipeline.merge.candidates import list_arms, make_jobs
+from pipeline.merge.selection import most_recipes
+from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
+from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind
+from pipeline.plan.costs import (
     Scoring,
     Training,
     against,
@@ -30,11 +35,6 @@ from pipeline.costs import (
     total,
     training_seconds,
 )
-from pipeline.data.splits import split_of
-from pipeline.engines.scorer import EngineConfig
-from pipeline.merge.candidates import list_arms, make_jobs
-from pipeline.merge.selection import most_recipes
-from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
