@@ -16,7 +16,7 @@ from jobs.entry import arguments, run_job
 
 def refresh(config: str, tell_nothing: bool) -> dict[str, Any]:
     """Bring every target up to date, going on where an earlier attempt stopped."""
-    from pipeline.refresh import load_refresh, refresh
+    from pipeline.refresh.refresh import load_refresh, refresh
 
     return refresh(load_refresh(config), tell_nothing)
 

@@ -130,7 +130,7 @@ def refresh_command(
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where there was nothing to do.")] = False,
 ) -> None:
     """Bring the mashups of many targets up to date: score what is new, publish what is better. Prints what came of each."""
-    from pipeline.refresh import load_refresh, refresh
+    from pipeline.refresh.refresh import load_refresh, refresh
 
     found = refresh(load_refresh(config), exit_code)
     for target, came in found["targets"].items():

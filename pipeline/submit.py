@@ -29,7 +29,7 @@ from pipeline.config import Config
 from pipeline.core.errors import InputError
 from pipeline.core.settings import checked, read_yaml
 from pipeline.core.storage import Folder
-from pipeline.refresh import RefreshConfig
+from pipeline.refresh.refresh import RefreshConfig
 from pipeline.report.terminal import leaderboard_table, summary_table
 
 JOBS = ("mashup", "search", "refresh")

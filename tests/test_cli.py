@@ -14,8 +14,8 @@ import yaml
 from pipeline.cli import main
 from pipeline.core.storage import Folder
 from pipeline.core.tables import VERSION
-from pipeline.record import History
-from pipeline.refresh import load_refresh, look
+from pipeline.refresh.history import History
+from pipeline.refresh.refresh import load_refresh, look
 
 
 @pytest.fixture

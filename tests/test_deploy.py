@@ -15,7 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipeline.config import build_config
 from pipeline.core.settings import checked
-from pipeline.refresh import RefreshConfig
+from pipeline.refresh.refresh import RefreshConfig
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = sorted((ROOT / "kuberay").glob("*.yaml"))

@@ -15,7 +15,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from pipeline.core.storage import Folder
-from pipeline.record import FAILURES, History
+from pipeline.refresh.history import FAILURES, History
 from pipeline.report.page import VISIBLE_ROWS, template
 from pipeline.report.plots import BASE_COLOUR, MASHUP_COLOUR, NEUTRAL, legend_above, svg
 

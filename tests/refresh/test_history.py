@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SEEN
-from pipeline.record import History
+from pipeline.refresh.history import History
 
 BEFORE = dict.fromkeys(SEEN, "1")
 

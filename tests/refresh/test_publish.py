@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import publish as publish_module
 from pipeline.config import Config
 from pipeline.core.storage import Folder
-from pipeline.publish import CURRENT, publish
+from pipeline.refresh import publish as publish_module
+from pipeline.refresh.publish import CURRENT, publish
 from pipeline.run_folder import Run
 
 THRESHOLD = 0.01

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import renewal
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SEEN
-from pipeline.lock import Lock, LockLostError, LockTakenError
-from pipeline.record import History
-from pipeline.refresh import NOTHING, RefreshConfig, load_refresh, look, refresh
+from pipeline.refresh import target
+from pipeline.refresh.history import History
+from pipeline.refresh.lock import Lock, LockLostError, LockTakenError
+from pipeline.refresh.refresh import NOTHING, RefreshConfig, load_refresh, look, refresh
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def renewed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             check()
         return {"outcome": "kept", "verdict": "base", "donors": [], "adapter_samples": 0}
 
-    monkeypatch.setattr(renewal, "index_pool", lambda config, folder: None)
-    monkeypatch.setattr(renewal, "renew", renew)
+    monkeypatch.setattr(target, "index_pool", lambda config, folder: None)
+    monkeypatch.setattr(target, "renew", renew)
     return comes
 
 

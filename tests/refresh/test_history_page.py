@@ -10,8 +10,8 @@ import pytest
 from conftest import HOSTILE
 
 from pipeline.core.storage import Folder
-from pipeline.record import History
-from pipeline.report.history import render, write_history
+from pipeline.refresh.history import History
+from pipeline.refresh.history_page import render, write_history
 
 BEGAN = datetime(2026, 3, 1, 6, 0, tzinfo=UTC)
 SEEN = dict.fromkeys(("adapters", "data", "base", "settings"), "0")

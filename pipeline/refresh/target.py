@@ -7,7 +7,7 @@ from pipeline import run as stages
 from pipeline.config import Config, TargetConfig
 from pipeline.core.storage import Folder
 from pipeline.data.splits import target_paths
-from pipeline.publish import chosen, publish
+from pipeline.refresh.publish import chosen, publish
 from pipeline.run_folder import Run
 
 

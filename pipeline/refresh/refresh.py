@@ -24,8 +24,8 @@ from pipeline.core.ledger import digest
 from pipeline.core.progress import Progress
 from pipeline.core.settings import Section, checked, read_yaml
 from pipeline.core.storage import Folder, lies_in
-from pipeline.lock import Lock, LockLostError
-from pipeline.record import FAILURES, History, Seen
+from pipeline.refresh.history import FAILURES, History, Seen
+from pipeline.refresh.lock import Lock, LockLostError
 
 if TYPE_CHECKING:
     from pipeline.run_folder import Run
@@ -159,8 +159,8 @@ def _renew_all(
     config: RefreshConfig, history: History, lock: Lock, due: dict[str, list[str]], looked: dict[str, Seen]
 ) -> dict[str, dict[str, Any]]:
     """Renew the targets that are due, and put down what came of each at once. Gives rows of the history."""
-    from pipeline.renewal import index_pool  # this brings torch and Ray
-    from pipeline.report.history import write_history
+    from pipeline.refresh.history_page import write_history
+    from pipeline.refresh.target import index_pool  # this brings torch and Ray
 
     progress = Progress()
     pool = index_pool(config.run_of(next(iter(due))), history.home.sub("index"))
@@ -182,7 +182,7 @@ def _renew_all(
 
 def _renew(config: RefreshConfig, name: str, pool: "Run", lock: Lock) -> dict[str, Any]:
     """Renew one target. What fails, but for a lock that is lost, is kept as the reason."""
-    from pipeline.renewal import renew
+    from pipeline.refresh.target import renew
 
     started = time.perf_counter()
     place = Folder.at(config.home).sub("published", name)
