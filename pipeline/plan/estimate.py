@@ -2,7 +2,7 @@
 
 Index and samples are done by then, as they say which candidates there are and how long the samples. All else is arithmetic on
 tables, on the score store, on what the cluster holds and on rates that earlier runs, or a calibration, left beside the scores
-(`pipeline/search/rates.py`). Counts are the most that there can be: a race may drop its candidates early. Time is None where nobody
+(`pipeline/search/rates.py`). Counts are the most that there can be: a race may drop candidates early. Time is None where nobody
 measured it on workers of this kind.
 """
 
