@@ -4,7 +4,7 @@
 
 A start is RECIPE-DONORS@RANK, or base@RANK, with the recipes exact (equal weights), gains, learned and paper (A and B averaged
 apart). Donors are ranked on the search rows of each task; adapters that are named like it are left out. The trained adapter
-has the rank of the start, with fresh rank where the donors leave room, and the alpha of `recipes.alpha_at`. Data as in
+has the rank of the start, with fresh rank where the donors leave room, and the alpha of `adapter.alpha_at`. Data as in
 `benchmarks.study`: validation and search rows come out of train.jsonl, the other file is the test split. Each line is a start
 that is done; what stands in the file `--out` is not trained again.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from pipeline.adapters.adapter import CONFIG_FILE, read_adapter, write_adapter
+from pipeline.adapters.adapter import CONFIG_FILE, alpha_at, read_adapter, write_adapter
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
@@ -27,7 +27,7 @@ from pipeline.data.splits import tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.learned_weights import learn_weights
-from pipeline.merge.recipes import Recipe, alpha_at, merge
+from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import linear_shapes, load_tokenizer
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.evaluate import Rows, as_metrics, evaluate

@@ -26,7 +26,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE, LEADERBOARD, SAMPLES, VERSION, require
 from pipeline.data.splits import split_of, take_samples, target_paths
 from pipeline.merge.candidates import list_arms, make_controls, make_jobs, probe_starts, probed_training, score_recipes
-from pipeline.merge.selection import propose, ranked, selection
+from pipeline.merge.selection import largest_merge, propose, ranked, selection
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.plan.calibrate import calibrate
 from pipeline.plan.estimate import estimate_before_search, settle, write_plan
@@ -34,7 +34,7 @@ from pipeline.report.model_card import model_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
-from pipeline.search.engine_pool import require_engine, warm_up
+from pipeline.search.engine_pool import Engines, require_engine, warm_up
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
@@ -55,11 +55,12 @@ def run_all(config: Config) -> dict[str, Any]:
         InputError: the input is not right; nothing is left behind by the stage that found it.
     """
     run = open_run(config, require_room)
-    with run.engines.kept():
-        index(run)
+    engines = Engines(config.search)
+    with engines.kept():
+        index(run, then_search=True)
         samples(run)
-        search(run)
-        merge_donors(run)
+        search(run, engines)
+        merge_donors(run, engines)
     compare(run)
     report(run)
     summary: dict[str, Any] = run.folder.read_json("summary.json")
@@ -126,8 +127,12 @@ def require_room(run: Run) -> None:
         require_workers(run.config.train)
 
 
-def index(run: Run) -> None:
-    """Check every adapter of the pool."""
+def index(run: Run, then_search: bool = False) -> None:
+    """Check every adapter of the pool.
+
+    Args:
+        then_search: let workers import meanwhile what a search needs.
+    """
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool, config.exclude)
@@ -135,7 +140,7 @@ def index(run: Run) -> None:
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")
-    if run.engines.keeping:  # for a search to come
+    if then_search:
         warm_up(config.search)
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
@@ -167,11 +172,15 @@ def samples(run: Run) -> None:
         run.progress.say("passed over: " + ", ".join(f"{count} x {problem}" for problem, count in passed_over.items()))
 
 
-def search(run: Run) -> None:
-    """Race the base and every valid adapter over the samples, within the budget, and rank them."""
+def search(run: Run, engines: Engines | None = None) -> None:
+    """Race the base and every valid adapter over the samples, within the budget, and rank them.
+
+    Args:
+        engines: those that the merge uses, too; None: of its own.
+    """
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
-    config = run.config
+    config, engines = run.config, engines or Engines(run.config.search)
     catalogue = valid_adapters(require(run.folder.read_table("catalogue.parquet"), CATALOGUE, "catalogue.parquet"))
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     key = _search_key(run, catalogue, drawn)
@@ -183,10 +192,11 @@ def search(run: Run) -> None:
         _tell_contamination(run, catalogue, drawn)
         catalogue = screened(run, servable(run, catalogue, failures), drawn)
         usual, outliers = by_rank(run, catalogue)
-        score_outliers(run, outliers, drawn, failures, details)
+        score_outliers(run, engines, outliers, drawn, failures, details)
         work, plan = line_up(run, catalogue, drawn, failures)
-        engine = make_engine(run, catalogue, largest_rank(run, usual, merges=run.engines.keeping))
-        known, seen = race(run, work, engine, plan, details, config.search.budget.seconds)
+        merged = largest_merge(usual["rank"].to_pylist(), config.merge) if engines.keeping else 0
+        engine = make_engine(run, catalogue, largest_rank(run, usual, merged))
+        known, seen = race(run, engines, work, engine, plan, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
@@ -194,18 +204,23 @@ def search(run: Run) -> None:
         work.store.merge_files()
 
 
-def merge_donors(run: Run) -> None:
-    """Choose donors and merge them, or nobody: each candidate merge is scored on the hold-out samples by the same engine."""
+def merge_donors(run: Run, engines: Engines | None = None) -> None:
+    """Choose donors and merge them, or nobody: each candidate merge is scored on the hold-out samples by the same engine.
+
+    Args:
+        engines: as in `search`.
+    """
     run.needs("search", "the leaderboard", "mashup search")
     key = _merge_key(run)
     if run.ready("merge", key):
         return
+    engines = engines or Engines(run.config.search)
     catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
     with run.ledger.perform("merge", key) as details:
-        scored, base_nll = score_recipes(run, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
+        scored, base_nll = score_recipes(run, engines, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
         contamination = run.folder.read_json("contamination.json")
-        probed = probe_starts(run, ranked(scored)[:SHORT_LIST])
+        probed = probe_starts(run, engines, ranked(scored)[:SHORT_LIST])
         choice = selection(scored, leaderboard, catalogue, contamination, base_nll, probed)
         if choice["recipe"]:
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))

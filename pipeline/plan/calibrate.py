@@ -21,7 +21,7 @@ from pipeline.data.splits import split_of
 from pipeline.merge.candidates import make_jobs, probed_training
 from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
-from pipeline.search.engine_pool import scoring_kind
+from pipeline.search.engine_pool import Engines, scoring_kind
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm
@@ -85,10 +85,11 @@ def _score_a_little(run: Run) -> None:
     unknown = np.isnan(store.load(adapters["adapter_hash"].to_pylist(), few).nll_NS).all(axis=1)
     batch = adapters.filter(pa.array(unknown)).slice(0, run.config.search.adapters_per_batch)
     engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
-    with run.engines.kept():
+    engines = Engines(run.config.search)
+    with engines.kept():
         for samples in (few.slice(0, 1), few):
             work = make_work(run, batch.select(CANDIDATE), samples, failures)
-            race(run, work, engine, make_plan(len(work.candidates), len(samples), 0, share=1), {})
+            race(run, engines, work, engine, make_plan(len(work.candidates), len(samples), 0, share=1), {})
 
 
 def _train_a_little(run: Run) -> None:

@@ -19,7 +19,7 @@ from pipeline.core.ledger import digest
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.merge.candidates import list_arms, make_jobs
-from pipeline.merge.selection import most_recipes
+from pipeline.merge.selection import largest_merge, most_recipes
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
 from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind
 from pipeline.plan.costs import (
@@ -103,7 +103,9 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
     candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": entrants}
     tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
-    engine = make_engine(run, usable, largest_rank(run, by_rank(run, usable)[0], merges=True))
+    usual, _ = by_rank(run, usable)
+    merged_rank = largest_merge(usual["rank"].to_pylist(), config.merge)
+    engine = make_engine(run, usable, largest_rank(run, usual, merged_rank))
     return {
         "key": _key(run),
         "candidates": candidates,

@@ -19,6 +19,7 @@ from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import Engines
 from pipeline.search.scoring import CANDIDATE, race_holdout
 
 CURRENT = "current.json"
@@ -26,7 +27,7 @@ CURRENT = "current.json"
 Json = dict[str, Any]
 
 
-def publish(run: Run, place: Folder, threshold: float) -> tuple[str, Json]:
+def publish(run: Run, engines: Engines, place: Folder, threshold: float) -> tuple[str, Json]:
     """Publish what a run selected, if that is another selection than the published one, or better by `threshold`.
 
     Args:
@@ -38,7 +39,7 @@ def publish(run: Run, place: Folder, threshold: float) -> tuple[str, Json]:
     """
     current = place.read_json(CURRENT) if place.exists(CURRENT) else None
     found = _describe(run)
-    if current and not _is_news(run, current, found, threshold):
+    if current and not _is_news(run, engines, current, found, threshold):
         return "kept", current
     now = datetime.now(UTC)
     if found["verdict"] == "mashup":
@@ -75,13 +76,13 @@ def _describe(run: Run) -> Json:
     }
 
 
-def _is_news(run: Run, current: Json, found: Json, threshold: float) -> bool:
+def _is_news(run: Run, engines: Engines, current: Json, found: Json, threshold: float) -> bool:
     """Whether a selection is worth publishing in place of the current one."""
     if _identity(current) != _identity(found):
         return True
     if current["adapter_hash"] == found["adapter_hash"]:
         return False
-    gain = _loss_now(run, current) - found["holdout_nll"]
+    gain = _loss_now(run, engines, current) - found["holdout_nll"]
     return math.isnan(gain) or gain >= threshold
 
 
@@ -91,13 +92,13 @@ def _identity(described: Json) -> tuple[str, str, list[str]]:
     return described["verdict"], described["base_fingerprint"], donors
 
 
-def _loss_now(run: Run, current: Json) -> float:
+def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     """The published mashup's loss on the hold-out samples of today, in nats a completion token; NaN: it cannot be scored any
     more. A mashup that is among today's candidates was scored with them."""
     run.start_ray()
     published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
     catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
-    known, _ = race_holdout(run, published, catalogue, current["rank"], {})
+    known, _ = race_holdout(run, engines, published, catalogue, current["rank"], {})
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
 
 

@@ -9,6 +9,7 @@ from pipeline.core.storage import Folder
 from pipeline.data.splits import target_paths
 from pipeline.refresh.publish import chosen, publish
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import Engines
 
 
 def index_pool(config: Config, folder: Folder) -> Run:
@@ -43,11 +44,12 @@ def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Cal
     _take_index(run, pool)
     stages.samples(run)
     key, before = _searched(run)
-    with run.engines.kept():
-        stages.search(run)
-        stages.merge_donors(run)
+    engines = Engines(config.search)
+    with engines.kept():
+        stages.search(run, engines)
+        stages.merge_donors(run, engines)
         check()
-        outcome, current = publish(run, place, threshold)
+        outcome, current = publish(run, engines, place, threshold)
     key_now, spent = _searched(run)
     return _columns(run) | {
         "adapter_samples": spent - (before if key == key_now else 0),

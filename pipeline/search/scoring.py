@@ -15,10 +15,9 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, too_large
-from pipeline.merge.selection import largest_merge
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
-from pipeline.search.engine_pool import engine_config, scoring_dtype, scoring_kind, scoring_resources
+from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
 from pipeline.search.rates import Rates
 from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
@@ -95,11 +94,9 @@ def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) ->
     return work, make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
 
 
-def largest_rank(run: Run, catalogue: pa.Table, merges: bool) -> int:
-    """Of what the engines of a search are to hold: these adapters, and where engines stay up for it what the merge may make."""
-    ranks: list[int] = catalogue["rank"].to_pylist()
-    merged = largest_merge(ranks, run.config.merge) if merges else 0
-    return max(*ranks, 0 if too_large(run.config.search.engine, merged) else merged)
+def largest_rank(run: Run, catalogue: pa.Table, merged: int = 0) -> int:
+    """Of what the engines of a search are to hold: these adapters, and one of rank `merged` where they stay up for the merge."""
+    return max(*catalogue["rank"].to_pylist(), 0 if too_large(run.config.search.engine, merged) else merged)
 
 
 def are_outliers(ranks: Sequence[int]) -> list[bool]:
@@ -122,7 +119,9 @@ def by_rank(run: Run, catalogue: pa.Table) -> tuple[pa.Table, pa.Table]:
     return catalogue.filter(pc.invert(apart)), catalogue.filter(apart)
 
 
-def score_outliers(run: Run, outliers: pa.Table, drawn: pa.Table, failures: Folder, details: dict[str, Any]) -> None:
+def score_outliers(
+    run: Run, engines: Engines, outliers: pa.Table, drawn: pa.Table, failures: Folder, details: dict[str, Any]
+) -> None:
     """Score the outliers by rank, and the base, on every sample, with engines that hold them alone and end with it. The race then
     finds their scores in the store and judges them by the same samples as all others, as if its own engines had made them. A
     budget in seconds does not count this time."""
@@ -131,8 +130,8 @@ def score_outliers(run: Run, outliers: pa.Table, drawn: pa.Table, failures: Fold
     run.progress.say(f"{len(outliers)} adapters of rank {max(outliers['rank'].to_pylist())} at most are scored apart")
     work = make_work(run, outliers.select(CANDIDATE), drawn, failures)
     plan = make_plan(len(work.candidates), len(drawn), 0, share=1)
-    race(run, work, make_engine(run, outliers, largest_rank(run, outliers, merges=False)), plan, details)
-    run.engines.close()  # else they serve the race, too
+    race(run, engines, work, make_engine(run, outliers, largest_rank(run, outliers)), plan, details)
+    engines.close()  # else they serve the race, too
 
 
 def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
@@ -141,11 +140,17 @@ def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
 
 
 def race(
-    run: Run, work: Work, engine: EngineConfig, plan: Plan, details: dict[str, Any], limit: float | None = None
+    run: Run,
+    engines: Engines,
+    work: Work,
+    engine: EngineConfig,
+    plan: Plan,
+    details: dict[str, Any],
+    limit: float | None = None,
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
     board, began = Progress(), time.perf_counter()
-    for board in run.engines.race(work, engine, plan, limit):
+    for board in engines.race(work, engine, plan, limit):
         _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()
@@ -165,13 +170,13 @@ def race(
 
 
 def race_holdout(
-    run: Run, adapters: pa.Table, catalogue: pa.Table, max_rank: int, details: dict[str, Any]
+    run: Run, engines: Engines, adapters: pa.Table, catalogue: pa.Table, max_rank: int, details: dict[str, Any]
 ) -> tuple[Known, list[int]]:
     """Score the base and these adapters (columns CANDIDATE) on every hold-out sample, as `race` does."""
     holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
     plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
-    return race(run, work, make_engine(run, catalogue, max_rank), plan, details)
+    return race(run, engines, work, make_engine(run, catalogue, max_rank), plan, details)
 
 
 def rates_of(run: Run) -> Rates:

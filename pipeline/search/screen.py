@@ -24,8 +24,7 @@ from pipeline.adapters.cache import AdapterCache
 from pipeline.cluster.resources import compute_task
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
-from pipeline.model.completion_loss import collate, completion_nll
-from pipeline.train.batches import length_batches
+from pipeline.model.completion_loss import collate, completion_nll, length_batches
 
 Gradients = dict[str, Tensor]
 """Module path -> G_OI in float32, nats a completion token for a unit of weight."""

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.model.completion_loss import length_batches
+
 ROW = pa.struct([("ids", pa.list_(pa.int32())), ("learn", pa.list_(pa.bool_()))])
 
 STEP = pa.schema(
@@ -42,16 +44,6 @@ def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int
         epoch, offset = divmod(position, n_rows)
         places.append(int(_permutation(seed, epoch, n_rows)[offset]))
     return places
-
-
-def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
-            batches.append([])
-        batches[-1].append(place)
-    return batches
 
 
 def share_out(lengths: Sequence[int], workers: int, tokens: int) -> list[list[list[int]]]:

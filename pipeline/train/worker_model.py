@@ -26,10 +26,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, read_adapter, write_adapter
 from pipeline.adapters.fetch import fetch_adapter
+from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
 from pipeline.core.storage import Folder
-from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.model.completion_loss import Batch, completion_nll, score_tokens
 from pipeline.train.arm import Job, download_model
@@ -243,5 +243,10 @@ def _copied(tree: Any, keep: bool) -> Any:
 
 def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:
     """The exact sum of the two as one adapter."""
-    recipe = Recipe(("start", "fresh"), (1.0, 1.0), "concat", start.max_rank + fresh.max_rank)
-    return merge(recipe, [start, fresh], base, linear_shapes(base)[0]).adapter
+    rank = start.max_rank + fresh.max_rank
+    alpha = alpha_at(rank, start.max_rank, abs(start.scale(start.modules[0])) or 1.0)
+    sums: dict[str, Factors] = {}
+    for module in sorted({*start.tensors, *fresh.tensors}):
+        parts = [one.factors(module) for one in (start, fresh) if module in one.tensors]
+        sums[module], _ = truncate(weighted_sum(parts, [1.0] * len(parts)), rank)
+    return from_factors(base, sums, rank, alpha, linear_shapes(base)[0], seed=0)

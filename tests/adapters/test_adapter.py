@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    alpha_at,
     from_factors,
     plain,
     read_adapter,
@@ -347,3 +348,9 @@ def test_kinds_of_lora_that_peft_wrote_and_are_not_a_low_rank_delta(
 ) -> None:
     with pytest.raises(AdapterError, match=reason):
         read_adapter(make_adapter(tmp_path, tiny_base, **overrides))
+
+
+def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
+    assert alpha_at(8, 8, 2.0) == 16
+    assert alpha_at(32, 8, 2.0) == 32
+    assert alpha_at(2, 8, 2.0) == pytest.approx(8)

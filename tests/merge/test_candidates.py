@@ -92,5 +92,5 @@ def test_merges_are_computed_on_a_gpu_that_is_free_and_dense_ones_on_one_that_en
     monkeypatch.setattr("pipeline.merge.candidates.ray.get", lambda made: made)
     monkeypatch.setattr(Engines, "up", property(lambda engines: up))
     monkeypatch.setattr(Engines, "leave_room", lambda engines: bool(up and done.append("engines ended")))
-    _merged(run, {"one": Recipe(("a", "b"), (0.5, 0.5), method, 4)}, {"a": "a", "b": "b"})
+    _merged(run, Engines(run.config.search), {"one": Recipe(("a", "b"), (0.5, 0.5), method, 4)}, {"a": "a", "b": "b"})
     assert ", ".join(sorted(done, reverse=True)) == where

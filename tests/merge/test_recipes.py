@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors, ab_mean
 from pipeline.core.errors import AdapterError
-from pipeline.merge.recipes import METHODS, Merged, Recipe, alpha_at, merge, random_like
+from pipeline.merge.recipes import METHODS, Merged, Recipe, merge, random_like
 from pipeline.model.base_model import linear_shapes
 
 MIXED: list[dict[str, Any]] = [
@@ -183,12 +183,6 @@ def test_a_recipe_is_named_by_method_size_and_weighting() -> None:
     }
     assert recipe.as_dict() == {"name": "exact-2", **about}
     assert Recipe(("a", "b"), (0.7, 0.3), "ties", 8, "gains").name == "ties-2-gains"
-
-
-def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
-    assert alpha_at(8, 8, 2.0) == 16
-    assert alpha_at(32, 8, 2.0) == 32
-    assert alpha_at(2, 8, 2.0) == pytest.approx(8)
 
 
 def test_a_merge_learns_as_fast_as_its_first_donor(tiny_base: str, donors_of: Callable[..., list[Adapter]]) -> None:

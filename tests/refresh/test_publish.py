@@ -13,6 +13,7 @@ from pipeline.core.storage import Folder
 from pipeline.refresh import publish as publish_module
 from pipeline.refresh.publish import CURRENT, publish
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import Engines
 
 THRESHOLD = 0.01
 
@@ -42,7 +43,8 @@ class Target:
 
     def publish(self) -> str:
         config = {"run": str(self.path / "run"), "base": self.base, "pool": "pool", "target": {"train": "train.jsonl"}}
-        outcome, current = publish(Run(Config.model_validate(config)), self.place, THRESHOLD)
+        run = Run(Config.model_validate(config))
+        outcome, current = publish(run, Engines(run.config.search), self.place, THRESHOLD)
         assert current == self.current
         return outcome
 

@@ -15,6 +15,7 @@ from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Loaded
 from pipeline.run_folder import Run
 from pipeline.search import scoring
+from pipeline.search.engine_pool import Engines
 from pipeline.search.race import Race, make_plan
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import Progress
@@ -128,13 +129,13 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}])
     monkeypatch.setattr(scoring, "fingerprint", lambda base: "f")
-    monkeypatch.setattr(scoring, "race", lambda run, work, engine, plan, details: events.append((work, engine, plan)))
-    monkeypatch.setattr(type(run.engines), "close", lambda self: events.append("closed"))
+    monkeypatch.setattr(scoring, "race", lambda run, engines, work, engine, plan, details: events.append((work, engine, plan)))
+    monkeypatch.setattr(Engines, "close", lambda self: events.append("closed"))
     usual, outliers = scoring.by_rank(run, catalogue)
     assert outliers["adapter_id"].to_pylist() == apart
     assert len(usual) == 31 - len(apart)
-    assert scoring.largest_rank(run, usual, merges=False) == (8 if apart else 256)
-    scoring.score_outliers(run, outliers, drawn, run.folder.sub("failures"), {})
+    assert scoring.largest_rank(run, usual) == (8 if apart else 256)
+    scoring.score_outliers(run, Engines(run.config.search), outliers, drawn, run.folder.sub("failures"), {})
     if apart:
         (work, config, plan), closed = events
         assert work.candidates["adapter_id"].to_pylist() == ["base", "huge"]

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.tables import SAMPLES
-from pipeline.train.batches import STEP, Share, batch_places, halved, length_batches, make_steps, padded_tokens, share_out
+from pipeline.model.completion_loss import length_batches
+from pipeline.train.batches import STEP, Share, batch_places, halved, make_steps, padded_tokens, share_out
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
 
