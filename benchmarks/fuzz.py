@@ -156,7 +156,7 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 
 def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     from benchmarks.pools import byte_tokenizer
-    from pipeline.data.splits import tokenise_text
+    from pipeline.data.tokenise import tokenise_text
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"

@@ -41,10 +41,11 @@ import typer
 import yaml
 
 from benchmarks.pools import byte_tokenizer, random_adapters, tiny_base
-from pipeline import run as stages
+from pipeline.adapters.index import index
 from pipeline.config import load_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
+from pipeline.data.sample import samples
 from pipeline.run_folder import Run
 
 LOOKS = 0.2
@@ -134,7 +135,7 @@ def measure(stage: str, config: str) -> None:
     watch = threading.Thread(target=_watch_workers, args=(largest, over))
     watch.start()
     started = time.perf_counter()
-    {"index": stages.index, "samples": stages.samples}[stage](run)
+    {"index": index, "samples": samples}[stage](run)
     seconds = time.perf_counter() - started
     over.set()
     watch.join()

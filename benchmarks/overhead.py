@@ -30,7 +30,7 @@ import ray
 import typer
 
 from benchmarks.pools import TARGETS, VOCABULARY, everything, random_adapters, random_samples, tiny_base
-from pipeline.adapters.pool import build_catalogue
+from pipeline.adapters.catalogue import build_catalogue
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig, TrainConfig

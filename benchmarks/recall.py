@@ -27,7 +27,7 @@ import typer
 
 from benchmarks.pools import everything
 from benchmarks.tiny import TARGETS, made_pool, target_samples, tiny_world
-from pipeline.adapters.pool import build_catalogue
+from pipeline.adapters.catalogue import build_catalogue
 from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
 from pipeline.data.splits import take_samples

@@ -32,13 +32,13 @@ from numpy.typing import NDArray
 from benchmarks.pools import everything
 from examples.tasks import DONORS, TARGET, draw
 from pipeline.adapters.adapter import Adapter, read_adapter
-from pipeline.adapters.pool import build_catalogue
+from pipeline.adapters.catalogue import build_catalogue
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import SearchConfig
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES
-from pipeline.data.splits import tokenise
+from pipeline.data.tokenise import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
 from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import make_plan

@@ -23,7 +23,7 @@ from pipeline.adapters.adapter import CONFIG_FILE, alpha_at, read_adapter, write
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
-from pipeline.data.splits import tokenise_text
+from pipeline.data.tokenise import tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.learned_weights import learn_weights

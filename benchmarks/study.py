@@ -42,7 +42,7 @@ from pipeline.data.splits import take_samples
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
 from pipeline.run import run_all
 from pipeline.train.arm import Arm, Job, Lora, copy_weights
-from pipeline.train.compare import train_arms
+from pipeline.train.tune import train_arms
 
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {

@@ -45,7 +45,7 @@ from pipeline.cluster.resources import worker_env, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.data.splits import tokenise
+from pipeline.data.tokenise import tokenise
 from pipeline.model import completion_loss
 from pipeline.model.base_model import device, load_tokenizer
 from pipeline.train.arm import Arm, Job, Lora

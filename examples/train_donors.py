@@ -26,7 +26,7 @@ from examples.base_model import base_model
 from examples.folders import appear_whole
 from examples.tasks import DONORS, Row, donor_rows
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
-from pipeline.data.splits import tokenise
+from pipeline.data.tokenise import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
 from pipeline.model.completion_loss import completion_nll, score_tokens
 from pipeline.train.batches import batch_places

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pipeline.config import Config, TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.data.splits import tokenise
+from pipeline.data.tokenise import tokenise
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.loop import Finetuning
 

@@ -23,7 +23,7 @@ from pipeline.cluster.resources import compute_task
 from pipeline.config import TrainConfig, build_config
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.data.splits import tokenise
+from pipeline.data.tokenise import tokenise
 from pipeline.model.base_model import load_tokenizer
 from pipeline.run import run_all
 from pipeline.train.arm import Arm, Job, Lora

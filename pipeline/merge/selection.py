@@ -4,7 +4,6 @@ Donors are ranked on the search split. How many of them to merge, and whether to
 split, which played no part in the ranking.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +13,9 @@ import pyarrow as pa
 from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
 from pipeline.core.tables import BASE_ID
 from pipeline.merge.recipes import Recipe
+from pipeline.train.starts import trained_rank
 
 CANDIDATE_SIZES = (1, 2, 3, 5, 8)
-AUTO_RANK = 32
-"""Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
-has rank beside them in which it can learn."""
-
 SAME_WEIGHTS = 0.1
 """Weights that differ by less are as good as equal ones."""
 
@@ -95,23 +91,6 @@ def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config:
     ranks = _ranks(catalogue)
     rank = _rank([ranks[donor] for donor in donors], recipe.method, config.rank)
     return replace(recipe, donors=donors, weights=(1 / len(donors),) * len(donors), rank=rank)
-
-
-def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
-    """Recipes of starts that a mashup should be better than, at a given rank.
-
-    paper: A and B of the two best donors averaged apart (arXiv 2603.10156; its code takes two). best_donor: the first of the
-    leaderboard. random_donors: as many as the mashup has, or three, drawn from the valid adapters with a fixed seed.
-    """
-    by_loss = [row["adapter_id"] for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID]
-    pool = sorted(catalogue["adapter_id"].to_pylist())
-    drawn = random.Random(0).sample(pool, min(n_donors or 3, len(pool)))
-    controls = {"paper": (by_loss[:2], "ab_mean"), "best_donor": (by_loss[:1], "exact"), "random_donors": (drawn, "exact")}
-    return {
-        init: Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, rank)
-        for init, (donors, method) in controls.items()
-        if donors
-    }
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:
@@ -203,11 +182,6 @@ def _ranks(catalogue: pa.Table) -> dict[str, int]:
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:
     """Lossless methods always have the sum of the donors' ranks."""
     return sum(ranks) if method in LOSSLESS else trained_rank(max(ranks), asked)
-
-
-def trained_rank(largest: int, asked: int | str) -> int:
-    """auto: AUTO_RANK, or the largest donor's rank above that."""
-    return asked if isinstance(asked, int) else max(largest, AUTO_RANK)
 
 
 def _spread(recipe: Recipe) -> float:

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.adapters.pool import valid_adapters
+from pipeline.adapters.catalogue import valid_adapters
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.data.splits import split_of
-from pipeline.merge.candidates import make_jobs, probed_training
 from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, scoring_kind
@@ -26,6 +25,7 @@ from pipeline.search.race import Indices, make_plan
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm
 from pipeline.train.ray_train import fit, training_kind
+from pipeline.train.starts import make_jobs, probed_training
 
 SAMPLES = 8
 """That the calibration scores; the search begins with them, too."""

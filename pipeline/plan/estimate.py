@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.adapters.pool import valid_adapters
+from pipeline.adapters.catalogue import valid_adapters
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
 from pipeline.core.ledger import digest
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
-from pipeline.merge.candidates import list_arms, make_jobs
 from pipeline.merge.selection import largest_merge, most_recipes
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
 from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind
@@ -42,8 +41,9 @@ from pipeline.search.race import Race
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.train.arm import pass_tokens
-from pipeline.train.compare import RESULT_FILE
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
+from pipeline.train.starts import list_arms, make_jobs
+from pipeline.train.tune import RESULT_FILE
 
 PLAN_FILE = "plan.json"
 

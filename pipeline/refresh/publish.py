@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.adapters.adapter import WEIGHTS_FILE, content_hash, file_sha256, read_adapter
+from pipeline.adapters.catalogue import valid_adapters
 from pipeline.adapters.fetch import fetch_adapter
-from pipeline.adapters.pool import valid_adapters
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint

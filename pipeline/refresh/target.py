@@ -1,15 +1,21 @@
 """One target of a refresh: the stages up to the merge, in a run folder of its own, and what comes of them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from pipeline import run as stages
+from pipeline.adapters.index import index
 from pipeline.config import Config, TargetConfig
 from pipeline.core.storage import Folder
+from pipeline.data.sample import samples
 from pipeline.data.splits import target_paths
+from pipeline.merge.mashup import merge_donors
+from pipeline.merge.selection import largest_merge
+from pipeline.plan.estimate import estimate_before_search
 from pipeline.refresh.publish import chosen, publish
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
+from pipeline.search.search import search
 
 
 def index_pool(config: Config, folder: Folder) -> Run:
@@ -19,7 +25,7 @@ def index_pool(config: Config, folder: Folder) -> Run:
         InputError: the base or the pool is not right.
     """
     run = Run(config.model_copy(update={"run": folder.uri, "target": TargetConfig(train="-")}))
-    stages.index(run)
+    index(run)
     return run
 
 
@@ -42,12 +48,12 @@ def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Cal
     run = Run(config)
     run.save_config()
     _take_index(run, pool)
-    stages.samples(run)
+    samples(run)
     key, before = _searched(run)
     engines = Engines(config.search)
     with engines.kept():
-        stages.search(run, engines)
-        stages.merge_donors(run, engines)
+        search(run, engines, partial(largest_merge, config=config.merge), estimate_before_search)
+        merge_donors(run, engines)
         check()
         outcome, current = publish(run, engines, place, threshold)
     key_now, spent = _searched(run)

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from pipeline.adapters.cache import AdapterCache
 from pipeline.core.errors import AdapterError, one_line
-from pipeline.data.splits import tokenise_text
+from pipeline.data.tokenise import tokenise_text
 from pipeline.model.base_model import load_tokenizer
 
 MAX_BYTES = 4 << 20

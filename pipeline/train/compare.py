@@ -5,50 +5,22 @@ learning rate of an init, and the checkpoint of an arm, are those of the lowest 
 by the chosen checkpoints alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.cluster.resources import compute_task
-from pipeline.cluster.telemetry import tell_training
-from pipeline.config import TrackConfig
-from pipeline.core.errors import one_line
 from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, steps_to_parity
 from pipeline.core.storage import Folder
-from pipeline.train import tracking
 from pipeline.train.arm import Job, row_ids
-from pipeline.train.ray_train import TRIAL_CPUS, arms_at_once, curve_table, fit, require_workers, score_on_test
+from pipeline.train.ray_train import curve_table, score_on_test
+from pipeline.train.tune import Outcome
 
-RESULT_FILE = "result.json"
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
-Outcome = dict[str, Any]
-"""What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
-
-
-def train_arms(
-    jobs: Sequence[Job], storage: Folder, say: Callable[[str], None], tracked: TrackConfig | None = None
-) -> list[Outcome]:
-    """Train every arm that has no result yet in `storage`, side by side where the cluster has room.
-
-    Args:
-        tracked: where the curves go besides.
-
-    Raises:
-        InputError: what they are to be tracked with cannot be had.
-        RuntimeError: an arm failed; the others' results are kept.
-    """
-    todo = [job for job in jobs if not storage.is_whole(f"{job.name}/{RESULT_FILE}")]
-    if todo:
-        tracked = tracked or TrackConfig()
-        tracking.check(tracked)
-        _tune(todo, storage, [_Follow(say, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
-    return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
 
 
 def compare(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
@@ -101,64 +73,6 @@ def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, 
         return {**parity, "seconds": None, "seconds_saved": None}
     seconds = parity["train_seconds"] + overhead_seconds
     return {**parity, "seconds": seconds, "seconds_saved": 1 - seconds / parity["base_seconds"]}
-
-
-def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) -> None:
-    train = jobs[0].train
-    require_workers(train)
-    drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
-    tuner = tune.Tuner(
-        # The trial only waits for its Ray Train run, which takes the resources.
-        tune.with_resources(drive, {"CPU": TRIAL_CPUS}),
-        param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=arms_at_once(train, len(jobs)),
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=storage.path,
-            storage_filesystem=storage.files,
-            verbose=0,
-            callbacks=callbacks,
-        ),
-    )
-    results = tuner.fit()
-    if results.errors:
-        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {one_line(results.errors[0])}")
-
-
-def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
-    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
-    job = jobs[trial["arm"]["name"]]
-    outcome = fit(job, storage, callbacks=[TuneReportCallback()])
-    storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)
-
-
-def _about(job: Job) -> dict[str, Any]:
-    return {"name": job.name, "init": job.arm.init, "lr": job.arm.lr, "seed": job.arm.seed}
-
-
-class _Follow(tune.Callback):
-    """Says each evaluation of each arm as it comes."""
-
-    def __init__(self, say: Callable[[str], None], steps: int):
-        self._say, self._steps = say, steps
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks with the state of the experiment; the terminal stays here."""
-        return {}
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if "eval_nll" in result:  # the last result of a trial carries no metrics
-            tell_training(_trial_name(trial), result["tokens"], result["seconds"])
-            where = f"{_trial_name(trial)}: step {result['step']}/{self._steps}"
-            self._say(f"{where}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
-
-
-def _trial_name(trial: Any) -> str:
-    return str(trial.config["arm"]["name"])
 
 
 def _chosen(arms: Sequence[Outcome]) -> list[Outcome]:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
-from pipeline.adapters.pool import LISTING, build_catalogue, compare, inspect_batch, list_adapters
+from pipeline.adapters.catalogue import build_catalogue, compare, inspect_batch
+from pipeline.adapters.pool import LISTING, list_adapters
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import InputError
@@ -210,7 +211,7 @@ def test_an_adapter_that_no_check_foresaw_stops_no_other(
 ) -> None:
     make_adapter(tmp_path / "a", tiny_base)
     make_adapter(tmp_path / "b", tiny_base, std=1e30, alpha=9e8)
-    monkeypatch.setattr("pipeline.adapters.pool.spectrum", lambda adapter: [1 / 0])
+    monkeypatch.setattr("pipeline.adapters.catalogue.spectrum", lambda adapter: [1 / 0])
     rows = inspected(tiny_base, tmp_path)
     assert "cannot be checked (ZeroDivisionError" in rows["a"]["reason"]
     assert "weights too large" in rows["b"]["reason"]

@@ -16,7 +16,8 @@ from pipeline.config import Config
 from pipeline.core.errors import InputError
 from pipeline.core.tables import SAMPLES
 from pipeline.data import splits
-from pipeline.data.splits import Splits, take_samples, target_paths, tokenise
+from pipeline.data.splits import Splits, take_samples, target_paths
+from pipeline.data.tokenise import tokenise, tokenise_batch, tokenise_text
 
 Row = dict[str, Any]
 
@@ -138,7 +139,7 @@ def test_a_row_whose_other_fields_are_odd_is_counted(last: Row, reason: str, tin
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **last}]}
     with pytest.raises(ValueError, match=reason):
         tokenise(row, tokenizer)
-    assert set(splits.tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
+    assert set(tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
 
 
 def test_a_row_of_which_nothing_can_be_scored_is_counted(untied_base: str) -> None:
@@ -191,9 +192,9 @@ def test_an_answer_without_a_question_is_counted_not_fatal(tokenizer: PreTrained
 def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    monkeypatch.setattr(splits, "load_tokenizer", lambda base: tokenizer)
+    monkeypatch.setattr("pipeline.data.tokenise.load_tokenizer", lambda base: tokenizer)
     batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
-    found = splits.tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
+    found = tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
     assert found["problem"].to_pylist() == ["the chat template refuses it: System role not supported"] * 2
 
 
@@ -202,9 +203,9 @@ def test_what_can_never_fit_is_not_tokenised(base: str, request: pytest.FixtureR
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(base))
     longest = max(map(len, tokenizer.get_vocab()))
     text = json.dumps({"prompt": "a", "completion": "x" * 8 * longest}).encode()
-    assert splits.tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
+    assert tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-    assert splits.tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
+    assert tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
 
 
 def shown(splits: Splits) -> list[Row]:

@@ -13,11 +13,12 @@ from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
 from pipeline.merge.build import build_on_device
-from pipeline.merge.candidates import _merged, make_jobs
+from pipeline.merge.candidates import _merged
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
 from pipeline.train.arm import Arm
+from pipeline.train.starts import make_jobs
 
 
 @pytest.fixture

@@ -7,18 +7,9 @@ import pytest
 
 from pipeline.config import MergeConfig
 from pipeline.core.tables import BASE_ID, CATALOGUE, LEADERBOARD
+from pipeline.merge.controls import control_recipes
 from pipeline.merge.recipes import Recipe
-from pipeline.merge.selection import (
-    Scored,
-    choose,
-    control_recipes,
-    eligible_donors,
-    largest_merge,
-    most_recipes,
-    propose,
-    ranked,
-    selection,
-)
+from pipeline.merge.selection import Scored, choose, eligible_donors, largest_merge, most_recipes, propose, ranked, selection
 
 
 def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.data.splits import tokenise_text
+from pipeline.data.tokenise import tokenise_text
 from pipeline.model.base_model import load_tokenizer
 from pipeline.search import contamination
 from pipeline.search.contamination import MAX_BYTES, Ours, compare_data, find_contamination, overlaps

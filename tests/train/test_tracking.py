@@ -12,7 +12,7 @@ from pipeline.config import TrackConfig, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.run import run_all
-from pipeline.train import compare, tracking
+from pipeline.train import tracking, tune
 from pipeline.train.arm import Job
 
 
@@ -43,10 +43,10 @@ def test_an_arm_is_tracked_in_both(
 ) -> None:
     """The same losses at the same steps as in the arm's own curve; the start is drawn at step 1."""
     told: list[tuple[str, int, float]] = []
-    monkeypatch.setattr(compare, "tell_training", lambda *figures: told.append(figures))
+    monkeypatch.setattr(tune, "tell_training", lambda *figures: told.append(figures))
     arm, store = job(steps=4, evaluations=2), str(tmp_path / "store")
     storage = Folder.at(tmp_path / "train")
-    (outcome,) = compare.train_arms([arm], storage, lambda text: None, TrackConfig(tensorboard=True, mlflow=store))
+    (outcome,) = tune.train_arms([arm], storage, lambda text: None, TrackConfig(tensorboard=True, mlflow=store))
     curve = [(max(1, row["step"]), row["eval_nll"]) for row in outcome["curve"]]
     assert [step for step, _ in curve] == [1, 2, 4]
 

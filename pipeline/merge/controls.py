@@ -1,0 +1,73 @@
+"""Starts that a mashup should be better than, made for the comparison alone."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.adapters.adapter import CONFIG_FILE, read_adapter
+from pipeline.adapters.catalogue import uris_by_id, valid_adapters
+from pipeline.adapters.fetch import fetch_adapter
+from pipeline.core.storage import Folder
+from pipeline.core.tables import BASE_ID
+from pipeline.merge.build import build, store
+from pipeline.merge.recipes import Recipe, random_like
+from pipeline.model.base_model import linear_shapes
+from pipeline.run_folder import Run
+from pipeline.train.starts import is_trained_on, start_shape, trained_shape
+
+
+def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
+    """Recipes of starts that a mashup should be better than, at a given rank.
+
+    paper: A and B of the two best donors averaged apart (arXiv 2603.10156; its code takes two). best_donor: the first of the
+    leaderboard. random_donors: as many as the mashup has, or three, drawn from the valid adapters with a fixed seed.
+    """
+    by_loss = [row["adapter_id"] for row in leaderboard.to_pylist() if row["adapter_id"] != BASE_ID]
+    pool = sorted(catalogue["adapter_id"].to_pylist())
+    drawn = random.Random(0).sample(pool, min(n_donors or 3, len(pool)))
+    controls = {"paper": (by_loss[:2], "ab_mean"), "best_donor": (by_loss[:1], "exact"), "random_donors": (drawn, "exact")}
+    return {
+        init: Recipe(tuple(donors), (1 / len(donors),) * len(donors), method, rank)
+        for init, (donors, method) in controls.items()
+        if donors
+    }
+
+
+def make_controls(run: Run) -> list[str]:
+    """Make the control starts that are asked for, in `starts/`. Gives those that there are."""
+    n_donors = len(run.folder.read_json("selection.json")["donors"])
+    asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
+    if not asked:
+        return []
+    starts, modules = run.folder.sub("starts"), list(trained_shape(run).target_modules)
+    refused = _write_controls(run, [init for init in asked if not starts.is_whole(init)], starts, n_donors)
+    for init in asked:
+        if init in refused or not is_trained_on(run.config, init):
+            continue
+        if sorted(starts.read_json(f"{init}/{CONFIG_FILE}")["target_modules"]) != modules:
+            refused[init] = "its donors adapt other modules than the arms"
+    for name, reason in refused.items():
+        run.progress.say(f"start {name} is left out: {reason}")
+    return [init for init in asked if init not in refused]
+
+
+def _write_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
+    """Write control starts; gives the reasons of those that cannot be made."""
+    base = run.config.base
+    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
+    leaderboard = run.folder.read_table("leaderboard.parquet")
+    refused: dict[str, str] = {}
+    for init in inits:
+        shape = trained_shape(run) if is_trained_on(run.config, init) else start_shape(run)
+        recipes = control_recipes(leaderboard, catalogue, n_donors, shape.rank)
+        made = {init: recipes[init]} if init in recipes else {}
+        refused |= build(made, uris_by_id(catalogue), base, starts, shape.alpha)[1]
+    if "random_delta" in inits and not n_donors:
+        refused["random_delta"] = "there is no mashup whose norm it could have"
+    elif "random_delta" in inits:
+        with tempfile.TemporaryDirectory() as cache:
+            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, Path(cache)))
+        store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
+    return refused

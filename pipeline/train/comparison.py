@@ -1,0 +1,108 @@
+"""The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config import TrainConfig
+from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
+from pipeline.core.settings import checked
+from pipeline.run_folder import Run
+from pipeline.train.arm import Arm, Job, copy_weights, row_ids
+from pipeline.train.compare import compare as compare_arms
+from pipeline.train.compare import with_overhead
+from pipeline.train.starts import list_arms, make_jobs
+from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
+
+OVERHEAD = ("index", "samples", "search", "merge")
+"""Stages that a start from the base does without."""
+
+Settle = Callable[[Run, list[Outcome]], dict[str, Any]]
+
+
+def compare_starts(run: Run, controls: list[str], settle: Settle) -> None:
+    """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted.
+
+    Args:
+        controls: the starts in `starts/` that are compared besides.
+        settle: gives what the summary says besides, from the outcomes of the arms.
+    """
+    config, choice = run.config, run.folder.read_json("selection.json")
+    arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
+    jobs = make_jobs(run, arms)
+    key = digest([job.name for job in jobs], row_ids(run.folder.sub("data"), "test"))
+    if run.ready("compare", key):
+        return
+    if choice["verdict"] == "base" and "mashup" in config.compare.inits:
+        run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
+    with run.ledger.perform("compare", key) as details:
+        trained = run.folder.sub("train")
+        outcomes = train_arms(jobs, trained, _said_and_timed(run), config.track)
+        curves, result = compare_arms(jobs, outcomes, trained)
+        details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
+        run.folder.write_table("comparison.parquet", curves)
+        run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))
+
+
+def train_one(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
+    """Finetune one arm; by default from what the selection chose, at the first learning rate and seed.
+
+    Args:
+        profile: leave a trace of some steps in `profile/`.
+
+    Returns:
+        The folder of its best checkpoint.
+
+    Raises:
+        InputError: there is no mashup to start from, or nothing left to train and so to profile.
+    """
+    chosen = init or run.folder.read_json("selection.json")["verdict"]
+    if chosen == "mashup" and not run.folder.exists("mashup"):
+        raise InputError(f"{run.folder.uri}: there is no mashup to start from (the selection chose the base); use --init base")
+    settings = run.config.train
+    given = {name: [value] for name, value in {"learning_rates": lr, "seeds": seed}.items() if value is not None}
+    settings = checked(TrainConfig, settings.model_dump() | given, "mashup train")
+    arm = Arm(chosen, settings.learning_rates[0], settings.seeds[0])
+    run.progress.stage("train")
+    run.start_ray()
+    job = make_jobs(run, [arm])[0]
+    if profile:
+        job = _profiled(run, job)
+    outcome = train_arms([job], run.folder.sub("train"), run.progress.say, run.config.track)[0]
+    return run.folder.sub("train", outcome["checkpoint"]).uri
+
+
+def _profiled(run: Run, job: Job) -> Job:
+    if run.folder.is_whole(f"train/{job.name}/{RESULT_FILE}"):
+        raise InputError(f"{run.folder.uri}: {job.arm.name} is trained already; profile another --lr or --seed")
+    folder = run.folder.sub("profile")
+    run.progress.say(f"trace of the first steps: {folder.uri}/{job.trace}")
+    return replace(job, profile=folder)
+
+
+def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    overhead = {stage: run.ledger.seconds(stage) for stage in OVERHEAD}
+    total = sum(overhead.values())
+    best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
+    copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
+    return {
+        "verdict": choice["verdict"],
+        "why": choice["why"],
+        "donors": [donor["adapter_id"] for donor in choice["donors"]],
+        "recipe": choice["recipe"]["name"] if choice["recipe"] else None,
+        "inits": result["inits"],
+        "parity": with_overhead(result["parity"], total) if "parity" in result else None,
+        "overhead_seconds": {**overhead, "total": total},
+        "adapter": run.folder.sub("finetuned").uri,
+        "note": "Seconds of training leave evaluation and start-up out for every init alike; overhead is the wall-clock of "
+        "index, samples, search over all candidates and merge, engine start included.",
+    }
+
+
+def _said_and_timed(run: Run) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        run.progress.say(text)
+        run.ledger.beat()
+
+    return say

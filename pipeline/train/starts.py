@@ -1,0 +1,109 @@
+"""The arms of a run: what each trains, from which start, on which rows."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, alpha_at
+from pipeline.adapters.catalogue import valid_adapters
+from pipeline.config import Config
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
+from pipeline.model.base_model import fingerprint
+from pipeline.run_folder import Run
+from pipeline.train.arm import Arm, Job, Lora, row_ids
+
+AUTO_RANK = 32
+"""Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
+has rank beside them in which it can learn."""
+
+
+def trained_rank(largest: int, asked: int | str) -> int:
+    """auto: AUTO_RANK, or the largest donor's rank above that."""
+    return asked if isinstance(asked, int) else max(largest, AUTO_RANK)
+
+
+def list_arms(config: Config, starts: list[str]) -> list[Arm]:
+    inits = [init for init in config.compare.inits if init in starts] or ["base"]
+    return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
+
+
+def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
+    """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them."""
+    config, lora = run.config, trained_shape(run)
+    rows, budget = _rows(run), _budget(config)
+    starts = {
+        init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
+        for init in {arm.init for arm in arms}
+    }
+    keys = {
+        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start)) for init, start in starts.items()
+    }
+    return [
+        Job(
+            arm,
+            config.base,
+            lora,
+            config.train,
+            run.folder.sub("data"),
+            starts[arm.init],
+            keys[arm.init][:8],
+            not is_trained_on(config, arm.init),
+        )
+        for arm in arms
+    ]
+
+
+def _rows(run: Run) -> str:
+    """Digest of the rows that arms train on and are chosen by, wherever they were read from."""
+    data = run.folder.sub("data")
+    return digest(fingerprint(run.config.base), [row_ids(data, split) for split in ("train", "validation")])
+
+
+def probed_training(config: Config) -> dict[str, Any] | None:
+    """What a probe depends on of the training that is asked for; None: there is no probe."""
+    train = config.train
+    return _budget(config) | {"lr": train.learning_rates[0], "seed": train.seeds[0]} if config.merge.probe else None
+
+
+def _budget(config: Config) -> dict[str, Any]:
+    """What is asked of every arm alike."""
+    return config.train.model_dump(exclude={"learning_rates", "seeds"})
+
+
+def _weights(start: Folder) -> list[Any] | None:
+    """What tells an adapter's delta weights and its shape; None where there is none. Lists in its config come in any order."""
+    if not start.exists(CONFIG_FILE):
+        return None
+    lora = shape_at(start)
+    return [hashlib.sha256(start.read_bytes(WEIGHTS_FILE)).hexdigest(), lora.rank, lora.alpha, lora.target_modules]
+
+
+def is_trained_on(config: Config, init: str) -> bool:
+    """Whether the adapter of a start is itself trained on, rather than folded into the base. The paper always trains on."""
+    return config.train.method != "full" and (config.merge.method != "fold" or init == "paper")
+
+
+def trained_shape(run: Run) -> Lora:
+    """The shape of the adapters that the arms train, where they do."""
+    return start_shape(run) if is_trained_on(run.config, "mashup") else usual_shape(run)
+
+
+def start_shape(run: Run) -> Lora:
+    """The mashup's shape, or without one the usual one."""
+    return shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else usual_shape(run)
+
+
+def shape_at(adapter: Folder) -> Lora:
+    content = adapter.read_json(CONFIG_FILE)
+    return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
+
+
+def usual_shape(run: Run) -> Lora:
+    """What is trained where no mashup has a shape: modules of most donors, and what learns as fast as they do."""
+    rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
+    shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
+    rank, alpha, modules = shapes.most_common(1)[0][0]
+    trained = trained_rank(rank, run.config.merge.rank)
+    return Lora(trained, alpha_at(trained, rank, alpha / rank), modules)
