@@ -4,147 +4,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from target_rows import Row, as_messages, rows
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError
 from pipeline.core.tables import SAMPLES
 from pipeline.data import splits
 from pipeline.data.splits import Splits, take_samples, target_paths
-from pipeline.data.tokenise import tokenise, tokenise_batch, tokenise_text
-
-Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
-def rows(n: int, start: int = 0) -> list[Row]:
-    return [{"prompt": f"What is {i} plus {i}?", "completion": f"The sum is {2 * i}."} for i in range(start, start + n)]
-
-
-def as_messages(row: Row) -> Row:
-    return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
 
 
 def ids_of(splits: Splits, split: str) -> list[str]:
     return splits.training[split]["sample_id"].to_pylist()
-
-
-def masked(tokens: Row, mask: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode([token for token, inside in zip(tokens["input_ids"], tokens[mask], strict=True) if inside])
-
-
-FORMS: dict[str, Row] = {
-    "messages": {
-        "messages": [
-            {"role": "system", "content": "Answer in one short sentence."},
-            {"role": "user", "content": "What is the capital of France?"},
-            {"role": "assistant", "content": "Paris"},
-            {"role": "user", "content": "And again?"},
-            {"role": "assistant", "content": "The capital of France is Paris."},
-        ]
-    },
-    "texts": {"prompt": "Is this review positive?", "completion": "Yes, it is.\nVery much so."},
-    "message lists": {
-        "prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "7 times 6?"}],
-        "completion": [{"role": "assistant", "content": "42"}],
-    },
-    "other columns": {"prompt": "café?", "completion": "naïve 日本 🎉", "label": 3, "messages": None},
-    "answer that repeats the prompt": {"prompt": "Paris", "completion": "Paris"},
-    "answer that is a word of the template": {"prompt": "Who are you?", "completion": "assistant"},
-    "answer that ends in blanks": {"prompt": "Say x", "completion": " x \n"},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_tokens_are_those_of_the_chat_template_and_the_mask_is_the_answer(form: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    row = FORMS[form]
-    tokens = tokenise(row, tokenizer)
-    turns = row.get("messages") or as_messages(row)["messages"]
-    if isinstance(row.get("prompt"), list):
-        turns = [*row["prompt"], *row["completion"]]
-    answer = turns[-1]["content"]
-    # Independently: ids of the prompt with its generation prompt, then of the answer, then of the end of the turn.
-    prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(turns, return_dict=False)
-    length = whole.index(tokenizer.eos_token_id, len(prompt)) + 1
-    assert tokens["input_ids"] == whole[:length]
-    assert tokens["completion_mask"] == [False] * len(prompt) + [True] * (length - len(prompt) - 1) + [False]
-    assert tokens["learn_mask"] == [False] * len(prompt) + [True] * (length - len(prompt))
-    assert masked(tokens, "completion_mask", tokenizer) == answer
-    assert masked(tokens, "learn_mask", tokenizer) == answer + "<|im_end|>"
-
-
-def test_a_base_without_a_chat_template_gets_the_texts_joined_and_its_end_token(untied_base: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(untied_base)
-    tokens = tokenise({"prompt": "The capital of France is", "completion": " Paris."}, tokenizer)
-    assert tokens["input_ids"] == [*tokenizer("The capital of France is Paris.")["input_ids"], tokenizer.eos_token_id]
-    assert masked(tokens, "completion_mask", tokenizer) == " Paris."
-    assert masked(tokens, "learn_mask", tokenizer) == " Paris.<|im_end|>"
-
-
-def test_a_template_that_strips_the_answer_and_thinks_before_it(tiny_base: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-        "{{ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    tokens = tokenise({"prompt": "Add 1 and 2", "completion": "  It is 3.\n"}, tokenizer)
-    assert masked(tokens, "completion_mask", tokenizer) == "It is 3."
-    assert masked(tokens, "learn_mask", tokenizer) == "It is 3.<|im_end|>"
-
-
-THINKING = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n<think>\n' }}"
-    "{{ m.get('reasoning_content', '') + '\n</think>\n\n' + m['content'] }}"
-    "{% for call in m.get('tool_calls') or [] %}{{ '<tool_call>' + call.name + '</tool_call>' }}{% endfor %}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-)
-NO_GENERATION_PROMPT = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [THINKING, NO_GENERATION_PROMPT], ids=["thoughts", "no generation prompt"])
-@pytest.mark.parametrize("answer", ["42", "think", "n", "a", "as", "assistant"])
-def test_an_answer_is_not_taken_for_what_stands_before_it(template: str, answer: str, tiny_base: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    tokenizer.chat_template = template
-    last = {"role": "assistant", "content": answer, "reasoning_content": "Is it 42? I multiply: 42, as a man can think."}
-    tokens = tokenise({"messages": [{"role": "user", "content": "6 times 7?"}, last]}, tokenizer)
-    assert masked(tokens, "completion_mask", tokenizer) == answer
-    assert masked(tokens, "learn_mask", tokenizer) == f"{answer}<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("last", "reason"),
-    [
-        ({"content": "I call it.", "tool_calls": [{"name": "f"}]}, "its answer calls tools"),
-        ({"content": "y", "reasoning_content": 5}, r"the chat template fails \(TypeError\)"),
-        ({"content": "y", "reasoning_content": "\ud800"}, "not valid Unicode"),
-    ],
-)
-def test_a_row_whose_other_fields_are_odd_is_counted(last: Row, reason: str, tiny_base: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    tokenizer.chat_template = THINKING
-    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **last}]}
-    with pytest.raises(ValueError, match=reason):
-        tokenise(row, tokenizer)
-    assert set(tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
-
-
-def test_a_row_of_which_nothing_can_be_scored_is_counted(untied_base: str) -> None:
-    with pytest.raises(ValueError, match="nothing comes before its completion"):
-        tokenise({"prompt": "", "completion": "a"}, AutoTokenizer.from_pretrained(untied_base))
 
 
 def test_many_reasons_are_told_in_few(tmp_path: Path, config_for: Callable[..., Config], ray_session: None) -> None:
@@ -153,59 +28,6 @@ def test_many_reasons_are_told_in_few(tmp_path: Path, config_for: Callable[..., 
     counts = take_samples(config_for(tmp_path / "t.jsonl")).counts["train"]
     assert counts["used"] == 30
     assert counts["other reasons"] == 300 - splits.MAX_PROBLEMS
-
-
-BAD_ROWS: dict[str, tuple[Row, str]] = {
-    "empty text": ({"prompt": "x", "completion": ""}, "empty completion"),
-    "blank text": ({"prompt": "x", "completion": " \n"}, "empty completion"),
-    "no text": ({"prompt": "x", "completion": None}, "empty completion"),
-    "last turn is the user's": (
-        {"messages": [{"role": "user", "content": "hello"}]},
-        "of role 'user'; it must be the assistant's",
-    ),
-    "role of another form": ({"messages": [{"role": "gpt" * 99, "content": "hello"}]}, "of role '(gpt){6}gp';"),
-    "no messages": ({"messages": []}, "without text"),
-    "message without content": ({"messages": [{"role": "assistant"}]}, "without text"),
-    "message is a text": ({"messages": ["hello"]}, "without text"),
-    "number for a text": ({"prompt": 5, "completion": "x"}, "without text or role"),
-    "NaN for a text": ({"prompt": float("nan"), "completion": "x"}, "without text or role"),
-    "message without a role": ({"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}, "without text or role"),
-    "number for a role": ({"messages": [{"role": 5, "content": "a"}, {"role": "assistant", "content": "b"}]}, "text or role"),
-    "half a character": ({"prompt": "\ud800", "completion": "x"}, "not valid Unicode"),
-    "other columns": ({"text": "hello"}, "neither messages nor prompt and completion"),
-    "prompt alone": ({"prompt": "hello"}, "neither messages nor prompt and completion"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_row_that_cannot_be_used_says_why(case: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    row, reason = BAD_ROWS[case]
-    with pytest.raises(ValueError, match=reason):
-        tokenise(row, tokenizer)
-
-
-def test_an_answer_without_a_question_is_counted_not_fatal(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match="an answer without a question"):
-        tokenise({"messages": [{"role": "assistant", "content": "Hello."}]}, tokenizer)
-
-
-def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    monkeypatch.setattr("pipeline.data.tokenise.load_tokenizer", lambda base: tokenizer)
-    batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
-    found = tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
-    assert found["problem"].to_pylist() == ["the chat template refuses it: System role not supported"] * 2
-
-
-@pytest.mark.parametrize("base", ["tiny_base", "untied_base"])
-def test_what_can_never_fit_is_not_tokenised(base: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(base))
-    longest = max(map(len, tokenizer.get_vocab()))
-    text = json.dumps({"prompt": "a", "completion": "x" * 8 * longest}).encode()
-    assert tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-    assert tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
 
 
 def shown(splits: Splits) -> list[Row]:
@@ -331,16 +153,6 @@ def test_line_separators_of_unicode_do_not_end_a_json_line(tmp_path: Path, confi
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in data), encoding="utf-8")
     assert take_samples(config_for(path)).counts["train"]["used"] == 20
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_base_without_chat_template_takes_a_whole_target(
-    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str], untied_base: str
-) -> None:
-    splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(20)), base=untied_base))
-    tokenizer = AutoTokenizer.from_pretrained(untied_base)
-    for row in splits.training["train"].to_pylist():
-        assert masked(row, "completion_mask", tokenizer).startswith("The sum is")
 
 
 def shared(folder: Path, sizes: dict[str, range]) -> dict[str, str]:

@@ -1,64 +1,17 @@
-"""What an arm of a comparison is known by."""
+"""Where merges are computed."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, TargetConfig
-from pipeline.core.tables import SAMPLES
 from pipeline.merge.build import build_on_device
 from pipeline.merge.candidates import _merged
 from pipeline.merge.recipes import Recipe
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
-from pipeline.train.arm import Arm
-from pipeline.train.starts import make_jobs
-
-
-@pytest.fixture
-def run(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> Run:
-    run = Run(Config(run=str(tmp_path), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl")))
-    make_adapter(tmp_path / "mashup", tiny_base)
-    write_data(run, "a")
-    return run
-
-
-def write_data(run: Run, train_id: str, test_id: str = "c") -> None:
-    for split, sample_id in {"train": train_id, "validation": "b", "test": test_id}.items():
-        row = {"sample_id": sample_id, "split": split, "input_ids": [1], "completion_mask": [True], "learn_mask": [True]}
-        run.folder.write_table(f"data/{split}.parquet", pa.Table.from_pylist([row], schema=SAMPLES))
-
-
-def names(run: Run) -> list[str]:
-    return [job.name for job in make_jobs(run, [Arm(init, 1e-4, 0) for init in ("base", "mashup")])]
-
-
-def test_an_arm_is_known_by_the_weights_that_it_starts_from(run: Run, tmp_path: Path) -> None:
-    """Not by the order of a list in the adapter's config, which differs from one process to the next."""
-    base, mashup = names(run)
-    file = tmp_path / "mashup" / CONFIG_FILE
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"target_modules": content["target_modules"][::-1]}))
-    assert names(run) == [base, mashup]
-    weights = tmp_path / "mashup" / WEIGHTS_FILE
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert names(run)[0] == base
-    assert names(run)[1] != mashup
-
-
-def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
-    """Not by the file that they were read from, nor by what it is tested on in the end."""
-    before = names(run)
-    write_data(run, "a", test_id="another")
-    assert names(run) == before
-    write_data(run, "other")
-    assert not set(names(run)) & set(before)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +25,9 @@ def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
     ],
 )
 def test_merges_are_computed_on_a_gpu_that_is_free_and_dense_ones_on_one_that_engines_leave(
-    gpus: int, up: bool, method: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    gpus: int, up: bool, method: str, where: str, tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = Run(Config(run=str(tmp_path), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl")))
     done: list[str] = []
 
     class Task:

@@ -4,36 +4,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from boards import BOARD, POOL, catalogue, leaderboard
 
 from pipeline.config import MergeConfig
-from pipeline.core.tables import BASE_ID, CATALOGUE, LEADERBOARD
-from pipeline.merge.controls import control_recipes
+from pipeline.core.tables import CATALOGUE
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, choose, eligible_donors, largest_merge, most_recipes, propose, ranked, selection
-
-
-def leaderboard(*rows: tuple[str, float, float]) -> pa.Table:
-    """Rows of (adapter, search difference to the base, hold-out difference), the base among them."""
-    ranked = sorted([*rows, (BASE_ID, 0.0, 0.0)], key=lambda row: row[1])
-    return pa.Table.from_pylist(
-        [
-            {"place": place, "adapter_id": name, "nll": 2 + search, "nll_minus_base": search, "holdout_nll_minus_base": held}
-            for place, (name, search, held) in enumerate(ranked, start=1)
-        ],
-        schema=LEADERBOARD,
-    )
-
-
-def catalogue(**ranks: int) -> pa.Table:
-    plain = {"base_model": None, "alpha": 16.0, "use_rslora": False, "target_modules": ["q_proj"], "status": "ok"}
-    rows = [
-        {"adapter_id": name, "uri": f"/pool/{name}", "sha256": name * 4, "rank": rank, **plain} for name, rank in ranks.items()
-    ]
-    return pa.Table.from_pylist(rows, schema=CATALOGUE)
-
-
-BOARD = leaderboard(("a", -0.5, -0.4), ("b", -0.4, 0.1), ("c", -0.3, -0.2), ("d", -0.1, -0.3), ("e", 0.2, -0.5))
-POOL = catalogue(a=4, b=8, c=16, d=2, e=4)
 
 
 def test_eligible_is_who_beats_the_base_on_both_splits() -> None:
@@ -119,16 +95,6 @@ def test_learned_weights_are_for_the_most_donors_and_rival_equal_ones() -> None:
 def test_no_more_recipes_are_proposed_than_is_said(weights: Any, k: Any) -> None:
     config = MergeConfig(k=k, weights=weights)
     assert 0 < len(propose(BOARD, POOL, config)) <= most_recipes(config, len(POOL)) <= 11
-
-
-def test_controls_are_the_papers_recipe_the_best_donor_and_random_ones() -> None:
-    controls = control_recipes(BOARD, POOL, n_donors=3, rank=9)
-    assert {recipe.rank for recipe in controls.values()} == {9}
-    paper, best, drawn = (controls[init] for init in ("paper", "best_donor", "random_donors"))
-    assert (paper.donors, paper.weights, paper.method) == (("a", "b"), (0.5, 0.5), "ab_mean")
-    assert (best.donors, best.method) == (("a",), "exact")
-    assert len(set(drawn.donors)) == 3
-    assert drawn == control_recipes(BOARD, POOL, n_donors=3, rank=9)["random_donors"]
 
 
 def test_no_eligible_donor_no_recipe() -> None:

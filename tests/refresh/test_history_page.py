@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOSTILE
+from hostile import HOSTILE
 
 from pipeline.core.storage import Folder
 from pipeline.refresh.history import History

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hostile import HOSTILE
 
 from pipeline.config import Config
 from pipeline.core.storage import Folder
@@ -16,7 +17,6 @@ from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, selection
 
-HOSTILE = ("<script>alert(1)</script>", "a|b`c\nd", "$\\frac{--> &lt;b&gt;")
 STEPS = (0, 17, 33, 50, 67, 83, 100)
 BASE_NLL, BASE_HOLDOUT_NLL = 1.553, 1.581
 

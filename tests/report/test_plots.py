@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import HOSTILE, RunData
+from conftest import RunData
+from hostile import HOSTILE
 
 from pipeline.core.tables import COMPARISON
 from pipeline.report import plots
