@@ -6,7 +6,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -86,6 +86,8 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 class SearchConfig(Section):
     """How the pool is scored."""
 
+    retired: ClassVar[dict[str, str]] = {"screen": "one scored sample an adapter ranks donors better than its estimate did"}
+
     samples: int = Field(
         128, ge=2, le=MAX_COUNT, description="rows of the target's train split that every candidate is scored on"
     )
@@ -93,7 +95,6 @@ class SearchConfig(Section):
     seed: int = 0
     engine: Literal["vllm", "transformers"] = "vllm"
     budget: Budget = Budget(share=0.1)
-    screen: float = Field(1.0, gt=0, le=1, description="share of the pool that a first-order estimate lets into the race; 1: all")
     store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
     adapters_per_batch: int = Field(4, ge=1, le=MAX_COUNT, description="adapters that one engine scores together")

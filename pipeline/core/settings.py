@@ -1,14 +1,15 @@
 """A config file and its sections: keys are known, values checked, and messages name the file, the key and its value."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.core.errors import InputError, shown
 from pipeline.core.storage import NO_SECRET, has_secret, without_secret
@@ -53,6 +54,18 @@ class Section(BaseModel):
     """Keys with their types, defaults and bounds. No text in it may be a secret: a config is copied into the run folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    retired: ClassVar[dict[str, str]] = {}
+    """Keys that the last version knew, and why they are gone: they are passed over, and this is said."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_retired_keys(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        for key in cls.retired.keys() & content.keys():
+            print(f"mashup: config key {key!r} is passed over: {cls.retired[key]}", file=sys.stderr)
+        return {key: value for key, value in content.items() if key not in cls.retired}
 
     @field_validator("*")
     @classmethod

@@ -39,7 +39,7 @@ from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
 from pipeline.search.race import Race
 from pipeline.search.scoreboard import Scoreboard, Work
-from pipeline.search.scoring import by_rank, count_entrants, largest_rank, line_up, make_engine, rates_of, servable
+from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.train.arm import pass_tokens
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
 from pipeline.train.starts import list_arms, make_jobs
@@ -95,13 +95,12 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     catalogue = run.folder.read_table("catalogue.parquet")
     failures = run.folder.sub("failures")
     usable = servable(run, valid_adapters(catalogue), failures)
-    entrants = count_entrants(run, usable)  # which ones is known after the screen; any so many stand for them
-    work, plan = line_up(run, usable.slice(0, entrants), drawn, failures)
+    work, plan = line_up(run, usable, drawn, failures)
     race = Scoreboard(work, plan).race
     scoring, merging = _scoring(run, race, usable, drawn, merged)
     training = _training(run, merged)
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
-    candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": entrants}
+    candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": len(usable)}
     tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
     usual, _ = by_rank(run, usable)
     merged_rank = largest_merge(usual["rank"].to_pylist(), config.merge)
@@ -184,7 +183,6 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
     """What the estimate leaves out, or takes too high."""
     config = run.config
     notes = {
-        "the time of the screen is not in it": config.search.screen < 1,
         "merging is in it only as far as merges are scored: no earlier run measured the rest": merge.tokens and not merging,
         "arms may end early: train.patience": config.train.patience,
         "it is taken that the autoscaler brings all the nodes that are asked for": may_grow(),

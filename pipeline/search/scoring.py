@@ -18,11 +18,10 @@ from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
-from pipeline.search.race import CONFIDENCE, KEEP, SMALL_POOL, Plan, make_plan
+from pipeline.search.race import CONFIDENCE, Plan, make_plan
 from pipeline.search.rates import Rates
 from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.scoreboard import Progress, Work
-from pipeline.search.screen import screen_pool
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 
@@ -47,23 +46,6 @@ def servable(run: Run, catalogue: pa.Table, failures: Folder) -> pa.Table:
         raise InputError(f"{run.config.pool}: no adapter can be scored: {next(iter(reasons.values()))}")
     record_failures(failures, reasons)
     return catalogue.filter(pc.invert(pc.is_in(catalogue["adapter_id"], pa.array(reasons, pa.string()))))
-
-
-def screened(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
-    """The part of the pool that the cheap screen lets into the race, the best estimate first; a pool that is scored in full
-    anyway is left whole."""
-    entrants = count_entrants(run, catalogue)
-    if entrants == len(catalogue):
-        return catalogue
-    estimates = screen_pool(catalogue, run.config.base, split_of(drawn, "search"), run.config.search.dtype)
-    best = estimates.sort_by([("first_order", "ascending")])["adapter_id"][:entrants]
-    run.progress.say(f"the screen lets {entrants} of {len(catalogue)} adapters into the race")
-    return catalogue.take(pc.index_in(best, catalogue["adapter_id"].combine_chunks()))
-
-
-def count_entrants(run: Run, catalogue: pa.Table) -> int:
-    """How many of these adapters the screen lets into the race."""
-    return min(len(catalogue), max(round(run.config.search.screen * len(catalogue)), SMALL_POOL * KEEP))
 
 
 def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:

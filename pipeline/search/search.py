@@ -14,7 +14,7 @@ from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.score_store import read_failures
-from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, screened, servable
+from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, servable
 
 
 def search(
@@ -42,7 +42,7 @@ def search(
     with run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
         _tell_contamination(run, catalogue, drawn)
-        catalogue = screened(run, servable(run, catalogue, failures), drawn)
+        catalogue = servable(run, catalogue, failures)
         usual, outliers = by_rank(run, catalogue)
         score_outliers(run, engines, outliers, drawn, failures, details)
         work, plan = line_up(run, catalogue, drawn, failures)
@@ -57,7 +57,7 @@ def search(
 
 def search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:
     """What the search depends on, as a digest."""
-    asked = run.config.search.model_dump(include={"engine", "dtype", "budget", "screen"})
+    asked = run.config.search.model_dump(include={"engine", "dtype", "budget"})
     hashes = catalogue["adapter_hash"].to_pylist()
     return digest(fingerprint(run.config.base), drawn["sample_id"].to_pylist(), hashes, asked)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config import build_config, load_config
 from pipeline.core.errors import InputError
 from pipeline.core.settings import MAX_BYTES
 
@@ -93,3 +93,11 @@ def test_words_for_what_is_often_wrong(line: str, message: str, tmp_path: Path) 
         load_config(str(tmp_path / "c.yaml"))
     assert str(refusal.value).isprintable()
     assert "SECRET" not in str(refusal.value)
+
+
+def test_a_key_of_the_last_version_is_passed_over_and_this_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"run": "r", "base": "b", "pool": "p", "target": {"train": "t"}, "search": {"screen": 0.5, "seed": 3}}
+    config = build_config(asked, "test")
+    assert "screen" not in config.model_dump()["search"]
+    assert config.search.seed == 3
+    assert "mashup: config key 'screen' is passed over: " in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
         "arms": {"count": 4, "at_once": 2},
         "stages": {"search": cost, "compare": unknown},
         "total": unknown,
-        "notes": ["the time of the screen is not in it"],
+        "notes": ["arms may end early: train.patience"],
     }
     text = printed(plan_table(plan))
     assert "34 valid of 40; 17 in the race" in text
@@ -80,4 +80,4 @@ def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
         ["search", "1", "min", "40", "s", "0.25", "2"],
         ["total", "–", "–", "–"],
     ]
-    assert "Note: the time of the screen is not in it." in text
+    assert "Note: arms may end early: train.patience." in text

@@ -19,25 +19,12 @@ from pipeline.search.engine_pool import Engines
 from pipeline.search.race import Race, make_plan
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import Progress
-from pipeline.search.screen import SCREEN
 
 CANDIDATES = pa.schema([(name, pa.string()) for name in scoring.CANDIDATE])
 
 
 def asked(run: Path) -> dict[str, Any]:
     return {"run": str(run), "base": "base", "pool": "pool", "target": {"train": "train.jsonl"}}
-
-
-def test_the_screen_lets_the_best_estimates_into_the_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 adapters a half, without those that have no estimate; but never fewer than are scored in full anyway."""
-    names = [f"a{n:02}" for n in range(40)]
-    catalogue = pa.table({"adapter_id": names, "uri": names})
-    estimates = [None if n < 3 else float(n) for n in range(40)]
-    monkeypatch.setattr(scoring, "screen_pool", lambda *_: pa.table([names, estimates], schema=SCREEN))
-    samples = pa.table({"split": ["search", "holdout"]})
-    for share, entrants in ((0.5, names[3:23]), (0.1, names[3:19]), (1.0, names)):
-        run = Run(build_config({**asked(tmp_path), "search": {"screen": share}}, "test"))
-        assert scoring.screened(run, catalogue, samples)["adapter_id"].to_pylist() == entrants
 
 
 def test_a_race_measures_what_it_shows_and_no_more() -> None:
