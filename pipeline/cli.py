@@ -104,7 +104,7 @@ def report(run: RunFolder) -> None:
 
 @app.command("run")
 def run_command(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What the run is asked to do; see README.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What the run is asked to do; see docs/configuration.md.")],
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
 ) -> None:
@@ -126,7 +126,7 @@ def run_command(
 
 @app.command("refresh")
 def refresh_command(
-    config: Annotated[str, typer.Argument(metavar="REFRESH.yaml", help="Which targets to keep up to date; see README.")],
+    config: Annotated[str, typer.Argument(metavar="REFRESH.yaml", help="Which targets to keep up to date; see docs/cluster.md.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where there was nothing to do.")] = False,
 ) -> None:
     """Bring the mashups of many targets up to date: score what is new, publish what is better. Prints what came of each."""

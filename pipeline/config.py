@@ -33,7 +33,7 @@ LOSSLESS = ("concat", "fold")
 class TargetConfig(Section):
     """The new task's data: JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
 
-    train: str
+    train: str = Field(description="rows with messages, or with prompt and completion")
     validation: str | None = Field(None, description="a tenth of train where absent")
     test: str | None = Field(None, description="a tenth of train where absent")
     max_tokens: int = Field(1024, ge=8, le=MAX_COUNT, description="longer rows are left out and counted")
@@ -92,14 +92,14 @@ class SearchConfig(Section):
         128, ge=2, le=MAX_COUNT, description="rows of the target's train split that every candidate is scored on"
     )
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
-    seed: int = 0
-    engine: Literal["vllm", "transformers"] = "vllm"
-    budget: Budget = Budget(share=0.1)
+    seed: int = Field(0, description="of the draw of the samples")
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="what scores; transformers needs no vLLM and is slower")
+    budget: Budget = Field(Budget(share=0.1), description="what the search may spend")
     store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
     adapters_per_batch: int = Field(4, ge=1, le=MAX_COUNT, description="adapters that one engine scores together")
     actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")
-    cpus_per_actor: float | Auto = "auto"
+    cpus_per_actor: float | Auto = Field("auto", description="CPUs of an engine; auto: without GPUs a whole node's")
     gpus_per_actor: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs; above 1: tensor parallelism")
 
     @field_validator("actors", "cpus_per_actor", "gpus_per_actor")
@@ -157,7 +157,7 @@ class TrainConfig(Section):
     steps: int = Field(100, ge=1, le=1_000_000, description="optimizer steps")
     batch_size: int = Field(16, ge=1, le=1 << 20, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the order of the rows and of fresh weights")
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
     workers: int = Field(1, ge=1, le=MAX_COUNT, description="data-parallel workers")
     min_workers: int | None = Field(
@@ -183,7 +183,7 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base, or of the products where all weights are trained; what is trained is float32"
     )
-    cpus_per_worker: float | Auto = "auto"
+    cpus_per_worker: float | Auto = Field("auto", description="CPUs of a worker; auto: without GPUs its share of a node's")
     gpus_per_worker: int | Auto = Field("auto", description="0 or 1; auto: 1 where the cluster has GPUs")
 
     @field_validator("seeds")
@@ -229,10 +229,10 @@ class TrainConfig(Section):
 
 
 class CompareConfig(Section):
-    """Which starts are compared; those beyond base and mashup are controls, see `reduce.control_recipes`."""
+    """Which starts are compared; those beyond base and mashup are controls, see `merge/controls.py`."""
 
     inits: tuple[Literal["base", "mashup", "paper", "best_donor", "random_donors", "random_delta"], ...] = Field(
-        ("base", "mashup"), min_length=1, description="random_delta: random weights of the mashup's norm in each module"
+        ("base", "mashup"), min_length=1, description="starts; random_delta: random weights of the mashup's norm in each module"
     )
 
     @field_validator("inits")
