@@ -33,7 +33,7 @@ STAGES = {
 class Run:
     """A run folder and what is asked of it."""
 
-    def __init__(self, config: Config, once_joined: Callable[["Run"], None] = lambda run: None):
+    def __init__(self, config: Config, once_joined: Callable[["Run"], None] = lambda run: None) -> None:
         """`once_joined` is called when the cluster is at hand, before a stage works."""
         self.config, self._once_joined = config, once_joined
         self.folder = Folder.at(config.run)

@@ -66,7 +66,7 @@ class AdapterCache:
         threads: int = 4,
         ahead: int = 16,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
-    ):
+    ) -> None:
         """
         Args:
             folder: where the adapters are kept; by default one of this user's in the machine's temporary folder.

@@ -90,7 +90,7 @@ def tails(name: str) -> list[str]:
 class _Patterns:
     """A stranger's regular expressions, for full matches, within MATCH_SECONDS of CPU time altogether."""
 
-    def __init__(self, field: str, table: Mapping[str, Any], ends: bool = False):
+    def __init__(self, field: str, table: Mapping[str, Any], ends: bool = False) -> None:
         """`ends`: a pattern may match the end of a path, from a dot on."""
         self._field, self._ends, self._until = field, ends, time.thread_time() + MATCH_SECONDS
         self._table = [(pattern, self._compile(pattern), value) for pattern, value in table.items()]

@@ -23,7 +23,7 @@ class AdapterError(ValueError):
     What a stranger wrote may be a part of it, so that it is `shown`, at most MAX_REASON of it.
     """
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str) -> None:
         super().__init__(shown(reason, MAX_REASON))
 
 
@@ -31,7 +31,7 @@ class PassTooLargeError(RuntimeError):
     """A training pass ran out of memory in one of several workers that hold a part of the model each: the others wait for it, and
     all must start anew."""
 
-    def __init__(self, sizes: list[int]):
+    def __init__(self, sizes: list[int]) -> None:
         super().__init__(sizes)
         self.sizes = sizes
         """Padded tokens a pass: those that were tried, and last the one to try next."""

@@ -49,7 +49,7 @@ class Ledger:
         stages: Mapping[str, Outputs],
         tell: Callable[[str, float], None] = lambda stage, seconds: None,
         say: Callable[[str], None] = lambda text: None,
-    ):
+    ) -> None:
         self._run, self._stages, self._tell = run, stages, tell
         self.records = _read(run, say)
         self._running: tuple[str, float, float] | None = None

@@ -72,7 +72,7 @@ def writing_whole(files: fs.FileSystem) -> fs.FileSystem:
 class _Stream:
     """What is written is kept in memory. It is a file once the stream is closed; not where its `with` ends by an exception."""
 
-    def __init__(self, files: fs.FileSystem, path: str):
+    def __init__(self, files: fs.FileSystem, path: str) -> None:
         self._files, self._path, self._content = files, path, io.BytesIO()
 
     def write(self, content: bytes) -> int:

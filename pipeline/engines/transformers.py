@@ -20,7 +20,7 @@ BATCH_TOKENS = 2048
 class TransformersScorer:
     """Holds the base model; an adapter is put on, scored and taken off again."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig) -> None:
         self.config, self.loaded = config, Loaded()
         self._load()
 

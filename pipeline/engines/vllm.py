@@ -109,7 +109,7 @@ class TokenArray:
 class VllmScorer:
     """One vLLM engine. It holds the adapters of a batch and as many others as fit; those used longest ago make room."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig) -> None:
         self._places, self.loaded = config.adapters_per_batch, Loaded()
         self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
         self._numbers = itertools.count(1)

@@ -60,7 +60,7 @@ class SegmentedLora(PunicaWrapperCPU):
     Shapes: T tokens of the batch, I in features, O out features of a slice (q, k and v share one input), R rank, S slots.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.segments: list[Segment] = []
         self._layers: dict[int, Layer] = {}
@@ -108,7 +108,7 @@ class Layer:
     Buffers: A (S, 1, R, I) and B (S, 1, O, R) for each slice.
     """
 
-    def __init__(self, a_stacked: tuple[Tensor, ...], b_stacked: tuple[Tensor, ...], widths: tuple[int, ...]):
+    def __init__(self, a_stacked: tuple[Tensor, ...], b_stacked: tuple[Tensor, ...], widths: tuple[int, ...]) -> None:
         self.a_stacked, self.b_stacked, self.widths = a_stacked, b_stacked, widths
         self._slots: dict[int, Weights] = {}
         self._versions: list[int] = []

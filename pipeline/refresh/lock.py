@@ -46,7 +46,7 @@ class Lock:
         LockLostError: on entering or by `check`, where this process slept for longer than `expiry` seconds.
     """
 
-    def __init__(self, folder: Folder, expiry: float = EXPIRY):
+    def __init__(self, folder: Folder, expiry: float = EXPIRY) -> None:
         self.folder, self.expiry = folder, expiry
         self._id, self._number = uuid.uuid4().hex, ""
         self._ended = threading.Event()

@@ -29,7 +29,7 @@ class ScoringActor:
     patience = 600.0
     """Seconds that a batch may take beyond ten times what it should."""
 
-    def __init__(self, engine: str, config: EngineConfig, lobby: Any):
+    def __init__(self, engine: str, config: EngineConfig, lobby: Any) -> None:
         started = time.perf_counter()
         self.lobby, self.number, self.batch = lobby, 0, config.adapters_per_batch
         self.adapters, self.ahead = AdapterCache(ahead=2 * self.batch), set[str]()

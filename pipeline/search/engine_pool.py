@@ -128,7 +128,7 @@ def _import_engine(engine: str) -> None:
 class Engines:
     """A pool of scoring engines: of each race its own, or `kept` up from one race to the next."""
 
-    def __init__(self, search: SearchConfig):
+    def __init__(self, search: SearchConfig) -> None:
         self._search = search
         self.keeping = False
         self._engine: EngineConfig | None = None

@@ -104,7 +104,7 @@ def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confiden
 class Race:
     """The state of a race; what is known of it before it starts goes into `nll_NS` (NaN: unknown)."""
 
-    def __init__(self, plan: Plan, tokens_S: Sequence[int], nll_NS: Floats, left: Callable[[], float] | None = None):
+    def __init__(self, plan: Plan, tokens_S: Sequence[int], nll_NS: Floats, left: Callable[[], float] | None = None) -> None:
         """
         Args:
             tokens_S: completion tokens of each sample.

@@ -126,7 +126,7 @@ class ScoreStore:
 class News:
     """What other runs add to a store while a race goes on, so that what one has just made no other makes again."""
 
-    def __init__(self, store: ScoreStore, samples: pa.Table, old: Iterable[str]):
+    def __init__(self, store: ScoreStore, samples: pa.Table, old: Iterable[str]) -> None:
         """
         Args:
             samples: of the race.

@@ -94,7 +94,7 @@ class _Lease:
 class Scoreboard:
     """Runs as a Ray actor; knows no Ray itself."""
 
-    def __init__(self, work: Work, plan: Plan, seconds: float | None = None):
+    def __init__(self, work: Work, plan: Plan, seconds: float | None = None) -> None:
         self.work = work
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
         self._tell = Progress(rungs=len(plan.rungs))

@@ -28,7 +28,7 @@ EVALUATION_TOKENS = 2048
 class Rows:
     """A split in memory."""
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table) -> None:
         self.ids: list[list[int]] = table["input_ids"].to_pylist()
         self.completion: list[list[bool]] = table["completion_mask"].to_pylist()
         self.learn: list[list[bool]] = table["learn_mask"].to_pylist()

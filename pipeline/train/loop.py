@@ -49,7 +49,9 @@ class Finetuning:
     """One worker's share of an arm. `feed` gives the steps, by default from the split in memory; `sizes` are those of an attempt
     that a PassTooLargeError ended."""
 
-    def __init__(self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None, sizes: Sequence[int] = ()):
+    def __init__(
+        self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None, sizes: Sequence[int] = ()
+    ) -> None:
         started = time.perf_counter()
         self.job, self.arm = job, job.arm
         self.rank, self.workers, self.report = rank, workers, report

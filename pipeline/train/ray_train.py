@@ -177,7 +177,7 @@ class _Reports:
     own folder, in the background, and count once they are stored. A worker has no more than one copy of its share: a second
     waits for the first to be written."""
 
-    def __init__(self, storage: Folder, log: WorkerLog):
+    def __init__(self, storage: Folder, log: WorkerLog) -> None:
         self.storage, self.log, self.writer = storage, log, ThreadPoolExecutor(max_workers=1)
         self.written: Future[None] | None = None
 

@@ -81,7 +81,7 @@ def _about(job: Job) -> dict[str, Any]:
 class _Follow(tune.Callback):
     """Says each evaluation of each arm as it comes."""
 
-    def __init__(self, say: Callable[[str], None], steps: int):
+    def __init__(self, say: Callable[[str], None], steps: int) -> None:
         self._say, self._steps = say, steps
 
     def __getstate__(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Completions(nn.Module):
     """A causal LM as one module for FSDP to wrap: in training its forward is the summed NLL of the learned tokens, else
     what `score_tokens` gives."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -59,7 +59,7 @@ class Completions(nn.Module):
 class Trainable:
     """A worker's model with what is trained of it."""
 
-    def __init__(self, job: Job, workers: int):
+    def __init__(self, job: Job, workers: int) -> None:
         self.job, self.workers = job, workers
         products = fast_dtype(job.train.dtype)
         mixed = job.full and products != torch.float32
