@@ -35,7 +35,7 @@ from pipeline.model.base_model import fingerprint
 from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import BASE, Race, make_plan
 from pipeline.search.score_store import Known
-from pipeline.search.scoreboard import Progress, Work
+from pipeline.search.scoreboard import RaceProgress, Work
 
 SIZES, QUICK_SIZES = (64, 256, 1024, 4096), (64, 1024)
 KS = (1, 3, 8)
@@ -123,11 +123,11 @@ def _measure(arena: Arena, work: Path, budget: float, seeds: int) -> dict[str, A
     return {"pool": arena.name, "n_adapters": n - 1, **real, **timed, **spread}
 
 
-def _search(arena: Arena, scores: Path, plan: Any) -> tuple[Known, Progress, float | None]:
+def _search(arena: Arena, scores: Path, plan: Any) -> tuple[Known, RaceProgress, float | None]:
     """Run a search; gives its scores, and the seconds of scoring alone (None where all was known)."""
     work: Work = everything(arena.adapters, arena.samples, scores)
     engine = engine_config(arena.base, arena.max_rank, arena.target_modules, arena.search, max_tokens=256)
-    last, shown = Progress(), time.monotonic()
+    last, shown = RaceProgress(), time.monotonic()
     for last in score_stream(work, engine, arena.search, plan):
         if time.monotonic() - shown > 30:
             shown = time.monotonic()

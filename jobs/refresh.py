@@ -14,11 +14,11 @@ from typing import Any
 from jobs.entry import arguments, run_job
 
 
-def refresh(config: str, tell_nothing: bool) -> dict[str, Any]:
+def refresh(config: str, report_noop: bool) -> dict[str, Any]:
     """Bring every target up to date, going on where an earlier attempt stopped."""
     from pipeline.refresh.refresh import load_refresh, refresh
 
-    return refresh(load_refresh(config), tell_nothing)
+    return refresh(load_refresh(config), report_noop)
 
 
 def main() -> None:

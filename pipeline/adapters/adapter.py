@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.adapters.low_rank import Factors, pad, without_nothing
+from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.validation import (
     CONFIG_FILE,
     PREFIX,
@@ -141,7 +141,7 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
     root = (alpha / rank) ** 0.5
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     for module, delta in deltas.items():
-        full = pad(without_nothing(Factors(delta.a_RI / root, delta.b_OR / root)), rank, generator)
+        full = pad(drop_null_rank(Factors(delta.a_RI / root, delta.b_OR / root)), rank, generator)
         tensors[module] = (full.a_RI, full.b_OR)
     config = LoraConfig(
         r=rank,

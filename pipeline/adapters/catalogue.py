@@ -35,7 +35,7 @@ from pipeline.adapters.pool import LISTING, Listed, Listing, list_adapters
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.adapters.validation import largest_adapter, unknown_fields
 from pipeline.cluster.telemetry import worker_log
-from pipeline.core.errors import MAX_REASON, AdapterError, InputError, may_pass, one_line, shown
+from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
 from pipeline.model.base_model import Shapes, linear_shapes
@@ -105,7 +105,7 @@ def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shap
         rows = [inspector.inspect(one, cache) for one in listed]
     for row in rows:
         if row["status"] != "ok":
-            worker_log("index", shown(row["adapter_id"], MAX_REASON)).warning("set aside: %s", row["reason"])
+            worker_log("index", for_display(row["adapter_id"], MAX_REASON)).warning("set aside: %s", row["reason"])
     return pa.Table.from_pylist(rows, schema=INSPECTED)
 
 
@@ -138,9 +138,9 @@ class Inspector:
         except AdapterError as error:
             return row | {"status": "set_aside", "reason": str(error)}
         except Exception as error:  # what no check foresaw in one adapter must not stop the others
-            if may_pass(error):
+            if is_transient(error):
                 raise
-            worker_log("index", shown(listed.adapter_id, MAX_REASON)).exception("the check failed")
+            worker_log("index", for_display(listed.adapter_id, MAX_REASON)).exception("the check failed")
             return row | {"status": "set_aside", "reason": str(AdapterError(f"cannot be checked ({one_line(error)})"))}
         return row | {"warning": "; ".join(filter(None, [_other_base(adapter, self.base), _of_newer_peft(unknown)])) or None}
 
@@ -197,7 +197,7 @@ def _other_base(adapter: Adapter, base: str) -> str | None:
 def _of_newer_peft(fields: list[str]) -> str | None:
     if not fields:
         return None
-    return f"fields of its config that this version of PEFT does not know are not heeded: {shown(', '.join(fields), 100)}"
+    return f"fields of its config that this version of PEFT does not know are not heeded: {for_display(', '.join(fields), 100)}"
 
 
 def compare(table: pa.Table) -> pa.Table:

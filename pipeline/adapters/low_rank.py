@@ -16,7 +16,7 @@ from torch import Tensor
 DENSITY = 0.5
 """Share of a delta weight's values that TIES and DARE keep."""
 
-NOTHING = 1e-6
+NULL_RANK = 1e-6
 """Share of the largest singular value below which one is rounding."""
 
 CANCELLING = 16.0
@@ -136,11 +136,11 @@ def factorise(delta_OI: Tensor, rank: int) -> tuple[Factors, float]:
     return Factors(root[:, None] * v[:, :kept].T, u[:, :kept] * root), float((s[:kept] ** 2).sum()) / energy if energy else 1.0
 
 
-def without_nothing(delta: Factors) -> Factors:
+def drop_null_rank(delta: Factors) -> Factors:
     """The same delta weight without the rank that adds nothing to it. A training step moves it by dB A + B dA: where both factors
     are zero, that rank would never learn."""
     strength_R = delta.a_RI.norm(dim=1) * delta.b_OR.norm(dim=0)
-    kept_R = strength_R > NOTHING * strength_R.max()
+    kept_R = strength_R > NULL_RANK * strength_R.max()
     return Factors(delta.a_RI[kept_R], delta.b_OR[:, kept_R])
 
 

@@ -24,7 +24,7 @@ from pipeline.adapters.adapter import (
 )
 from pipeline.adapters.checkpoint import INDEX_FILE
 from pipeline.adapters.fetch import HUB
-from pipeline.core.errors import MAX_REASON, InputError, may_pass, shown
+from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
@@ -69,7 +69,7 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
     try:
         kind = folder.files.get_file_info(folder.path).type
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind == fs.FileType.File:
@@ -100,7 +100,7 @@ def _named(one: Listed) -> Listed:
 
 
 def _shown(one: Listed) -> Listed:
-    return one if one.problem is None else one._replace(problem=shown(one.problem, MAX_REASON))
+    return one if one.problem is None else one._replace(problem=for_display(one.problem, MAX_REASON))
 
 
 def _from_folder(folder: Folder) -> list[Listed]:

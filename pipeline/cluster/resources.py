@@ -98,8 +98,8 @@ def describe(resources: Resources, named: bool = True) -> str:
     return f"{resources.gpus} x {(named and ' or '.join(models)) or 'GPU'}"
 
 
-def require(resources: Resources, section: Literal["search", "train"], count: int = 1, beside: float = 0.0) -> None:
-    """See to it that the cluster can hold `count` such workers at once, and `beside` CPUs for what steers them. Where an
+def require(resources: Resources, section: Literal["search", "train"], count: int = 1, driver_cpus: float = 0.0) -> None:
+    """See to it that the cluster can hold `count` such workers at once, and `driver_cpus` for what steers them. Where an
     autoscaler may bring the nodes for it, it is said that they are waited for.
 
     Args:
@@ -110,7 +110,7 @@ def require(resources: Resources, section: Literal["search", "train"], count: in
     """
     nodes = live_nodes()
     room = sum(_room(node, resources) for node in nodes)
-    if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + beside:
+    if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + driver_cpus:
         return
     missing = _missing(resources, section, count, room, nodes)
     if not may_grow():

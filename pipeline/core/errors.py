@@ -11,7 +11,7 @@ MAX_REASON = 400
 """Characters."""
 
 
-def shown(text: str, limit: int) -> str:
+def for_display(text: str, limit: int) -> str:
     """What a stranger wrote, for terminals, pages and logs: control characters are escaped, and it is cut at `limit`."""
     safe = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[: limit + 1])
     return safe if len(safe) <= limit else f"{safe[:limit]}..."
@@ -20,11 +20,11 @@ def shown(text: str, limit: int) -> str:
 class AdapterError(ValueError):
     """One adapter cannot be a donor. The message is the reason that the catalogue shows; it stops nothing.
 
-    What a stranger wrote may be a part of it, so that it is `shown`, at most MAX_REASON of it.
+    What a stranger wrote may be a part of it, so that it is made fit `for_display`, at most MAX_REASON of it.
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(shown(reason, MAX_REASON))
+        super().__init__(for_display(reason, MAX_REASON))
 
 
 class PassTooLargeError(RuntimeError):
@@ -47,7 +47,7 @@ OVERLOADED = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "THROTTLIN
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error is of the disk, the network or the object store, and not of what was asked of it: the same may work
     later."""
     marks = (*UNREACHABLE, *OVERLOADED)
@@ -57,7 +57,7 @@ def may_pass(error: BaseException) -> bool:
 def verdict(error: Exception, reason: str) -> Exception:
     """What to raise of an adapter that cannot be read for an error: that it cannot be a donor, with the reason; but an error that
     may pass is none of the adapter's, and is raised as it is."""
-    return error if may_pass(error) else AdapterError(reason)
+    return error if is_transient(error) else AdapterError(reason)
 
 
 CAUSED = "The above exception was the direct cause of the following exception"

@@ -60,7 +60,7 @@ class Ledger:
         record = self.records.get(stage, {})
         if not record.get("done") or (key is not None and record["key"] != key):
             return False
-        return all(map(self._run.is_whole, record.get("files", ())))
+        return all(map(self._run.is_complete, record.get("files", ())))
 
     @property
     def running(self) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
-from pipeline.core.errors import InputError, shown
+from pipeline.core.errors import InputError, for_display
 from pipeline.core.storage import NO_SECRET, has_secret, without_secret
 
 MAX_BYTES = 1 << 20
@@ -79,7 +79,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def reject_bool(cls, value: Any, info: ValidationInfo) -> Any:
         if (
             any(isinstance(part, bool) for part in _parts(value))
             and cls.model_fields[str(info.field_name)].annotation is not bool
@@ -160,7 +160,7 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
 
 def _describe(problem: Any, kind: type[Section]) -> str:
     of_several = problem["type"].startswith(tuple(ONE_OF)) and str(problem["loc"][-1]) in ONE_OF.values()
-    place = ".".join(shown(str(part), MAX_SHOWN) for part in problem["loc"][: -1 if of_several else None])
+    place = ".".join(for_display(str(part), MAX_SHOWN) for part in problem["loc"][: -1 if of_several else None])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.core import uploads, whole_files
-from pipeline.core.errors import InputError, may_pass
+from pipeline.core.errors import InputError, is_transient
 from pipeline.core.whole_files import PARTIAL
 
 LISTED_APART = 32
@@ -135,12 +135,12 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         return self.files.get_file_info(self.join(name)).type != fs.FileType.NotFound
 
-    def is_whole(self, name: str) -> bool:
+    def is_complete(self, name: str) -> bool:
         """Whether something is there, and no table, JSON document or safetensors file of it is cut short, as it may be after the
         machine lost power. Of a folder: what is directly in it."""
         info = self.files.get_file_info(self.join(name))
         if info.type == fs.FileType.Directory:
-            return all(self.is_whole(f"{name}/{file}") for suffix in CHECKED for file in self.sub(name).list_files(suffix))
+            return all(self.is_complete(f"{name}/{file}") for suffix in CHECKED for file in self.sub(name).list_files(suffix))
         try:
             if name.endswith(".parquet"):
                 pq.read_metadata(self.join(name), filesystem=self.files)
@@ -161,7 +161,7 @@ class Folder:
         return 8 + length + max(ends) if ends else 0
 
     def checked_files(self, name: str) -> list[str]:
-        """Names of the files that `is_whole` looks into: `name` itself, or those in a folder of that name, at any depth."""
+        """Names of the files that `is_complete` looks into: `name` itself, or those in a folder of that name, at any depth."""
         if self.files.get_file_info(self.join(name)).type != fs.FileType.Directory:
             return [name] if self.exists(name) and name.endswith(CHECKED) else []
         paths = (info.path.removeprefix(f"{self.path}/") for info in self.sub(name).walk())
@@ -211,7 +211,7 @@ class Folder:
             if self.is_local and not os.access(self.path, os.W_OK):
                 raise PermissionError("no write permission")
         except OSError as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             raise InputError(f"{self.uri}: cannot write here ({error}); choose another folder") from error
 
@@ -287,7 +287,7 @@ class Folder:
         Args:
             whole: look at each first, and pass over those that are cut short.
         """
-        names = [name for name in self.list_files(".parquet") if not whole or self.is_whole(name)]
+        names = [name for name in self.list_files(".parquet") if not whole or self.is_complete(name)]
         files = [self.join(name) for name in names]
         return pads.dataset(files, schema=schema, format="parquet", filesystem=self.files)
 

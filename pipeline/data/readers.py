@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
 
-from pipeline.core.errors import InputError, may_pass, one_line
+from pipeline.core.errors import InputError, is_transient, one_line
 from pipeline.core.storage import Folder
 
 LINES = (".jsonl", ".json")
@@ -41,7 +41,7 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
             rows = ray.data.read_parquet(folder.path, filesystem=folder.files, partitioning=None)
             return rows.map_batches(_as_json, batch_format="pyarrow")
         except (OSError, pa.ArrowException) as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             raise InputError(
                 f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
@@ -65,7 +65,7 @@ def unreadable(path: str) -> str | None:
             for _ in pads.dataset(folder.join(name), format="parquet", filesystem=folder.files).to_batches():
                 pass
         except (OSError, pa.ArrowException) as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             return f"{folder.sub(name).uri if name else path}: cannot be read ({one_line(error)}); write the file anew"
     return None
@@ -114,7 +114,7 @@ def _from_datasets(path: str, role: str) -> ray.data.Dataset:
         _check_names(Folder.at(path))
         loaded = load_from_disk(path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise InputError(f"{path}: target.{role} is no folder that `datasets` saved whole ({one_line(error)})") from error
     if isinstance(loaded, DatasetDict):

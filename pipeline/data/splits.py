@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config
-from pipeline.core.errors import InputError, may_pass, one_line
+from pipeline.core.errors import InputError, is_transient, one_line
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.readers import first_malformed, read_rows, unreadable
@@ -90,7 +90,7 @@ def _exists(folder: Folder, role: str) -> bool:
     try:
         return folder.exists()
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise InputError(f"{folder.uri}: cannot be looked at (target.{role}; {one_line(error)})") from error
 

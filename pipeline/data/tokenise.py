@@ -11,7 +11,7 @@ import pyarrow as pa
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.core.errors import shown
+from pipeline.core.errors import for_display
 from pipeline.core.storage import is_text
 from pipeline.core.tables import SAMPLES
 from pipeline.model.base_model import load_tokenizer
@@ -154,7 +154,7 @@ def _apply_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokeniz
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except TemplateError as error:
-        raise ValueError(shown(f"the chat template refuses it: {error}", MAX_PROBLEM)) from error
+        raise ValueError(for_display(f"the chat template refuses it: {error}", MAX_PROBLEM)) from error
     except Exception as error:  # templates are programs, and other fields of a message may be anything
         raise ValueError(f"the chat template fails ({type(error).__name__})") from error
     if not is_text(text):

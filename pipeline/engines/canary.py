@@ -86,7 +86,7 @@ def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: 
     """
     about = _about(engine, config)
     file = f"{digest(about)}.json"
-    if passes.is_whole(file):
+    if passes.is_complete(file):
         return build_scorer(engine, config)
     with TemporaryDirectory(prefix="mashup-canary-") as scratch:
         canary = make_canary(config, short_rows(samples), Path(scratch))

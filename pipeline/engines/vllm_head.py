@@ -23,7 +23,7 @@ HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Share:
+class PromptPart:
     """What one step computes for one request: the tokens `targets`, the first of them predicted by the step's row `row`."""
 
     result: LogprobsTensors
@@ -70,7 +70,7 @@ def _start(runner: Any, name: str) -> int:
     return (runner.requests[name].sampling_params.extra_args or {}).get(START, 0)
 
 
-def _share(runner: Any, name: str, count: int) -> Share:
+def _share(runner: Any, name: str, count: int) -> PromptPart:
     """The wanted tokens that this step predicts: its `count` positions each predict the next token."""
     request, start = runner.requests[name], _start(runner, name)
     prompt, done = request.prompt_token_ids, request.num_computed_tokens
@@ -78,10 +78,10 @@ def _share(runner: Any, name: str, count: int) -> Share:
         request.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - start, 1)
     first = max(start, done + 1)
     row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) + first - 1 - done
-    return Share(request.in_progress_prompt_logprobs_cpu, first - start, row, prompt[first : done + count + 1])
+    return PromptPart(request.in_progress_prompt_logprobs_cpu, first - start, row, prompt[first : done + count + 1])
 
 
-def _fill(runner: Any, hidden_TH: Tensor, shares: list[Share]) -> None:
+def _fill(runner: Any, hidden_TH: Tensor, shares: list[PromptPart]) -> None:
     """Run the head on the shares' rows and put each one's log-probabilities and ranks into its result."""
     rows = [share.row + offset for share in shares for offset in range(len(share.targets))]
     targets = [target for share in shares for target in share.targets]

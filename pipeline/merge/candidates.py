@@ -68,7 +68,7 @@ def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.
     """The recipe with donors or weights that are found on the search sample, once."""
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
     greedy = recipe.weighting == "greedy"
-    if not candidates.is_whole(file):
+    if not candidates.is_complete(file):
         search = split_of(run.folder.read_table("samples.parquet"), "search")
         places = uris_by_id(catalogue)
         uris = [places[donor] for donor in recipe.donors]

@@ -42,7 +42,7 @@ def make_controls(run: Run) -> list[str]:
     if not asked:
         return []
     starts, modules = run.folder.sub("starts"), list(trained_shape(run).target_modules)
-    refused = _write_controls(run, [init for init in asked if not starts.is_whole(init)], starts, n_donors)
+    refused = _write_controls(run, [init for init in asked if not starts.is_complete(init)], starts, n_donors)
     for init in asked:
         if init in refused or not is_trained_on(run.config, init):
             continue

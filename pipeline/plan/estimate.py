@@ -140,7 +140,7 @@ def _training(run: Run, merged: bool) -> Training:
     starts: list[str] = [init for init in config.compare.inits if init != "mashup" or not merged or run.folder.exists("mashup")]
     arms = list_arms(config, starts)
     if merged:
-        arms = [job.arm for job in make_jobs(run, arms) if not run.folder.is_whole(f"train/{job.name}/{RESULT_FILE}")]
+        arms = [job.arm for job in make_jobs(run, arms) if not run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}")]
     rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
     tokens = pass_tokens(train, gpu=training_resources(train).gpus > 0)
     tested = len({(arm.init, arm.seed) for arm in arms})

@@ -30,8 +30,8 @@ from pipeline.refresh.lock import Lock, LockLostError
 if TYPE_CHECKING:
     from pipeline.run_folder import Run
 
-NOTHING = "nothing to do"
-EXIT_CODES = {"done": 0, NOTHING: 0, "failed": 1, "wrong input": 2}
+NOTHING_TO_DO = "nothing to do"
+EXIT_CODES = {"done": 0, NOTHING_TO_DO: 0, "failed": 1, "wrong input": 2}
 NOTHING_CODE = 3
 """Of a refresh that had nothing to do, for who asks."""
 
@@ -94,11 +94,11 @@ def load_refresh(path: str) -> RefreshConfig:
     return config
 
 
-def refresh(config: RefreshConfig, tell_nothing: bool = False) -> dict[str, Any]:
+def refresh(config: RefreshConfig, report_noop: bool = False) -> dict[str, Any]:
     """Refresh every target for which something changed; one that fails does not stop the others.
 
     Args:
-        tell_nothing: give `exit_code` NOTHING_CODE, not 0, where there was nothing to do.
+        report_noop: give `exit_code` NOTHING_CODE, not 0, where there was nothing to do.
 
     Returns:
         `status` and `exit_code`, and under `targets` what came of each.
@@ -116,8 +116,8 @@ def refresh(config: RefreshConfig, tell_nothing: bool = False) -> dict[str, Any]
         due = {name: changed for name, seen in looked.items() if (changed := history.changed(name, seen)) is not None}
         rows = _renew_all(config, history, lock, due, looked) if due else {}
     status = _status([row["outcome"] for row in rows.values()])
-    code = NOTHING_CODE if tell_nothing and status == NOTHING else EXIT_CODES[status]
-    untouched = {"outcome": NOTHING}
+    code = NOTHING_CODE if report_noop and status == NOTHING_TO_DO else EXIT_CODES[status]
+    untouched = {"outcome": NOTHING_TO_DO}
     reported = {name: {key: row[key] for key in REPORTED if row.get(key) is not None} for name, row in rows.items()}
     return {"status": status, "exit_code": code, "targets": {name: reported.get(name, untouched) for name in looked}}
 
@@ -203,4 +203,4 @@ def _status(outcomes: list[str]) -> str:
     failures = {outcome for outcome in outcomes if outcome in FAILURES}
     if failures:
         return "wrong input" if failures == {"wrong input"} else "failed"
-    return "done" if outcomes else NOTHING
+    return "done" if outcomes else NOTHING_TO_DO

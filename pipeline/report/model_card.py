@@ -10,7 +10,7 @@ import yaml
 from pipeline import __version__
 from pipeline.adapters.licences import conflicts, front_matter
 from pipeline.config import Config
-from pipeline.report.words import METHODS, NOTHING, Json, count, nll, one_line, percent, signed
+from pipeline.report.words import DASH, METHODS, Json, count, nll, percent, signed, single_line
 
 TAGS = ["lora", "mashup-learning", "merge"]
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -50,7 +50,7 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
 
 def escape_markdown(text: object) -> str:
     """`text` as one line that Markdown shows as it is, in a table cell too. Underscores inside words are left alone."""
-    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], one_line(text))
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], single_line(text))
 
 
 def _base_model(base: str, donors: Sequence[Json]) -> str:
@@ -79,7 +79,7 @@ def _donor_table(donors: Sequence[Json]) -> str:
 
 def _donor_row(donor: Json) -> list[Any]:
     numbers = [f"{donor['weight']:.4g}", donor["rank"], nll(donor["nll"]), signed(donor["nll_minus_base"])]
-    return [donor["adapter_id"], *numbers, donor["license"] or NOTHING, donor["sha256"]]
+    return [donor["adapter_id"], *numbers, donor["license"] or DASH, donor["sha256"]]
 
 
 def _contamination(donors: Sequence[Json]) -> list[str]:

@@ -99,11 +99,11 @@ def render(files: RunFiles) -> str:
 
 
 def _table(run: Folder, name: str, schema: pa.Schema) -> pa.Table | None:
-    return require(run.read_table(name), schema, name) if run.is_whole(name) else None
+    return require(run.read_table(name), schema, name) if run.is_complete(name) else None
 
 
 def _json(run: Folder, name: str) -> Any:
-    return run.read_json(name) if run.is_whole(name) else None
+    return run.read_json(name) if run.is_complete(name) else None
 
 
 @cache
@@ -118,7 +118,7 @@ def template(name: str) -> Template:
     )
     measures: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.ratio, words.rate]
     environment.filters |= {function.__name__: function for function in (*measures, words.unbroken)}
-    environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS, "NOTHING": words.NOTHING}
+    environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS, "DASH": words.DASH}
     return environment.get_template(name)
 
 

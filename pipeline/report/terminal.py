@@ -35,7 +35,7 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     """The end of a run for a terminal."""
     lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), words.passes(summary), summary.get("note")]
     return Group(
-        Text(words.one_line(words.verdict(summary, selection)), style="bold"),
+        Text(words.single_line(words.verdict(summary, selection)), style="bold"),
         _arms(summary),
         *(Text(line) for line in lines if line),
     )
@@ -81,7 +81,7 @@ def _costs(plan: Json) -> Table:
     for name in ("time", "GPU-hours", "CPU thread-hours"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, cost in {**plan["stages"], "total": plan["total"]}.items():
-        hours = (words.NOTHING if cost[unit] is None else f"{cost[unit]:.3g}" for unit in ("gpu_hours", "thread_hours"))
+        hours = (words.DASH if cost[unit] is None else f"{cost[unit]:.3g}" for unit in ("gpu_hours", "thread_hours"))
         table.add_row(name, words.duration(cost["seconds"]), *hours, style="bold" if name == "total" else None)
     return table
 
@@ -90,7 +90,7 @@ def _place(row: Json) -> list[str]:
     difference = f"{words.signed(row['nll_minus_base'])} ± {words.nll(row['nll_minus_base_stderr'])}"
     return [
         str(row["place"]),
-        words.one_line(row["adapter_id"]),
+        words.single_line(row["adapter_id"]),
         str(row["n_samples"]),
         words.nll(row["nll"]),
         difference,
@@ -137,7 +137,7 @@ def _parity_line(summary: Json) -> str | None:
 
 def _donor_line(selection: Json | None) -> str | None:
     donors = selection["donors"] if selection else []
-    named = ", ".join(f"{words.one_line(donor['adapter_id'])} (weight {donor['weight']:.3g})" for donor in donors)
+    named = ", ".join(f"{words.single_line(donor['adapter_id'])} (weight {donor['weight']:.3g})" for donor in donors)
     return f"Donors: {named}" if named else None
 
 

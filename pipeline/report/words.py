@@ -8,7 +8,7 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
-NOTHING = "–"
+DASH = "–"
 """Shown for a number that is not there."""
 
 METHODS = {
@@ -41,22 +41,22 @@ def is_number(value: float | None) -> bool:
 
 def nll(value: float | None) -> str:
     """A loss in nats a token."""
-    return f"{value:.4f}" if is_number(value) else NOTHING
+    return f"{value:.4f}" if is_number(value) else DASH
 
 
 def signed(value: float | None) -> str:
     """A difference of losses, with a true minus sign."""
-    return f"{value:+.4f}".replace("-", "−") if is_number(value) else NOTHING
+    return f"{value:+.4f}".replace("-", "−") if is_number(value) else DASH
 
 
 def percent(value: float | None) -> str:
-    return f"{100 * value:.1f} %" if value is not None and is_number(value) else NOTHING
+    return f"{100 * value:.1f} %" if value is not None and is_number(value) else DASH
 
 
 def duration(seconds: float | None) -> str:
     """`8.4 s`, `5 min 12 s` or `2 h 05 min`."""
     if seconds is None or not is_number(seconds):
-        return NOTHING
+        return DASH
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     if round(seconds) < 3600:
@@ -71,7 +71,7 @@ def size(n_bytes: float) -> str:
 
 
 def ratio(value: float | None) -> str:
-    return f"x {value:.2f}" if value is not None and is_number(value) else NOTHING
+    return f"x {value:.2f}" if value is not None and is_number(value) else DASH
 
 
 def rate(value: float) -> str:
@@ -92,7 +92,7 @@ def steps(value: float) -> str:
 def parity_step(arm: Json) -> str:
     """The step at which an init reaches the base run's final validation loss."""
     if "parity_steps" not in arm:
-        return NOTHING
+        return DASH
     return "not reached" if arm["parity_steps"] is None else step(arm["parity_steps"])
 
 
@@ -100,14 +100,14 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def one_line(text: object) -> str:
+def single_line(text: object) -> str:
     """`text` with every run of whitespace and control characters as one space: an adapter's id may hold anything."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip()
 
 
 def shorten(text: str, limit: int) -> str:
     """`text` in at most `limit` characters, the middle left out: ids often differ at their ends."""
-    text = one_line(text)
+    text = single_line(text)
     if len(text) <= limit:
         return text
     head = (limit - 1) // 2
@@ -166,7 +166,7 @@ def _pass_size(sizes: tuple[int, ...]) -> str:
 def metric(key: str, value: Json | None) -> str:
     """A test metric, with its spread over seeds where there were several."""
     if not value:
-        return NOTHING
+        return DASH
     write = nll if key.endswith("nll") else percent
     spread = value.get("spread")
     return write(value["mean"]) if spread is None else f"{write(value['mean'])} ± {write(spread)}"
@@ -175,7 +175,7 @@ def metric(key: str, value: Json | None) -> str:
 def compared_time(share_saved: float | None) -> str:
     """`12.0 % faster`, `12.0 % slower`, or `as fast`."""
     if share_saved is None:
-        return NOTHING
+        return DASH
     if round(abs(share_saved), 3) == 0:
         return "as fast"
     return f"{percent(abs(share_saved))} {'faster' if share_saved > 0 else 'slower'}"

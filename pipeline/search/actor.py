@@ -18,9 +18,9 @@ from pipeline.core.errors import AdapterError
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
-from pipeline.search.lobby import Race
+from pipeline.search.lobby import OpenRace
 from pipeline.search.score_store import News, record_failures
-from pipeline.search.scoreboard import Job
+from pipeline.search.scoreboard import ScoringJob
 
 
 class ScoringActor:
@@ -61,10 +61,10 @@ class ScoringActor:
             self._tell(self.board.refuse, str(fault))
             raise
 
-    def _next_job(self) -> Job | None:
+    def _next_job(self) -> ScoringJob | None:
         """Of this race, or where it is over of the next one; None: there is none to come."""
         while True:
-            job: Job | None = self._tell(self.board.take, self.name, self.batch)
+            job: ScoringJob | None = self._tell(self.board.take, self.name, self.batch)
             if job or not self._enter():
                 return job
             self._tell(self.board.ready, 0.0)
@@ -74,7 +74,7 @@ class ScoringActor:
         if (called := self._tell(self.lobby.wait, self.number)) is None:
             return False
         self.number, [race] = called
-        entered: Race = ray.get(race)
+        entered: OpenRace = ray.get(race)
         self.work, self.board = entered.work, entered.board
         self.news = News(self.work.store, self.work.samples, entered.files)
         return True
@@ -86,7 +86,7 @@ class ScoringActor:
         except RayActorError:
             return None
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: ScoringJob) -> None:
         samples = self.work.samples.take(job.samples)
         found = self._found(job, samples)
         places = [place for place in job.candidates if place not in found]
@@ -106,7 +106,7 @@ class ScoringActor:
         self._tell(self.board.report, self.name, nll | found, tokens, len(found), loaded, self.warm)
         self.warm = self.warm or any(candidate.folder for candidate in candidates)  # their kernels are compiled by now
 
-    def _found(self, job: Job, samples: pa.Table) -> dict[int, list[float]]:
+    def _found(self, job: ScoringJob, samples: pa.Table) -> dict[int, list[float]]:
         """Losses of the candidates, by their places, that another run has scored on these samples since the race began."""
         hashes = self.work.candidates["adapter_hash"].take(job.candidates).to_pylist()
         known = self.news.known(hashes, samples["sample_id"].to_pylist())

@@ -30,9 +30,9 @@ from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.model.base_model import fast_dtype
 from pipeline.search.actor import ScoringActor
-from pipeline.search.lobby import Lobby, Race
+from pipeline.search.lobby import Lobby, OpenRace
 from pipeline.search.race import Plan
-from pipeline.search.scoreboard import Progress, Scoreboard, Work
+from pipeline.search.scoreboard import RaceProgress, Scoreboard, Work
 
 IN_FLIGHT = 2
 """Tickets that an actor has at hand: the one that it works on and the next."""
@@ -105,7 +105,7 @@ def require_engine(search: SearchConfig) -> None:
 
 def score_stream(
     work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
-) -> Iterator[Progress]:
+) -> Iterator[RaceProgress]:
     """One race with engines of its own; as `Engines.race`."""
     return Engines(search).race(work, engine, plan, seconds)
 
@@ -137,7 +137,7 @@ class Engines:
         self._races = 0
         self._idle = True
 
-    def race(self, work: Work, engine: EngineConfig, plan: Plan, seconds: float | None = None) -> Iterator[Progress]:
+    def race(self, work: Work, engine: EngineConfig, plan: Plan, seconds: float | None = None) -> Iterator[RaceProgress]:
         """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
 
         Args:
@@ -153,7 +153,7 @@ class Engines:
         try:
             if not ray.get(board.progress.remote()).over:
                 running = self._up(engine, len(work.candidates))
-                yield from self._follow(ray.put(Race(work, board, files)), board, running)
+                yield from self._follow(ray.put(OpenRace(work, board, files)), board, running)
             yield ray.get(board.progress.remote())
         finally:
             ray.kill(board)
@@ -205,7 +205,7 @@ class Engines:
             pool.shutdown(wait=False)  # who is interrupted goes on to take the lobby away, which ends the plan
         return self._running
 
-    def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[Progress]:
+    def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[RaceProgress]:
         """Wait for the end of a race; what fails in the plan is raised here."""
         self._races += 1
         self._idle = False

@@ -8,7 +8,7 @@ from pipeline.search.scoreboard import Work
 
 
 @dataclass(frozen=True)
-class Race:
+class OpenRace:
     """What an engine needs for taking part: the work, the scoreboard that shares it out, and the files of the store that it knew
     when it began."""
 

@@ -45,7 +45,7 @@ class Rates:
     def recent(self, kind: str) -> dict[str, float]:
         """The median of the last measurements of this kind, by name; empty where there are none."""
         folder = self._of(kind)
-        files = [name for name in folder.list_files(".json")[-LOOKED_AT:] if folder.is_whole(name)]
+        files = [name for name in folder.list_files(".json")[-LOOKED_AT:] if folder.is_complete(name)]
         values: dict[str, list[float]] = {}
         for file in files:
             for name, value in folder.read_json(file)["measured"].items():

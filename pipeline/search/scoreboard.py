@@ -47,7 +47,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """Candidates to be scored on samples, by their places in the tables of `Work`; `upcoming`: adapters that follow."""
 
     candidates: list[int]
@@ -56,7 +56,7 @@ class Job:
 
 
 @dataclass
-class Progress:
+class RaceProgress:
     """How far a search is. `seconds` are those of all engines together, their start apart; `loaded` are the adapters that they
     read in these; `warm_seconds` are the others from each engine's second batch of adapters on, for `warm_tokens`: with its first
     one an engine compiles kernels."""
@@ -86,7 +86,7 @@ class Progress:
 
 @dataclass
 class _Lease:
-    job: Job
+    job: ScoringJob
     started: float = field(default_factory=time.monotonic)
     given_back: bool = False
 
@@ -97,7 +97,7 @@ class Scoreboard:
     def __init__(self, work: Work, plan: Plan, seconds: float | None = None) -> None:
         self.work = work
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
-        self._tell = Progress(rungs=len(plan.rungs))
+        self._tell = RaceProgress(rungs=len(plan.rungs))
         self._limit = math.inf if seconds is None else seconds
         self._deadline = self._first_rung_ends = math.inf  # the time runs from the first engine that is up
         self._held: dict[str, _Lease] = {}
@@ -131,7 +131,7 @@ class Scoreboard:
         """An engine has not proved itself; it says why."""
         self._tell.fault = fault
 
-    async def take(self, engine: str, count: int) -> Job | None:
+    async def take(self, engine: str, count: int) -> ScoringJob | None:
         """The next work for an engine, up to `count` adapters; waits where there is none yet. None: the race is over."""
         async with self._changed:
             while not (self.race.over or self.race.aside_N[BASE]):
@@ -183,7 +183,7 @@ class Scoreboard:
                     self.race.set_aside(candidate)
             self._changed.notify_all()
 
-    def progress(self) -> Progress:
+    def progress(self) -> RaceProgress:
         race = self.race
         self._tell.rung = min(race.rung + 1, self._tell.rungs)
         self._tell.outstanding, self._tell.entrants = race.outstanding, race.entrants
@@ -191,7 +191,7 @@ class Scoreboard:
             self._tell.seen = np.where(race.aside_N, 0, race.seen_N()).tolist()
         return self._tell
 
-    def _next(self, count: int) -> Job | None:
+    def _next(self, count: int) -> ScoringJob | None:
         if time.monotonic() > self._first_rung_ends:
             self._tell.not_reached += len(self.race.drop_pending())
         while head := self.race.upcoming(1):
@@ -208,7 +208,7 @@ class Scoreboard:
         if not places:
             return None
         upcoming = self.work.candidates["uri"].take(pa.array(self.race.upcoming(count), pa.int64())).to_pylist()
-        return Job(places, samples.tolist(), [uri for uri in upcoming if uri])
+        return ScoringJob(places, samples.tolist(), [uri for uri in upcoming if uri])
 
     def _reclaim(self) -> None:
         """Take back what somebody has held for too long; whoever reports first counts."""

@@ -21,7 +21,7 @@ from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, s
 from pipeline.search.race import CONFIDENCE, Plan, make_plan
 from pipeline.search.rates import Rates
 from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
-from pipeline.search.scoreboard import Progress, Work
+from pipeline.search.scoreboard import RaceProgress, Work
 
 CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 
@@ -131,7 +131,7 @@ def race(
     limit: float | None = None,
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
-    board, began = Progress(), time.perf_counter()
+    board, began = RaceProgress(), time.perf_counter()
     for board in engines.race(work, engine, plan, limit):
         _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
@@ -166,7 +166,7 @@ def rates_of(run: Run) -> Rates:
     return Rates.beside(_store(run))
 
 
-def speed_of(board: Progress, wall: float) -> dict[str, float]:
+def speed_of(board: RaceProgress, wall: float) -> dict[str, float]:
     """What a race of `wall` seconds measured of one engine, as far as it did: input tokens a second once it is warm, the seconds
     that reading an adapter takes, and a byte of one, and those in which nothing was scored: mostly Ray's workers and engines that
     started."""
@@ -187,7 +187,7 @@ def _store(run: Run) -> ScoreStore:
     return ScoreStore.at(uri, fingerprint(run.config.base), search.engine, scoring_dtype(search))
 
 
-def _measure(board: Progress) -> None:
+def _measure(board: RaceProgress) -> None:
     """How far a race is, what waits in it and how fast it goes, as Ray metrics."""
     for name in ("engines", "rung", "outstanding", "adapter_samples"):
         tell(f"mashup_search_{name}", getattr(board, name))
@@ -195,7 +195,7 @@ def _measure(board: Progress) -> None:
         tell("mashup_search_tokens_per_second", board.tokens / board.seconds)
 
 
-def _tell(run: Run, board: Progress, n_candidates: int, n_samples: int) -> None:
+def _tell(run: Run, board: RaceProgress, n_candidates: int, n_samples: int) -> None:
     """Say how far a race is."""
     if not board.engines and not board.over:
         run.progress.now_and_then(f"starting {run.config.search.engine}; {board.outstanding} of {n_candidates} candidates wait")

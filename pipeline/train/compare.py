@@ -94,7 +94,9 @@ def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, Any]:
     """Metrics on the test split of the chosen checkpoints, each kept beside its arm's result; `job` is that of any arm."""
     file = f"test-{digest(row_ids(job.data, 'test'))}.json"
     todo = {
-        arm["name"]: storage.sub(*arm["checkpoint"].split("/")) for arm in arms if not storage.is_whole(f"{arm['name']}/{file}")
+        arm["name"]: storage.sub(*arm["checkpoint"].split("/"))
+        for arm in arms
+        if not storage.is_complete(f"{arm['name']}/{file}")
     }
     for name, metrics in _tested(job, todo, storage):
         storage.write_json(f"{name}/{file}", metrics)

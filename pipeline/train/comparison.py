@@ -74,7 +74,7 @@ def train_one(run: Run, init: str | None, lr: float | None, seed: int | None, pr
 
 
 def _profiled(run: Run, job: Job) -> Job:
-    if run.folder.is_whole(f"train/{job.name}/{RESULT_FILE}"):
+    if run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}"):
         raise InputError(f"{run.folder.uri}: {job.arm.name} is trained already; profile another --lr or --seed")
     folder = run.folder.sub("profile")
     run.progress.say(f"trace of the first steps: {folder.uri}/{job.trace}")

@@ -30,7 +30,7 @@ def probe(jobs: Mapping[str, Job], results: Folder, say: Callable[[str], None]) 
     Returns:
         For each name the mean NLL on the held-out rows after the last step; None where training diverged.
     """
-    known = {name: results.read_json(f"{name}.json") for name in jobs if results.is_whole(f"{name}.json")}
+    known = {name: results.read_json(f"{name}.json") for name in jobs if results.is_complete(f"{name}.json")}
     train = next(iter(jobs.values())).train
     task = compute_task(_loss_after_training, train.cpus_per_worker, train.gpus_per_worker)
     waiting = {task.remote(job): name for name, job in jobs.items() if name not in known}

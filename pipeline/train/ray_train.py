@@ -83,7 +83,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     storage: Folder = config["storage"]
-    sizes = storage.read_json(SIZES_FILE) if storage.is_whole(SIZES_FILE) else ()
+    sizes = storage.read_json(SIZES_FILE) if storage.is_complete(SIZES_FILE) else ()
     context = ray.train.get_context()
     report = _Reports(storage, worker_log("train", job.arm.name))
     feed = partial(stream_steps, config["rows"])
@@ -139,7 +139,7 @@ def require_workers(train: TrainConfig) -> None:
     Raises:
         InputError: it cannot.
     """
-    require(training_resources(train), "train", train.min_workers or train.workers, beside=TRIAL_CPUS)
+    require(training_resources(train), "train", train.min_workers or train.workers, driver_cpus=TRIAL_CPUS)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:

@@ -33,7 +33,7 @@ def train_arms(
         InputError: what they are to be tracked with cannot be had.
         RuntimeError: an arm failed; the others' results are kept.
     """
-    todo = [job for job in jobs if not storage.is_whole(f"{job.name}/{RESULT_FILE}")]
+    todo = [job for job in jobs if not storage.is_complete(f"{job.name}/{RESULT_FILE}")]
     if todo:
         tracked = tracked or TrackConfig()
         tracking.check(tracked)

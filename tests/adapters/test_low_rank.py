@@ -12,12 +12,12 @@ from pipeline.adapters.low_rank import (
     Factors,
     ab_mean,
     dare,
+    drop_null_rank,
     factorise,
     pad,
     ties,
     truncate,
     weighted_sum,
-    without_nothing,
 )
 
 SIZES = st.integers(1, 9)
@@ -158,7 +158,7 @@ def test_rank_that_adds_nothing_is_left_out() -> None:
     donor = factors(3, 20, 30, seed=2)
     cut, _ = truncate(weighted_sum([donor, donor], [0.5, 0.5]), 6)
     assert cut.rank == 6
-    assert without_nothing(cut).rank == 3
-    torch.testing.assert_close(without_nothing(cut).dense(), donor.dense())
-    assert without_nothing(donor).rank == 3
-    assert without_nothing(Factors(donor.a_RI, torch.zeros(20, 3, dtype=torch.float64))).rank == 0
+    assert drop_null_rank(cut).rank == 3
+    torch.testing.assert_close(drop_null_rank(cut).dense(), donor.dense())
+    assert drop_null_rank(donor).rank == 3
+    assert drop_null_rank(Factors(donor.a_RI, torch.zeros(20, 3, dtype=torch.float64))).rank == 0

@@ -139,15 +139,15 @@ def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
 def test_what_the_cluster_cannot_hold_is_refused_by_its_key(nodes: Any, wish: Resources, count: int, message: str) -> None:
     nodes({"CPU": 4}, {"CPU": 8})
     with pytest.raises(InputError, match=f"^train.{message}"):
-        require(wish, "train", count, beside=0.01)
+        require(wish, "train", count, driver_cpus=0.01)
 
 
 def test_what_the_cluster_can_hold_is_not_refused(nodes: Any) -> None:
     nodes({"CPU": 4}, {"CPU": 8, "GPU": 2})
     require(Resources(8, 1, 1), "search")
-    require(Resources(1, 1, 1), "train", 2, beside=0.01)
+    require(Resources(1, 1, 1), "train", 2, driver_cpus=0.01)
     nodes({"CPU": 8})
-    require(worker_resources("auto", "auto", workers=3), "train", 3, beside=0.01)  # 7 / 3 CPUs each
+    require(worker_resources("auto", "auto", workers=3), "train", 3, driver_cpus=0.01)  # 7 / 3 CPUs each
     require(worker_resources("auto", "auto", spare=0), "search")
 
 

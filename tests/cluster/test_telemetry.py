@@ -11,7 +11,7 @@ from pipeline.cluster import telemetry
 from pipeline.core.ledger import Ledger, Outputs
 from pipeline.core.storage import Folder
 from pipeline.search import scoring
-from pipeline.search.scoreboard import Progress
+from pipeline.search.scoreboard import RaceProgress
 
 
 def test_nothing_is_told_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
         pass
     telemetry.tell_training("some-arm", tokens=300, seconds=2.0)
     telemetry.tell_training("not-begun", tokens=0, seconds=0.0)
-    scoring._measure(Progress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5))
+    scoring._measure(RaceProgress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5))
     expected = {
         "mashup_train_tokens_per_second:some-arm": 150.0,
         "mashup_search_engines": 2.0,

@@ -21,7 +21,7 @@ from store_server import StoreServer
 from writers import PART, READS, WRITES, check, content, write_on
 
 from pipeline.core import uploads
-from pipeline.core.errors import may_pass
+from pipeline.core.errors import is_transient
 from pipeline.core.storage import Folder
 
 KILLS = int(os.environ.get("MASHUP_KILLS", "5"))
@@ -84,7 +84,7 @@ class Looks:
         try:
             self._read(self._folder)
         except BaseException as error:
-            if may_pass(error):  # the server of a busy machine does not answer in time, and shows no version at all
+            if is_transient(error):  # the server of a busy machine does not answer in time, and shows no version at all
                 return
             self._wrong.append(error)
         self.count += 1

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from pipeline.adapters.pool import list_adapters
-from pipeline.core.errors import CAUSED, may_pass, one_line
+from pipeline.core.errors import CAUSED, is_transient, one_line
 from pipeline.core.storage import Folder
 
 
@@ -35,9 +35,9 @@ def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.Monke
 
 
 def test_a_full_disk_may_pass_and_a_forbidden_folder_may_not() -> None:
-    assert may_pass(OSError(errno.ENOSPC, "No space left on device"))
-    assert not may_pass(PermissionError(errno.EACCES, "Permission denied"))
-    assert not may_pass(OSError("AWS Error ACCESS_DENIED during CreateBucket operation"))
+    assert is_transient(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_transient(PermissionError(errno.EACCES, "Permission denied"))
+    assert not is_transient(OSError("AWS Error ACCESS_DENIED during CreateBucket operation"))
 
 
 def test_refused_credentials_are_said_to_be_so() -> None:

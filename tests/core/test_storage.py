@@ -260,9 +260,9 @@ def test_what_lies_in_a_folder(place: str, folder: str, inside: bool) -> None:
 def test_a_safetensors_file_that_is_cut_short_is_not_whole(folder: Folder, keep: int) -> None:
     content = save({"a": torch.ones(3), "b": torch.zeros(0)}, metadata={"format": "pt"})
     folder.write_bytes("mashup/weights.safetensors", content)
-    assert folder.is_whole("mashup/weights.safetensors")
+    assert folder.is_complete("mashup/weights.safetensors")
     folder.write_bytes("mashup/weights.safetensors", content[:keep])
-    assert not folder.is_whole("mashup")
+    assert not folder.is_complete("mashup")
 
 
 def test_a_document_that_is_cut_short_is_named(folder: Folder) -> None:

@@ -17,7 +17,7 @@ from pipeline.core.tables import SEEN
 from pipeline.refresh import target
 from pipeline.refresh.history import History
 from pipeline.refresh.lock import Lock, LockLostError, LockTakenError
-from pipeline.refresh.refresh import NOTHING, RefreshConfig, load_refresh, look, refresh
+from pipeline.refresh.refresh import NOTHING_TO_DO, RefreshConfig, load_refresh, look, refresh
 
 
 @pytest.fixture
@@ -146,14 +146,14 @@ def test_a_target_that_fails_stops_no_other_and_is_tried_again(content: dict[str
     assert found["targets"]["law"]["reason"] == "RuntimeError: the store is away"
 
     renewed["law"] = InputError("no such file")
-    found = refresh(config, tell_nothing=True)
-    assert outcomes(found) == {"law": "wrong input", "sport": NOTHING}
+    found = refresh(config, report_noop=True)
+    assert outcomes(found) == {"law": "wrong input", "sport": NOTHING_TO_DO}
     assert (found["status"], found["exit_code"]) == ("wrong input", 2)
 
     renewed["law"] = None
-    assert outcomes(refresh(config)) == {"law": "kept", "sport": NOTHING}
+    assert outcomes(refresh(config)) == {"law": "kept", "sport": NOTHING_TO_DO}
     assert refresh(config)["exit_code"] == 0
-    assert refresh(config, tell_nothing=True)["exit_code"] == 3
+    assert refresh(config, report_noop=True)["exit_code"] == 3
     history = History.of(Folder.at(content["home"]))
     assert [row["reason"] for row in history.rows if row["target"] == "law"] == [
         "RuntimeError: the store is away",
@@ -268,8 +268,8 @@ def test_a_home_over_several_refreshes(
 
     # Again: nothing is done, and what could do it is not even imported.
     ending, modules = scheduled.in_a_process()
-    assert (ending["status"], ending["exit_code"]) == (NOTHING, 3)
-    assert outcomes(ending) == {"words": NOTHING, "fewer": NOTHING}
+    assert (ending["status"], ending["exit_code"]) == (NOTHING_TO_DO, 3)
+    assert outcomes(ending) == {"words": NOTHING_TO_DO, "fewer": NOTHING_TO_DO}
     assert re.search(r"\| +pipeline\.refresh$", modules, re.M)
     assert not re.search(r"\| +(torch|ray|transformers|matplotlib)$", modules, re.M)
 

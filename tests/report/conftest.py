@@ -2,17 +2,15 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hostile import HOSTILE
+from run_data import RunData
 
 from pipeline.config import Config
-from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, selection
@@ -29,22 +27,6 @@ REASONS = (
     "use_dora: true is not supported: its magnitude cannot be merged as a delta",
     "duplicate of pool/boolq-r8-seed0: same weights and scaling",
 )
-
-
-@dataclass
-class RunData:
-    """The documents and tables of a run, to be changed at will and written."""
-
-    documents: dict[str, Any]
-    tables: dict[str, pa.Table]
-
-    def write(self, path: Path) -> Folder:
-        folder = Folder.at(path)
-        for name, value in self.documents.items():
-            folder.write_json(name, value)  # config.yaml too: JSON is YAML
-        for name, table in self.tables.items():
-            folder.write_table(name, table)
-        return folder
 
 
 @pytest.fixture(scope="session")

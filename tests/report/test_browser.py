@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import RunData
+from run_data import RunData
 
 from pipeline.report.page import write_report
 

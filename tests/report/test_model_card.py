@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RunData
+from run_data import RunData
 
 from pipeline.config import Config
 from pipeline.report.model_card import escape_markdown, model_card

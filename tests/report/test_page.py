@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import RunData
+from run_data import RunData
 
 from pipeline.core.storage import Folder
 from pipeline.report.page import VISIBLE_ROWS, write_report

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import RunData
 from hostile import HOSTILE
+from run_data import RunData
 
 from pipeline.core.tables import COMPARISON
 from pipeline.report import plots

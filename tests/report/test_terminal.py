@@ -4,8 +4,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from conftest import RunData
 from rich.console import Console, RenderableType
+from run_data import RunData
 
 from pipeline.report.terminal import leaderboard_table, plan_table, summary_table
 

@@ -36,9 +36,7 @@ def test_a_step_is_never_in_exponent_form(value: float, text: str) -> None:
 
 
 def test_numbers_that_are_not_there_are_a_dash() -> None:
-    assert {words.nll(None), words.nll(math.nan), words.signed(math.inf), words.percent(None), words.ratio(None)} == {
-        words.NOTHING
-    }
+    assert {words.nll(None), words.nll(math.nan), words.signed(math.inf), words.percent(None), words.ratio(None)} == {words.DASH}
 
 
 def test_a_long_id_keeps_both_ends() -> None:

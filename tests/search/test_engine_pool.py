@@ -34,7 +34,7 @@ from pipeline.search.engine_pool import (
 )
 from pipeline.search.race import Plan, make_plan
 from pipeline.search.score_store import ScoreStore, read_failures
-from pipeline.search.scoreboard import Progress, Work
+from pipeline.search.scoreboard import RaceProgress, Work
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -57,7 +57,7 @@ def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
 
-def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Iterator[Progress]:
+def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Iterator[RaceProgress]:
     """A race, which scores everything unless there is a plan."""
     asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
     config = SearchConfig(**(asked | search))
@@ -66,7 +66,7 @@ def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None
     return score_stream(work, engine, config, plan or everything, seconds)
 
 
-def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Progress:
+def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> RaceProgress:
     """Run a race to its end."""
     *_, last = start(base, work, plan, seconds, **search)
     assert last.over
@@ -159,7 +159,7 @@ def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
     monkeypatch.setattr("pipeline.cluster.resources.may_grow", lambda: True)
     uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(3)}
     work = work_on(uris, samples, Folder.at(tmp_path))
-    waiting, last = Counter[str](), Progress()
+    waiting, last = Counter[str](), RaceProgress()
     for last in start(tiny_base, work, actors=3, cpus_per_actor=3):  # noqa: B007 (the last one is looked at)
         actors = [actor for actor in ray._private.state.actors().values() if actor["ActorClassName"].startswith("MapWorker")]
         waiting |= Counter(actor["State"] for actor in actors)
@@ -206,7 +206,7 @@ def test_engines_that_are_kept_serve_the_next_race(
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1, actors=1)
     engines = Engines(search)
 
-    def race(names: dict[str, str], place: str, max_rank: int) -> tuple[Work, Progress]:
+    def race(names: dict[str, str], place: str, max_rank: int) -> tuple[Work, RaceProgress]:
         work = work_on(names, samples, Folder.at(tmp_path / place))
         everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
         *_, last = engines.race(work, engine_config(tiny_base, max_rank, ["q_proj", "v_proj"], search, 64), everything)

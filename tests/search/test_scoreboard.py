@@ -24,7 +24,7 @@ def work_on(folder: Path, names: list[str]) -> Work:
     return Work(candidates, samples, store, Folder.at(folder / "failures"))
 
 
-def losses(job: board_module.Job) -> dict[int, list[float]]:
+def losses(job: board_module.ScoringJob) -> dict[int, list[float]]:
     return {candidate: [1.0 + candidate] * len(job.samples) for candidate in job.candidates}
 
 

@@ -18,7 +18,7 @@ from pipeline.search import scoring
 from pipeline.search.engine_pool import Engines
 from pipeline.search.race import Race, make_plan
 from pipeline.search.score_store import read_failures
-from pipeline.search.scoreboard import Progress
+from pipeline.search.scoreboard import RaceProgress
 
 CANDIDATES = pa.schema([(name, pa.string()) for name in scoring.CANDIDATE])
 
@@ -29,7 +29,7 @@ def asked(run: Path) -> dict[str, Any]:
 
 def test_a_race_measures_what_it_shows_and_no_more() -> None:
     """Two engines, 20 seconds each of 25. Nothing is warm where each had one batch, nothing starts where engines were kept."""
-    race = Progress(tokens=900, seconds=40.0, engines=2, startup=9.0)
+    race = RaceProgress(tokens=900, seconds=40.0, engines=2, startup=9.0)
     assert scoring.speed_of(race, 25.0) == {"start_seconds": 5.0}
     race.loaded = Loaded(adapters=4, bytes=800, seconds=2.0)
     race.warm_tokens, race.warm_seconds, race.startup = 600, 12.0, 0.0
@@ -38,7 +38,7 @@ def test_a_race_measures_what_it_shows_and_no_more() -> None:
         "load_seconds_per_adapter": 0.5,
         "load_seconds_per_byte": 0.0025,
     }
-    assert scoring.speed_of(Progress(), 1.0) == {}
+    assert scoring.speed_of(RaceProgress(), 1.0) == {}
 
 
 def test_an_adapter_that_the_engine_has_no_room_for_is_set_aside(tmp_path: Path) -> None:
