@@ -25,9 +25,9 @@ from vllm.platforms import current_platform
 
 from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
 from pipeline.core.tables import SCORES
-from pipeline.engines import vllm_cpu
+from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
-from pipeline.engines.vllm_head import START
+from pipeline.engines.vllm_prompt_logprobs import START
 from pipeline.model.base_model import fast_dtype
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -114,7 +114,7 @@ class VllmScorer:
         self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
         self._numbers = itertools.count(1)
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
-            vllm_cpu.register()
+            vllm_cpu_lora.register()
         self.llm = LLM(**_arguments(config))
         if config.tensor_parallel_size > 1:
             self.llm.collective_rpc(_end_with_parent)

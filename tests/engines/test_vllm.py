@@ -212,7 +212,7 @@ def test_an_adapter_that_blows_up_bends_no_other_score(
 def test_the_plugin_is_at_work(engine: Callable[..., Any]) -> None:
     import vllm
 
-    from pipeline.engines.vllm_cpu import KNOWN, current_platform
+    from pipeline.engines.vllm_cpu_lora import KNOWN, current_platform
 
     expected = current_platform.is_cpu() and vllm.__version__.startswith(KNOWN)
     assert engine("wrapper").endswith("vllm_cpu.SegmentedLora") == expected

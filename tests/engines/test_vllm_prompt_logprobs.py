@@ -14,8 +14,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from pipeline.engines import vllm_head
-from pipeline.engines.vllm_head import START, prompt_logprobs
+from pipeline.engines import vllm_prompt_logprobs
+from pipeline.engines.vllm_prompt_logprobs import START, prompt_logprobs
 
 HIDDEN, VOCABULARY = 8, 40
 LENGTHS = {"a": 9, "b": 6, "c": 2}
@@ -79,7 +79,7 @@ def assert_is_the_end_of(found: LogprobsTensors, full: LogprobsTensors, count: i
 
 @pytest.mark.parametrize("head_rows", [3, 256])
 def test_the_wanted_tokens_are_as_vllm_gives_them(head_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_head, "HEAD_ROWS", head_rows)
+    monkeypatch.setattr(vllm_prompt_logprobs, "HEAD_ROWS", head_rows)
     full = Runner({}).run(GPUModelRunner._get_prompt_logprobs_dict)
     runner = Runner(STARTS)
     found = runner.run(prompt_logprobs)

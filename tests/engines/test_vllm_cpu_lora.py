@@ -15,9 +15,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pipeline.engines import vllm as engine
-from pipeline.engines import vllm_cpu, vllm_head
+from pipeline.engines import vllm_cpu_lora, vllm_prompt_logprobs
 from pipeline.engines.scorer import EngineConfig
-from pipeline.engines.vllm_cpu import SegmentedLora, register, segments, used_rank
+from pipeline.engines.vllm_cpu_lora import SegmentedLora, register, segments, used_rank
 
 INPUTS, QKV, MAX_RANK = 48, (32, 16, 16), 64
 ADAPTERS = {7: 4, 8: 64, 9: 16}
@@ -138,7 +138,7 @@ def test_tokens_without_an_adapter_are_left_as_they_are() -> None:
 @pytest.fixture
 def platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's CPU platform as it is without the plugin."""
-    kind = type(vllm_cpu.current_platform)
+    kind = type(vllm_cpu_lora.current_platform)
     monkeypatch.setattr(kind, "get_punica_wrapper", classmethod(lambda cls: "its own"))
     monkeypatch.setattr(CPUModelRunner, "_get_prompt_logprobs_dict", GPUModelRunner._get_prompt_logprobs_dict)
     return kind
@@ -152,11 +152,11 @@ def assert_untouched(platform: Any) -> None:
 def test_registering_twice_puts_ours_in_place(platform: Any) -> None:
     register()
     register()
-    assert platform.get_punica_wrapper() == "pipeline.engines.vllm_cpu.SegmentedLora"
-    assert CPUModelRunner._get_prompt_logprobs_dict is vllm_head.prompt_logprobs
+    assert platform.get_punica_wrapper() == "pipeline.engines.vllm_cpu_lora.SegmentedLora"
+    assert CPUModelRunner._get_prompt_logprobs_dict is vllm_prompt_logprobs.prompt_logprobs
 
 
-@pytest.mark.parametrize(("plugins", "name"), [(None, "pipeline.engines.vllm_cpu.SegmentedLora"), ("", "its own")])
+@pytest.mark.parametrize(("plugins", "name"), [(None, "pipeline.engines.vllm_cpu_lora.SegmentedLora"), ("", "its own")])
 def test_an_engine_uses_ours_where_our_package_is_not_installed(
     platform: Any, monkeypatch: pytest.MonkeyPatch, tiny_base: str, plugins: str | None, name: str
 ) -> None:
@@ -172,7 +172,7 @@ def test_an_engine_uses_ours_where_our_package_is_not_installed(
 def test_an_unknown_vllm_keeps_its_own_with_a_warning(
     platform: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vllm_cpu.vllm, "__version__", "9.9.0")
+    monkeypatch.setattr(vllm_cpu_lora.vllm, "__version__", "9.9.0")
     with caplog.at_level(logging.WARNING):
         register()
     assert_untouched(platform)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
-from pipeline.engines import vllm_head
+from pipeline.engines import vllm_prompt_logprobs
 
 KNOWN = ("0.32.",)
 """Versions of vLLM with the methods that are replaced here."""
@@ -34,7 +34,7 @@ def register() -> None:
         return
     platform: Any = type(current_platform)
     platform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.{SegmentedLora.__name__}")
-    vllm_head.register()
+    vllm_prompt_logprobs.register()
 
 
 @dataclass(frozen=True)
