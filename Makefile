@@ -110,10 +110,10 @@ typecheck: setup
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# One after the other: each keeps both cores busy.
-pytest-long: export MASHUP_KILLS ?= 100
+# Those of most minutes begin first.
+pytest-long: export MASHUP_KILLS ?= 20
 pytest-long: setup
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m long $(PYTEST_ARGS)
 
 test-all: test pytest-long
 

@@ -121,6 +121,7 @@ def _draws() -> Iterator[tuple[int, list[str]]]:
         yield SEED * 1000 + number, [kinds.pop(0) for _ in range(min(AT_ONCE, FAULTS - start))]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900 + 150 * min(FAULTS, AT_ONCE))
 @pytest.mark.parametrize(("seed", "kinds"), _draws(), ids=lambda value: "-".join(value) if isinstance(value, list) else None)
 def test_after_faults_the_same_command_ends_with_the_same_tables(

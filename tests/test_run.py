@@ -144,6 +144,7 @@ def test_no_donor_helps_so_the_base_is_the_start(
     assert "base" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")

@@ -8,6 +8,7 @@ import ray
 from benchmarks.load import load_base, search_at_once
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_two_searches_at_once_on_one_store_leave_the_same_leaderboard_and_lose_nothing(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_rows_of_the_papers_data_sets_ask_for_a_letter(name: str) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("ray_session")
 def test_the_study_trains_donors_on_its_tasks_and_goes_on_where_it_was(
     tiny_base: str, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -24,8 +24,8 @@ from pipeline.core import uploads
 from pipeline.core.errors import is_transient
 from pipeline.core.storage import Folder
 
-KILLS = int(os.environ.get("MASHUP_KILLS", "5"))
-"""Of each signal, each kind of write and each place."""
+FEW, KILLS = 5, int(os.environ.get("MASHUP_KILLS", "100"))
+"""Of each signal, each kind of write and each place: by default, and among the long tests."""
 LONGEST = 0.03
 """Seconds that a writer works before it is killed; a write takes 1 to 20 ms."""
 
@@ -45,18 +45,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Folder.at(f"{request.getfixturevalue('bucket')}/run")
 
 
-@pytest.mark.timeout(60 + 3 * KILLS)
+@pytest.mark.timeout(60 + 3 * max(FEW, KILLS))
+@pytest.mark.parametrize("kills", [FEW, pytest.param(KILLS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("kind", WRITES)
 def test_who_reads_sees_whole_versions_while_writers_are_killed(
-    kind: str, number: signal.Signals, place: Folder, forked: Any
+    kind: str, number: signal.Signals, kills: int, place: Folder, forked: Any
 ) -> None:
     draw = random.Random(f"{kind} {number}")
     WRITES[kind](place, 0)
     looks = Looks(READS.get(kind, lambda folder: check(folder.read_bytes("file"))), place)
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     with looks:
-        for one in range(KILLS):
+        for one in range(kills):
             told, says = forked.Pipe(duplex=False)
             writer = forked.Process(target=write_on, args=(place.uri, kind, 1 + 1000 * one, environment, says))
             writer.start()
@@ -66,7 +67,7 @@ def test_who_reads_sees_whole_versions_while_writers_are_killed(
             writer.join(30)
             assert writer.exitcode in (1, -number)
             looks.look()
-    assert looks.count > KILLS
+    assert looks.count > kills
     if number == signal.SIGTERM:  # after a SIGKILL nobody is there to tidy up; a run sweeps, an hour later
         assert not [path for path in place.files.get_file_info(fs.FileSelector(place.path, recursive=True)) if _is_left(path)]
 

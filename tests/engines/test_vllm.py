@@ -215,7 +215,7 @@ def test_the_plugin_is_at_work(engine: Callable[..., Any]) -> None:
     from pipeline.engines.vllm_cpu_lora import KNOWN, current_platform
 
     expected = current_platform.is_cpu() and vllm.__version__.startswith(KNOWN)
-    assert engine("wrapper").endswith("vllm_cpu.SegmentedLora") == expected
+    assert engine("wrapper").endswith("vllm_cpu_lora.SegmentedLora") == expected
 
 
 def test_it_says_what_reading_adapters_took_and_reads_none_that_it_holds(

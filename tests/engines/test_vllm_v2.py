@@ -15,6 +15,7 @@ from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
     ),

@@ -22,7 +22,7 @@ from ray.job_submission import JobSubmissionClient
 
 from pipeline.core.storage import Folder
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
 
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 HEAD_SECONDS = 12
@@ -121,7 +121,7 @@ def stopped(world: World) -> Ended:
     while not _indexed(run) and command.poll() is None:
         time.sleep(0.2)
     assert world.client().stop_job(number)
-    output, error = command.communicate(timeout=120)
+    output, error = command.communicate(timeout=300)
     return Ended(command.returncode, output, error, run)
 
 
@@ -145,7 +145,7 @@ def last_line(log: str) -> dict[str, Any]:
 def test_nobody_gets_in_without_the_token(world: World) -> None:
     stranger = {name: value for name, value in world.env.items() if name not in TOKEN} | {"RAY_AUTH_MODE": "disabled"}
     command = world.mashup("submit", world.write(), env=stranger)
-    _, error = command.communicate(timeout=120)
+    _, error = command.communicate(timeout=300)
     assert command.returncode == 2, error
     assert "RAY_AUTH_TOKEN_PATH" in error.strip().splitlines()[-1]
 
@@ -205,7 +205,7 @@ def test_a_run_whose_cluster_loses_its_head_ends_with_a_line(world: World) -> No
     assert driver.stdout is not None
     assert driver.stdout.readline() == "joined\n"
     end_node(world.head)
-    _, error = driver.communicate(timeout=120)
+    _, error = driver.communicate(timeout=300)
     assert driver.returncode == 1
     line = error.strip().splitlines()[-1]
     assert "no Ray cluster answers at" in line

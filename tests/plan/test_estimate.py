@@ -78,6 +78,7 @@ def test_only_adapters_that_are_elsewhere_and_lack_scores_are_fetched(monkeypatc
     assert to_fetch(work, Race(race.plan, [1] * 4, nll_NS), catalogue) == {"adapters": 0, "bytes": 0, "bytes_at_most": 0}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(

@@ -239,6 +239,7 @@ class Scheduled:
         return self.home.sub("published", target).state()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
 def test_a_home_over_several_refreshes(

@@ -136,6 +136,7 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     assert known.nll_NS.flatten().tolist() == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.long
 def test_who_is_out_of_the_race_is_not_scored_further(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:
@@ -152,6 +153,7 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     assert again.seen == last.seen
 
 
+@pytest.mark.long
 def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_type_that_vllm_has_no_kernels_for_is_refused_before_it_starts(
         require_engine(SearchConfig(**search))
 
 
+@pytest.mark.long
 def test_engines_that_are_kept_serve_the_next_race(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], worker_logs: Callable[[], str]
 ) -> None:
@@ -252,6 +255,7 @@ def test_engines_wait_in_the_lobby_until_they_are_called_or_let_go() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]) -> None:
     """Far more than can be scored in the time; the time runs from the engine's start, so that something is."""
     uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(500)}
@@ -276,6 +280,7 @@ def test_a_search_that_is_broken_off_can_be_taken_up_again(
     assert run(tiny_base, work).seen == [4] * 5
 
 
+@pytest.mark.long
 def test_what_another_run_has_scored_meanwhile_is_not_scored_again(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:
@@ -293,6 +298,7 @@ def test_what_another_run_has_scored_meanwhile_is_not_scored_again(
     assert work.store.load(["a1", "a2"], samples).nll_NS.tolist() == [losses] * 2
 
 
+@pytest.mark.long
 def test_adapters_and_scores_in_an_object_store(
     bucket: str, tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:
@@ -304,6 +310,7 @@ def test_adapters_and_scores_in_an_object_store(
     assert run(tiny_base, work).engines == 0
 
 
+@pytest.mark.long
 def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +330,7 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
     assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
 
 
+@pytest.mark.long
 def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_aside(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +352,7 @@ def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_asi
     assert read_failures(work.failures) == {}
 
 
+@pytest.mark.long
 def test_a_base_that_cannot_be_scored_ends_the_race(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:

@@ -35,7 +35,7 @@ def world(
 
 def search(world: Path, base: str, fault: str) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPT), str(world), base, fault]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((world / fault / "found.json").read_text())
     return found
@@ -49,7 +49,8 @@ def undisturbed(world: Path, tiny_base: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.long
+@pytest.mark.timeout(2000)
 @pytest.mark.xdist_group("faults")  # one undisturbed search for all
 @pytest.mark.parametrize("fault", ["node", "join"])
 def test_the_result_is_the_same(world: Path, tiny_base: str, undisturbed: dict[str, Any], fault: str) -> None:

@@ -37,6 +37,7 @@ UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens
 """The workers have several passes a step, and not equally many rows."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
@@ -77,6 +78,7 @@ def test_any_number_of_workers_gives_the_curve_of_one(
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "shared out"])
 def test_a_worker_that_runs_out_of_memory_leaves_no_other_waiting(
     shard: bool, job: Callable[..., Job], alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

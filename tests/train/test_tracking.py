@@ -37,6 +37,7 @@ def scalars(events: bytes) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_an_arm_is_tracked_in_both(
     job: Callable[..., Job], tmp_path: Path, worker_logs: Callable[[], str], monkeypatch: pytest.MonkeyPatch
