@@ -1,8 +1,9 @@
 """Multi-LoRA at speed on vLLM's CPU platform, as a vLLM plugin (entry point `vllm.general_plugins`).
 
 vLLM's own CPU fallback gathers a copy of A and B for every token. A batch of the search holds long runs of tokens of one adapter,
-so a few matrix products for each run compute the same. The plugin also brings `vllm_prompt_logprobs`, which runs the output head only where
-a prompt's log-probabilities are wanted. On other platforms, and with a vLLM whose internals it does not know, it does nothing.
+so a few matrix products for each run compute the same. The plugin also brings `vllm_prompt_logprobs`, which runs the output head
+only where a prompt's log-probabilities are wanted. On other platforms, and with a vLLM whose internals it does not know, it does
+nothing.
 """
 
 import logging

@@ -1,4 +1,5 @@
-"""The output head only where a prompt's log-probabilities are wanted, for vLLM's CPU platform; part of the plugin in `vllm_cpu_lora.py`.
+"""The output head only where a prompt's log-probabilities are wanted, for vLLM's CPU platform; part of the same plugin as
+`vllm_cpu_lora`.
 
 vLLM computes the logits of every prompt token, one request after the other. Its own option for less, `prompt_logprob_token_ids`,
 does not tell whether the token was the first choice and needs a model runner that CPUs do not have. Here a request says from
