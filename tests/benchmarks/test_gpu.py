@@ -308,8 +308,8 @@ def test_memory_that_a_task_leaves_is_found(
     seen = [1.5e9, *after]
     monkeypatch.setattr(whole_run, "PATIENCE", 1.2)
     monkeypatch.setattr(whole_run, "device_memory", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
-    monkeypatch.setattr(whole_run.cluster, "connect", lambda: 0.0)
-    monkeypatch.setattr(whole_run.cluster, "compute_task", lambda function: SimpleNamespace(remote=lambda size: 1.5e9 + size))
+    monkeypatch.setattr(whole_run, "connect", lambda: 0.0)
+    monkeypatch.setattr(whole_run, "compute_task", lambda function: SimpleNamespace(remote=lambda size: 1.5e9 + size))
     monkeypatch.setattr(whole_run.ray, "get", lambda value: value)
     if why is None:
         assert whole_run.memory_after_a_task(Setting("cuda", tmp_path))["left_gb"] == 0

@@ -68,7 +68,7 @@ def published_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the published mashup's loss on the samples of today."""
 
     def set_loss(value: float) -> None:
-        monkeypatch.setattr(publish_module, "_loss_now", lambda run, current: value)
+        monkeypatch.setattr(publish_module, "_loss_now", lambda run, engines, current: value)
 
     return set_loss
 
