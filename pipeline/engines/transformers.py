@@ -11,7 +11,8 @@ from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.model.base_model import device, fast_dtype, load_model
-from pipeline.model.completion_loss import collate, length_batches, score_rows
+from pipeline.model.completion_loss import collate, score_rows
+from pipeline.model.length_batches import length_batches
 
 BATCH_TOKENS = 2048
 """Padded tokens in one forward pass."""

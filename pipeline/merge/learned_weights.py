@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.adapters.adapter import Adapter, read_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.model.base_model import device, fast_dtype, load_model
-from pipeline.model.completion_loss import collate, completion_nll, length_batches
+from pipeline.model.completion_loss import collate, completion_nll
+from pipeline.model.length_batches import length_batches
 
 STEPS, ROWS, RATE = 24, 4, 0.1
 """Of Adam: steps, samples a step, and its rate. More samples a step found no better weights."""

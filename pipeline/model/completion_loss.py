@@ -50,16 +50,6 @@ class Batch:
         return self.place_N // self.ids_BT.shape[1]
 
 
-def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
-            batches.append([])
-        batches[-1].append(place)
-    return batches
-
-
 def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> Batch:
     """Pad rows to the longest of them. A row's first token has nothing before it and never counts."""
     width = max(len(row) for row in ids)

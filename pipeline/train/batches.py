@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.model.completion_loss import length_batches
+from pipeline.model.length_batches import length_batches
 
 ROW = pa.struct([("ids", pa.list_(pa.int32())), ("learn", pa.list_(pa.bool_()))])
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.tables import SAMPLES
-from pipeline.model.completion_loss import length_batches
+from pipeline.model.length_batches import length_batches
 from pipeline.train.batches import STEP, Share, batch_places, halved, make_steps, padded_tokens, share_out
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
@@ -38,14 +38,6 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
-
-
-@given(lengths=LENGTHS, tokens=st.integers(1, 200))
-def test_length_batches_hold_every_row_once_within_the_budget(lengths: list[int], tokens: int) -> None:
-    batches = length_batches(lengths, tokens)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[p] for p in batch) <= tokens for batch in batches)
-    assert length_batches([], tokens) == []
 
 
 @given(lengths=LENGTHS, workers=st.integers(1, 5), tokens=st.integers(1, 200))

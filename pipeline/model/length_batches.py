@@ -1,0 +1,13 @@
+"""Rows of like length in batches: plain numbers, so that who only deals rows out imports neither torch nor transformers."""
+
+from collections.abc import Sequence
+
+
+def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of rows, the longest first, in batches of at most `tokens` padded tokens (one row at least)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
