@@ -17,6 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli import main
+from pipeline.config import load_config
+from pipeline.run import run_search
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +137,12 @@ def test_no_donor_helps_so_the_base_is_the_start(
     file = tmp_path / "pool/contrary/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": -16}))
     config |= {"pool": str(tmp_path / "pool")}
-    assert mashup("run", run_config(config, tmp_path)) == 0
-    selection, summary = (json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("selection", "summary"))
-    assert selection["verdict"] == summary["verdict"] == "base"
-    assert list(summary["inits"]) == ["base"]
-    assert summary["parity"] is None
+    run_search(load_config(run_config(config, tmp_path)))
+    assert mashup("merge", "--run", config["run"]) == 0
+    selection = json.loads((tmp_path / "run/selection.json").read_text())
+    assert (selection["verdict"], selection["donors"], selection["recipe"]) == ("base", [], None)
     assert not (tmp_path / "run/mashup").exists()
-    assert "base" in capsys.readouterr().out
+    assert "verdict: start from the base" in capsys.readouterr().err
 
 
 @pytest.mark.long
