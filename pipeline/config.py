@@ -6,7 +6,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -26,8 +26,33 @@ MAX_COUNT = 1 << 31
 MAX_RANK = 1024
 """Of a mashup, and of donors that are merged."""
 
-LOSSLESS = ("concat", "fold")
-"""Merge methods that keep the sum of the donors' ranks."""
+
+class MergeMethod(NamedTuple):
+    """What is known of a merge method by its name; its function is in `merge/recipes.py`."""
+
+    sentence: str
+    lossless: bool = False
+    """The result has the sum of the donors' ranks."""
+    dense: bool = False
+    """It works on whole delta weights: in a 7B base an hour a recipe on a CPU."""
+
+
+METHODS = {
+    "exact": MergeMethod("weighted sum of the donors' delta weights (scale x B A), factored by an SVD at the rank below"),
+    "concat": MergeMethod(
+        "weighted sum of the donors' delta weights, their factors side by side: nothing is lost", lossless=True
+    ),
+    "fold": MergeMethod(
+        "weighted sum of the donors' delta weights, their factors side by side, which training adds to the frozen base",
+        lossless=True,
+    ),
+    "ab_mean": MergeMethod("weighted mean of the donors' A and B matrices, each apart"),
+    "ties": MergeMethod("TIES (arXiv 2306.01708) on the donors' delta weights, factored by an SVD at the rank below", dense=True),
+    "dare": MergeMethod("DARE (arXiv 2311.03099) on the donors' delta weights, factored by an SVD at the rank below", dense=True),
+}
+"""All merge methods, by the names that a config gives."""
+
+MethodName = Literal[("auto", *METHODS)]  # type: ignore[valid-type]
 
 
 class TargetConfig(Section):
@@ -112,7 +137,7 @@ class MergeConfig(Section):
     """How donors become one adapter."""
 
     k: int | Auto = Field("auto", description="donors to merge; auto: chosen on the hold-out samples")
-    method: Literal["auto", "exact", "concat", "fold", "ab_mean", "ties", "dare"] = Field(
+    method: MethodName = Field(
         "auto",
         description="auto: exact, with the paper's ab_mean of the best two as a rival; fold: nothing is cut, and training adds "
         "the mashup to the frozen base's weights and trains a fresh adapter on top",
@@ -144,7 +169,7 @@ class MergeConfig(Section):
 
     @model_validator(mode="after")
     def lossless_methods_have_their_own_rank(self) -> "MergeConfig":
-        if self.method in LOSSLESS and self.rank != "auto":
+        if self.method != "auto" and METHODS[self.method].lossless and self.rank != "auto":
             raise ValueError(
                 f"method {self.method} keeps the sum of the donors' ranks; leave merge.rank out, or use method exact"
             )

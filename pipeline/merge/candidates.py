@@ -9,7 +9,7 @@ import ray
 
 from pipeline.adapters.catalogue import uris_by_id
 from pipeline.cluster.resources import compute_task, worker_resources
-from pipeline.config import ON_SAMPLES
+from pipeline.config import METHODS, ON_SAMPLES
 from pipeline.core.errors import InputError
 from pipeline.core.stats import mean_per_token
 from pipeline.core.tables import BASE_ID
@@ -17,7 +17,7 @@ from pipeline.data.splits import split_of
 from pipeline.engines.scorer import too_large
 from pipeline.merge.build import Built, build, build_on_device
 from pipeline.merge.learned_weights import greedy_donors, learn_weights
-from pipeline.merge.recipes import DENSE, Recipe
+from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, of_fewer
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
@@ -132,7 +132,7 @@ def _merged(
     """As `build`: on a GPU where the cluster has one. For factored merges, which take a CPU seconds, engines that wait for the
     hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
     given = recipes, uris, run.config.base, run.folder.sub("candidates")
-    dense = any(recipe.method in DENSE for recipe in recipes.values())
+    dense = any(METHODS[recipe.method].dense for recipe in recipes.values())
     if not worker_resources("auto", "auto").gpus or (engines.up and not dense):
         return build(*given)
     held = engines.leave_room()

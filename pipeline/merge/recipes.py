@@ -14,7 +14,7 @@ from pipeline.model.base_model import Shapes
 
 CPU = torch.device("cpu")
 
-METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tensor]] = {
     "exact": weighted_sum,
     "concat": weighted_sum,
     "fold": weighted_sum,
@@ -22,12 +22,7 @@ METHODS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Tens
     "ties": ties,
     "dare": dare,
 }
-"""Name -> how the factors of one module become one delta weight, factored or dense. `exact` is the weighted sum of the delta
-weights, cut to the wished rank; `concat` the same at the sum of the donors' ranks, which loses nothing; `fold` is `concat`, and
-training puts a fresh adapter on top."""
-
-DENSE = ("ties", "dare")
-"""Methods that work on whole delta weights: in a 7B base an hour a recipe on a CPU."""
+"""Name of a method, as in `config.METHODS` -> how the factors of one module become one delta weight, factored or dense."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def merge(
     for module in sorted(set().union(*(donor.tensors for donor in donors))):
         weights = (recipe.module_weights or {}).get(module, recipe.weights)
         pairs = [(d.factors(module).to(place), w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
-        merged = METHODS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
+        merged = FUNCTIONS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
         cut, energy = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
         deltas[module], kept = cut.to(CPU), min(kept, energy)
     first = donors[0]

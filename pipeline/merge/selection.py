@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import LOSSLESS, ON_SAMPLES, MergeConfig
+from pipeline.config import METHODS, ON_SAMPLES, MergeConfig
 from pipeline.core.tables import BASE_ID
 from pipeline.merge.recipes import Recipe
 from pipeline.train.starts import trained_rank
@@ -181,7 +181,7 @@ def _ranks(catalogue: pa.Table) -> dict[str, int]:
 
 def _rank(ranks: list[int], method: str, asked: int | str) -> int:
     """Lossless methods always have the sum of the donors' ranks."""
-    return sum(ranks) if method in LOSSLESS else trained_rank(max(ranks), asked)
+    return sum(ranks) if METHODS[method].lossless else trained_rank(max(ranks), asked)
 
 
 def _spread(recipe: Recipe) -> float:

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import METHODS as MERGE_METHODS
+
 Json = Mapping[str, Any]
 
 DASH = "–"
 """Shown for a number that is not there."""
 
-METHODS = {
-    "exact": "weighted sum of the donors' delta weights (scale x B A), factored by an SVD at the rank below",
-    "concat": "weighted sum of the donors' delta weights, their factors side by side: nothing is lost",
-    "ties": "TIES (arXiv 2306.01708) on the donors' delta weights, factored by an SVD at the rank below",
-    "dare": "DARE (arXiv 2311.03099) on the donors' delta weights, factored by an SVD at the rank below",
-    "ab_mean": "weighted mean of the donors' A and B matrices, each apart",
-}
+METHODS = {name: method.sentence for name, method in MERGE_METHODS.items()}
 
 TEST_METRICS = (
     ("test_exact_match", "Exact match on the test split"),

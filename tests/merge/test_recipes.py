@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors, ab_mean
+from pipeline.config import METHODS
 from pipeline.core.errors import AdapterError
-from pipeline.merge.recipes import METHODS, Merged, Recipe, merge, random_like
+from pipeline.merge.recipes import FUNCTIONS, Merged, Recipe, merge, random_like
 from pipeline.model.base_model import linear_shapes
 
 MIXED: list[dict[str, Any]] = [
@@ -151,7 +152,7 @@ def test_dense_methods_merge_mixed_donors(
     assert merged.kept_energy == pytest.approx(1.0, abs=1e-4)
     for module in merged.adapter.modules:
         having = [donor.factors(module) for donor in donors if module in donor.tensors]
-        expected = METHODS[method](having, [1 / 3] * len(having))
+        expected = FUNCTIONS[method](having, [1 / 3] * len(having))
         assert isinstance(expected, Tensor)
         torch.testing.assert_close(merged.adapter.factors(module).dense(), expected, rtol=1e-3, atol=1e-5)
     write_adapter(tmp_path / "mashup", merged.adapter)
@@ -211,3 +212,7 @@ def test_a_merge_is_computed_on_its_place_and_comes_back(
     assert moves == ["cuda", "cuda", "cpu"] * len(here.modules)
     for module in here.modules:
         torch.testing.assert_close(there.factors(module).dense(), here.factors(module).dense())
+
+
+def test_every_method_that_a_config_knows_has_its_function() -> None:
+    assert FUNCTIONS.keys() == METHODS.keys()
