@@ -271,10 +271,7 @@ def ray_session(object_store: str) -> Iterator[None]:
     import ray
     from ray.data import DataContext
 
-    # Ray ends idle workers after a second; one that has imported torch is worth ten of those.
-    kept = {"idle_worker_killing_time_threshold_ms": 600_000, "num_workers_soft_limit": 8}
-    asked = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=4, _system_config=kept, **asked)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
