@@ -46,12 +46,17 @@ def run_all(config: Config) -> dict[str, Any]:
     with engines.kept():
         index(run, meanwhile=lambda: warm_up(config.search))
         samples(run)
-        search(run, engines, partial(largest_merge, config=config.merge), estimate_before_search)
-        merge_donors(run, engines)
+        search_and_merge(run, engines)
     compare(run)
     report(run)
     summary: dict[str, Any] = run.folder.read_json("summary.json")
     return summary
+
+
+def search_and_merge(run: Run, engines: Engines) -> None:
+    """The two stages that share engines: those that the search starts have room for the merges of its donors."""
+    search(run, engines, partial(largest_merge, config=run.config.merge), estimate_before_search)
+    merge_donors(run, engines)
 
 
 def run_search(config: Config) -> Folder:
@@ -94,7 +99,8 @@ def compare(run: Run) -> None:
         InputError: the merge is not done.
     """
     run.needs("merge", "the selection", "mashup merge")
-    compare_starts(run, make_controls(run), settle)
+    choice = run.folder.read_json("selection.json")
+    compare_starts(run, choice, make_controls(run, len(choice["donors"])), settle)
 
 
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:

@@ -35,9 +35,8 @@ def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, r
     }
 
 
-def make_controls(run: Run) -> list[str]:
+def make_controls(run: Run, n_donors: int) -> list[str]:
     """Make the control starts that are asked for, in `starts/`. Gives those that there are."""
-    n_donors = len(run.folder.read_json("selection.json")["donors"])
     asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
     if not asked:
         return []

@@ -1,7 +1,6 @@
 """One target of a refresh: the stages up to the merge, in a run folder of its own, and what comes of them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from pipeline.adapters.index import index
@@ -9,13 +8,10 @@ from pipeline.config import Config, TargetConfig
 from pipeline.core.storage import Folder
 from pipeline.data.sample import samples
 from pipeline.data.splits import target_paths
-from pipeline.merge.mashup import merge_donors
-from pipeline.merge.selection import largest_merge
-from pipeline.plan.estimate import estimate_before_search
 from pipeline.refresh.publish import chosen, publish
+from pipeline.run import search_and_merge
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
-from pipeline.search.search import search
 
 
 def index_pool(config: Config, folder: Folder) -> Run:
@@ -52,8 +48,7 @@ def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Cal
     key, before = _searched(run)
     engines = Engines(config.search)
     with engines.kept():
-        search(run, engines, partial(largest_merge, config=config.merge), estimate_before_search)
-        merge_donors(run, engines)
+        search_and_merge(run, engines)
         check()
         outcome, current = publish(run, engines, place, threshold)
     key_now, spent = _searched(run)

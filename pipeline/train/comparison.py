@@ -21,14 +21,15 @@ OVERHEAD = ("index", "samples", "search", "merge")
 Settle = Callable[[Run, list[Outcome]], dict[str, Any]]
 
 
-def compare_starts(run: Run, controls: list[str], settle: Settle) -> None:
+def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], settle: Settle) -> None:
     """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted.
 
     Args:
+        choice: the selection, as in selection.json.
         controls: the starts in `starts/` that are compared besides.
         settle: gives what the summary says besides, from the outcomes of the arms.
     """
-    config, choice = run.config, run.folder.read_json("selection.json")
+    config = run.config
     arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
     jobs = make_jobs(run, arms)
     key = digest([job.name for job in jobs], row_ids(run.folder.sub("data"), "test"))
