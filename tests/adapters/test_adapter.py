@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from edits import edit_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,28 +46,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base_layers(tiny_base: str) -> tuple[Shapes, str | None]:
-    return linear_shapes(tiny_base)
-
-
-@pytest.fixture
-def good(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
-    """A valid adapter that a test may spoil."""
-    return make_adapter(tmp_path / "good", tiny_base)
-
-
 def deltas_by_peft(folder: Path, base: str) -> dict[str, Tensor]:
     """What PEFT's own merge adds to each weight of the base."""
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     after = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).merge_and_unload().state_dict()
     changed = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
     return {name.removesuffix(".weight"): delta for name, delta in changed.items()}
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

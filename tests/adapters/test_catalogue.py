@@ -1,6 +1,5 @@
 """Pools: folders, list files and object stores -> a catalogue in which every adapter is valid or set aside with a reason."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 import torch
+from edits import edit_config
 from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
@@ -40,12 +40,6 @@ def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
 def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
     return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head, salt=0)
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
 
 
 def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:

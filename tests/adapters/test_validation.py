@@ -3,35 +3,19 @@
 import json
 import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from edits import edit_config
 from safetensors.torch import save_file
 
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, for_engine, read_adapter
 from pipeline.adapters.validation import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, open_weights, read_declared
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import MAX_REASON, AdapterError
-from pipeline.model.base_model import Shapes, linear_shapes
-
-
-@pytest.fixture(scope="module")
-def layers(tiny_base: str) -> tuple[Shapes, str | None]:
-    return linear_shapes(tiny_base)
-
-
-@pytest.fixture
-def good(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
-    """A valid adapter that a test may spoil."""
-    return make_adapter(tmp_path / "good", tiny_base)
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+from pipeline.model.base_model import Shapes
 
 
 @pytest.mark.parametrize(
@@ -59,10 +43,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"auto_mapping": {"parent_library": "os"}, "note": "x" * MAX_CONFIG_BYTES}, "bytes; .* are allowed"),
     ],
 )
-def test_fields_are_bounded(changes: dict[str, Any], reason: str, good: Path, layers: tuple[Shapes, str | None]) -> None:
+def test_fields_are_bounded(changes: dict[str, Any], reason: str, good: Path, base_layers: tuple[Shapes, str | None]) -> None:
     edit_config(good, **changes)
     with pytest.raises(AdapterError, match=reason):
-        read_adapter(good, *layers)
+        read_adapter(good, *base_layers)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -91,10 +75,10 @@ def test_a_key_that_stands_there_twice_is_refused(good: Path) -> None:
     ],
 )
 def test_no_engine_sees_a_field_that_nobody_checked(
-    changes: dict[str, Any], seen: bool, good: Path, layers: tuple[Shapes, str | None], tmp_path: Path
+    changes: dict[str, Any], seen: bool, good: Path, base_layers: tuple[Shapes, str | None], tmp_path: Path
 ) -> None:
     edit_config(good, **changes)
-    read_adapter(good, *layers)
+    read_adapter(good, *base_layers)
     given = for_engine(good, tmp_path / "scratch")
     assert (given == good) == seen
     content = json.loads((given / CONFIG_FILE).read_text())
@@ -111,14 +95,14 @@ def test_a_header_larger_than_any_honest_one_is_not_read(length: int, good: Path
 
 
 def test_weights_that_do_not_fit_the_base_are_refused_before_memory_is_taken(
-    good: Path, layers: tuple[Shapes, str | None]
+    good: Path, base_layers: tuple[Shapes, str | None]
 ) -> None:
     """Half a gigabyte of them."""
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     save_file({name.format("A"): torch.zeros(4, 1 << 25), name.format("B"): torch.zeros(128, 4)}, good / WEIGHTS_FILE)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(AdapterError, match="wrong shapes"):
-        read_adapter(good, *layers)
+        read_adapter(good, *base_layers)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
