@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -79,14 +80,13 @@ def one_worker_sharded(setting: Setting) -> dict[str, Any]:
     plain = Finetuning(_job(setting, "lora"), 0, 1, _nothing)
     plain.run()
     backend = "gloo" if setting.tiny else "nccl"
-    os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group(backend, init_method=f"file://{setting.scratch}/process-group", rank=0, world_size=1)
-    try:
-        sharded = Finetuning(_job(setting, "lora", shard=True), 0, 1, _nothing)
-        sharded.run()
-    finally:
-        dist.destroy_process_group()
-        del os.environ["LOCAL_RANK"]  # transformers' Trainer would take it for a launcher's
+    with patch.dict(os.environ, LOCAL_RANK="0"):  # left behind, transformers' Trainer would take it for a launcher's
+        dist.init_process_group(backend, init_method=f"file://{setting.scratch}/process-group", rank=0, world_size=1)
+        try:
+            sharded = Finetuning(_job(setting, "lora", shard=True), 0, 1, _nothing)
+            sharded.run()
+        finally:
+            dist.destroy_process_group()
     return within({"backend": backend, "curve": _apart(sharded, plain)}, {"curve": SHARED_OUT})
 
 
