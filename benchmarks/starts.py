@@ -4,7 +4,7 @@
 
 A start is RECIPE-DONORS@RANK, or base@RANK, with the recipes exact (equal weights), gains, learned and paper (A and B averaged
 apart). Donors are ranked on the search rows of each task; adapters that are named like it are left out. The trained adapter
-has the rank of the start, with fresh rank where the donors leave room, and the alpha of `adapter.alpha_at`. Data as in
+has the rank of the start, with fresh rank where the donors leave room, and the alpha of `alpha_at`. Data as in
 `benchmarks.study`: validation and search rows come out of train.jsonl, the other file is the test split. Each line is a start
 that is done; what stands in the file `--out` is not trained again.
 """

@@ -1,9 +1,9 @@
 """Writes docs/configuration.md from the config's own schema: `python docs/configuration.py`."""
 
+import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -62,9 +62,9 @@ def _words(kind: Any) -> str:
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): ""}
     if kind in names:
         return names[kind]
-    if getattr(kind, "__origin__", None) is tuple:
+    if get_origin(kind) is tuple:
         return f"list of {_words(get_args(kind)[0])}"
-    if getattr(kind, "__origin__", None) is dict:
+    if get_origin(kind) is dict:
         return "sections by name"
     parts = [f"`{part}`" if isinstance(part, str) else _words(part) for part in get_args(kind)]
     return ", ".join(part for part in parts if part)
@@ -78,8 +78,7 @@ def _default(field: FieldInfo) -> str:
         value = {key: given for key, given in value.model_dump(exclude_defaults=True).items() if given is not None}
     if value is None or value == {}:
         return ""
-    shown = list(value) if isinstance(value, tuple) else value
-    return f"`{yaml.safe_dump(shown, default_flow_style=True).removesuffix('...' + chr(10)).strip()}`"
+    return f"`{json.dumps(value)}`".replace('"', "")
 
 
 def _about(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""Adapters -> catalogue: find every adapter of a pool, check each, keep it or set it aside with the reason.
+"""Lists what a pool holds; `catalogue.py` checks it.
 
 A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id or object-store URI a line, # starts a comment)
 or an object-store prefix. A path in a list file is relative to it, and stays in its folder: whoever wrote the list decides

@@ -1,8 +1,4 @@
-"""Target data -> tokenised rows with completion masks: a small sample to search with, and the training splits.
-
-A row has `messages` (the last one is the assistant's answer: the completion) or `prompt` and `completion`, each a text or a
-list of messages, as TRL has them. The base model's own chat template is applied; a base without one gets prompt and
-completion joined as they are.
+"""Target data -> tokenised splits: a small sample to search with, and the training splits.
 
 Which rows are drawn depends on their content and the seed alone, not on their order or on how Ray splits the files: each
 row has a place, the hash of seed and content, and the draw takes the lowest places.

@@ -1,4 +1,9 @@
-"""One row of a target -> token ids and masks: the chat template rendered, and the answer found in it."""
+"""One row of a target -> token ids and masks: the chat template rendered, and the answer found in it.
+
+A row has `messages` (the last one is the assistant's answer: the completion) or `prompt` and `completion`, each a text or a
+list of messages, as TRL has them. The base model's own chat template is applied; a base without one gets prompt and
+completion joined as they are.
+"""
 
 import hashlib
 import json

@@ -1,8 +1,8 @@
 """The fast scoring engine: vLLM with multi-LoRA, several adapters in one batch.
 
 vLLM gives the log-probabilities of prompt tokens; completions are scored as part of the prompt. The engine runs in this process
-(`VLLM_ENABLE_V1_MULTIPROCESSING=0`, which `cluster.worker_env` sets, with the number of threads): a function then reaches vLLM's
-workers, which with tensor parallelism are processes that vLLM's own executor starts.
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`, which `resources.worker_env` sets, with the number of threads): a function then reaches the
+workers of vLLM, which with tensor parallelism are processes that vLLM's own executor starts.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What training may start from: merges of donors and their losses, controls, and the arms that train from each."""
+"""Recipes -> merges that may be the mashup, with their losses on the hold-out samples, or after a few finetuning steps."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of like length in batches: plain numbers, so that who only deals rows out imports neither torch nor transformers."""
+"""Rows of like length in batches. Apart from the loss, so that code which only deals out rows imports no transformers."""
 
 from collections.abc import Sequence
 

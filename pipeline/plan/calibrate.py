@@ -59,7 +59,7 @@ def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
 
 
 def merging_kind(config: Config, named: bool = True) -> str:
-    """What measured seconds of merging, beside scoring the merges, hold for; `named` as of `cluster.describe`."""
+    """What measured seconds of merging, beside scoring the merges, hold for; `named` as of `resources.describe`."""
     return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search, named)}"
 
 

@@ -107,7 +107,7 @@ def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[s
     """What an arm measured; empty where it diverged, or was gone on with, so that its parts are not those of one attempt.
 
     Args:
-        outcome: what `train.fit` returns.
+        outcome: what `ray_train.fit` returns.
         evaluation_tokens: of one evaluation.
     """
     curve, evaluating = outcome["curve"], outcome["evaluation_seconds"]

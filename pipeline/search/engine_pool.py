@@ -76,7 +76,7 @@ def scoring_resources(search: SearchConfig) -> Resources:
 
 
 def scoring_kind(search: SearchConfig, named: bool = True) -> str:
-    """What a measured speed of scoring holds for, beside the scope of the score store; `named` as of `cluster.describe`."""
+    """What a measured speed of scoring holds for, beside the scope of the score store; `named` as of `resources.describe`."""
     return f"scoring, {search.adapters_per_batch} adapters a batch, {describe(scoring_resources(search), named)}"
 
 

@@ -84,7 +84,7 @@ def make_plan(n_candidates: int, n_search: int, n_holdout: int, share: float | N
 def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confidence: float) -> NDArray[np.bool_]:
     """Whether each candidate's mean NLL lies above the reference's with this confidence; shape (M,).
 
-    The bound is on the paired difference a token, with the standard error of `metrics.mean_per_token`. A few samples tell
+    The bound is on the paired difference a token, with the standard error of `stats.mean_per_token`. A few samples tell
     little of a candidate's own variance, so that it is shrunk towards the median of all (the moderated t of Smyth, 2004,
     with a fixed prior weight).
     """

@@ -18,7 +18,7 @@ RESULT_FILE = "result.json"
 
 
 Outcome = dict[str, Any]
-"""What `train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
+"""What `ray_train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
 
 
 def train_arms(

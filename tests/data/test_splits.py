@@ -1,4 +1,4 @@
-"""Target data -> samples: masks against an independent rendering, the draw, the splits and what is refused."""
+"""Target data -> splits: the draw, what is disjoint, and what is refused."""
 
 import json
 import os
