@@ -269,10 +269,11 @@ def bucket(object_store: str, request: pytest.FixtureRequest) -> str:
 def ray_session(object_store: str) -> Iterator[None]:
     """One local Ray cluster for all tests that need one; its workers inherit the way to the object store."""
     import ray
-    from ray.data import DataContext
+
+    from pipeline.cluster.connect import set_data_context
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    DataContext.get_current().enable_progress_bars = False
+    set_data_context()
     yield
     ray.shutdown()
 

@@ -43,9 +43,8 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
                 raise
-            raise InputError(
-                f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
-            ) from error
+            otherwise = f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
+            raise InputError(unreadable(path) or otherwise) from error
     if path.endswith(LINES):
         files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
         return files.map_batches(_from_json, batch_size=1, batch_format="pyarrow")

@@ -132,8 +132,8 @@ def harm_datasets(file: str, value: Any, path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("encrypted", "t.parquet: target.train is not valid Parquet .*encrypted"),
-        ("corrupt footer", "t.parquet: target.train is not valid Parquet"),
+        ("encrypted", "t.parquet: cannot be read .*encrypted.*; write the file anew"),
+        ("corrupt footer", "t.parquet: cannot be read .*; write the file anew"),
         ("corrupt pages", "t.parquet: cannot be read .*; write the file anew"),
         ("cut head", "t.parquet: cannot be read"),
         ("two of one name", "t.parquet: cannot be read"),
