@@ -19,7 +19,7 @@ from pipeline.core.settings import MAX_BYTES
         (b"1: 2\n", "config.yaml: "),
         (b"run: a\nrun: b\n", "not valid YAML .key 'run' stands there twice"),
         (b"run: a\ntrain: {steps: 1, seeds: [0], steps: 2}\n", "key 'steps' stands there twice"),
-        (b"run: " + b"[" * 5000, "not valid YAML"),
+        pytest.param(b"run: " + b"[" * 5000, "not valid YAML", id="endless nesting"),
         (b"run: " + b"9" * 5000, "not valid YAML"),
         (b"# \n" * (MAX_BYTES // 2), "a config file has 1048576 bytes at most"),
         (b"run: !!int ''", "not valid YAML"),

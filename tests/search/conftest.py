@@ -1,6 +1,7 @@
-"""Scores drawn at random, for the store and the scoreboard."""
+"""Scores drawn at random, for the store and the scoreboard; a pool and samples, for races."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,3 +31,14 @@ def drawn_scores() -> Callable[[Sequence[str], Sequence[str], int], pa.Table]:
         return pa.Table.from_pylist(rows, schema=SCORES)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def samples(random_samples: Callable[..., pa.Table]) -> pa.Table:
+    return random_samples(range(8, 12), n_search=3)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, make_adapter: Callable[..., Path]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pool")
+    return {f"a{n}": make_adapter(folder / f"a{n}", tiny_base, rank=2 + n, seed=n, std=0.3) for n in range(4)}

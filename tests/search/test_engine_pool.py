@@ -1,81 +1,36 @@
 """The search on Ray with the transformers engine: the race's work, each piece once, whatever happens to some of it."""
 
-import asyncio
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
+from races import run, start, stored, work_on
 
 from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SCORES
-from pipeline.engines import canary
-from pipeline.engines.canary import EngineFaultError
-from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
+from pipeline.engines.scorer import Candidate
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.search import engine_pool
 from pipeline.search.engine_pool import (
     Engines,
-    Lobby,
     engine_config,
     engines_at_once,
     require_engine,
-    score_stream,
     scoring_dtype,
 )
 from pipeline.search.race import Plan, make_plan
-from pipeline.search.score_store import ScoreStore, read_failures
+from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import RaceProgress, Work
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-@pytest.fixture(scope="module")
-def samples(random_samples: Callable[..., pa.Table]) -> pa.Table:
-    return random_samples(range(8, 12), n_search=3)
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, make_adapter: Callable[..., Path]) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pool")
-    return {f"a{n}": make_adapter(folder / f"a{n}", tiny_base, rank=2 + n, seed=n, std=0.3) for n in range(4)}
-
-
-def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
-    names = [BASE_ID, *uris]
-    columns = [pa.array(names), pa.array([None, *uris.values()], pa.string()), pa.array(names)]
-    store = ScoreStore.at(folder.sub("store").uri, "base", "transformers", "float32")
-    return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
-
-
-def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Iterator[RaceProgress]:
-    """A race, which scores everything unless there is a plan."""
-    asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
-    config = SearchConfig(**(asked | search))
-    everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
-    engine = engine_config(base, 5, ["q_proj", "v_proj"], config, max_tokens=64)
-    return score_stream(work, engine, config, plan or everything, seconds)
-
-
-def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> RaceProgress:
-    """Run a race to its end."""
-    *_, last = start(base, work, plan, seconds, **search)
-    assert last.over
-    return last
-
-
-def stored(work: Work) -> pa.Table:
-    tables = [work.store.folder.read_table(name) for name in work.store.folder.list_files(".parquet")]
-    return pa.concat_tables(tables)
 
 
 def test_the_engine_is_told_what_the_pool_needs() -> None:
@@ -236,25 +191,6 @@ def test_engines_that_are_kept_serve_the_next_race(
         assert found == pytest.approx(oracle.score([Candidate("one", pool[adapter])], samples)["nll_sum"].to_pylist(), abs=1e-3)
 
 
-def test_engines_wait_in_the_lobby_until_they_are_called_or_let_go() -> None:
-    async def scenario() -> None:
-        lobby = Lobby()
-        waiting = asyncio.create_task(lobby.wait(0))
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        for _ in range(2):  # the driver repeats itself
-            await lobby.call(1, "race")
-        assert await waiting == await lobby.wait(0) == (1, "race")
-        late = asyncio.create_task(lobby.wait(1))
-        await asyncio.sleep(0.01)
-        assert not late.done()
-        await lobby.close()
-        assert await late is None
-        assert await lobby.wait(0) is None
-
-    asyncio.run(scenario())
-
-
 @pytest.mark.long
 def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]) -> None:
     """Far more than can be scored in the time; the time runs from the engine's start, so that something is."""
@@ -268,16 +204,6 @@ def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, sampl
     assert last.adapter_samples < 4 * 2001
     assert last.seen.count(0) == last.not_reached
     assert max(last.seen[1:]) == 4
-
-
-def test_a_search_that_is_broken_off_can_be_taken_up_again(
-    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
-) -> None:
-    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
-    broken_off: Any = start(tiny_base, work)
-    assert not next(broken_off).over
-    broken_off.close()
-    assert run(tiny_base, work).seen == [4] * 5
 
 
 @pytest.mark.long
@@ -308,55 +234,3 @@ def test_adapters_and_scores_in_an_object_store(
     assert run(tiny_base, work).seen == [4, 4, 0]
     assert len(stored(work)) == 8
     assert run(tiny_base, work).engines == 0
-
-
-@pytest.mark.long
-def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
-    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine's process is ended each time, so that one which dies by itself is covered too."""
-
-    class Impatient(engine_pool.ScoringActor):
-        patience = 1.0
-
-        def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-            if any(candidate.adapter_id == "endless" for candidate in candidates):
-                time.sleep(1000)
-            return super()._score(candidates, samples)
-
-    monkeypatch.setattr(engine_pool, "ScoringActor", Impatient)
-    work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
-    assert run(tiny_base, work).seen == [4, 4, 0, 4]
-    assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
-
-
-@pytest.mark.long
-def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_aside(
-    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Deaf(TransformersScorer):
-        def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
-            return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
-
-    class WithDeafEngine(engine_pool.ScoringActor):
-        def _start(self, engine: str, config: EngineConfig) -> Scorer:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
-                return super()._start(engine, config)
-
-    monkeypatch.setattr(engine_pool, "ScoringActor", WithDeafEngine)
-    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
-    with pytest.raises(EngineFaultError, match=r"transformers cannot be believed on this base: .* changes nothing"):
-        run(tiny_base, work)
-    assert not work.store.files()
-    assert read_failures(work.failures) == {}
-
-
-@pytest.mark.long
-def test_a_base_that_cannot_be_scored_ends_the_race(
-    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
-) -> None:
-    impossible = samples.set_column(2, "input_ids", pa.array([[10**6] * len(ids) for ids in samples["input_ids"].to_pylist()]))
-    last = run(tiny_base, work_on({"a0": str(pool["a0"])}, impossible, Folder.at(tmp_path)))
-    assert last.seen is not None
-    assert last.seen[0] == 0

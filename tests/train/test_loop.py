@@ -1,6 +1,5 @@
 """The training loop: its order, its loss, going on from a checkpoint."""
 
-import gzip
 import json
 import math
 from collections.abc import Callable
@@ -11,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import HostReads
 from peft import PeftModel
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.core.storage import Folder
@@ -23,7 +21,6 @@ from pipeline.train.arm import CURVE_FILE, STATE, Arm, Job
 from pipeline.train.batches import batch_places
 from pipeline.train.evaluate import Rows, Score, as_metrics, evaluate, evaluate_on_test
 from pipeline.train.loop import Finetuning, Write, evaluation_steps
-from pipeline.train.profiler import STEPS
 
 FULL = {"method": "full", "steps": 4, "evaluations": 2}
 
@@ -262,44 +259,6 @@ def test_a_row_that_does_not_fit_alone_is_told_with_the_way_out(job: Callable[..
         finetuning.run()
 
 
-class HostReads:
-    """Counts what makes the host wait for a device: values that are read, copies to the host, places that are looked for."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-        self.deaf = False
-
-    def __enter__(self) -> "HostReads":
-        outer = self
-
-        class Copies(TorchFunctionMode):
-            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if function in (Tensor.cpu, Tensor.numpy, Tensor.tolist):
-                    outer.note(function.__name__)
-                return function(*args, **(kwargs or {}))
-
-        class Values(TorchDispatchMode):
-            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                name = function.overloadpacket.__name__
-                masks = name == "index" and any(place is not None and place.dtype == torch.bool for place in args[1])
-                if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
-                    outer.note(name)
-                return function(*args, **(kwargs or {}))
-
-        self.modes = (Copies(), Values())
-        for mode in self.modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
-
-    def note(self, what: str) -> None:
-        if not self.deaf:
-            self.found.append(what)
-
-
 @pytest.mark.parametrize("tokens", [10_000, 40])
 def test_a_step_waits_for_the_device_once_however_many_passes_it_has(
     job: Callable[..., Job], tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -321,47 +280,3 @@ def test_a_step_waits_for_the_device_once_however_many_passes_it_has(
     with reads:
         finetuning._train_step(steps[1])
     assert reads.found == ["tolist"]
-
-
-def test_an_evaluation_waits_for_the_device_once(job: Callable[..., Job], data: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.train.evaluate.EVALUATION_TOKENS", 40)
-    finetuning, rows = Finetuning(job(), 0, 1, lambda metrics, snapshot: None), Rows(data.read_table("validation.parquet"))
-    reads = HostReads()
-
-    def batch(places: Any) -> Batch:
-        reads.deaf = True
-        made = collate([rows.ids[p] for p in places], [rows.learn[p] for p in places], torch.device("cpu"))
-        reads.deaf = False
-        return made
-
-    monkeypatch.setattr(rows, "batch", batch)
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    with reads:
-        evaluate(finetuning.trainable.score, rows)
-    assert reads.found == ["cpu"]
-
-
-def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], data: Folder, tmp_path: Path) -> None:
-    """Teacher-forced exact match equals generating greedily and comparing, row by row."""
-    finetuning = Finetuning(job(steps=80, evaluations=1), 0, 1, Checkpoints(tmp_path))
-    finetuning.run()
-    model, rows = finetuning.trainable.model.get_base_model(), Rows(data.read_table("train.parquet"))
-    hits = []
-    for ids, learn in zip(rows.ids, rows.learn, strict=True):
-        prompt = ids[: learn.index(True)]
-        written = model.generate(
-            torch.tensor([prompt]), max_new_tokens=sum(learn), do_sample=False, eos_token_id=2, pad_token_id=0
-        )[0].tolist()
-        hits.append(written == ids)
-    metrics = as_metrics(evaluate(scoring(model), rows))
-    assert metrics["eval_exact_match"] == pytest.approx(sum(hits) / len(hits))
-    assert sum(hits) > 0
-
-
-def test_a_profile_is_a_trace_of_the_first_steps(job: Callable[..., Job], tmp_path: Path) -> None:
-    arm = replace(job(steps=6, evaluations=1), profile=Folder.at(tmp_path / "profile"))
-    Finetuning(arm, 0, 1, Checkpoints(tmp_path)).run()
-    trace = json.loads(gzip.decompress((tmp_path / "profile" / arm.trace).read_bytes()))
-    events = [event["name"] for event in trace["traceEvents"]]
-    assert sum(name.startswith("Optimizer.step") for name in events) == STEPS
-    assert "aten::mm" in events

@@ -1,0 +1,83 @@
+"""The engine of a race: an adapter that hangs it, losses that cannot be believed, a race that is broken off."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from races import run, start, work_on
+
+from pipeline.core.storage import Folder
+from pipeline.engines import canary
+from pipeline.engines.canary import EngineFaultError
+from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
+from pipeline.engines.transformers import TransformersScorer
+from pipeline.search import engine_pool
+from pipeline.search.score_store import read_failures
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_a_search_that_is_broken_off_can_be_taken_up_again(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
+) -> None:
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    broken_off: Any = start(tiny_base, work)
+    assert not next(broken_off).over
+    broken_off.close()
+    assert run(tiny_base, work).seen == [4] * 5
+
+
+@pytest.mark.long
+def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's process is ended each time, so that one which dies by itself is covered too."""
+
+    class Impatient(engine_pool.ScoringActor):
+        patience = 1.0
+
+        def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+            if any(candidate.adapter_id == "endless" for candidate in candidates):
+                time.sleep(1000)
+            return super()._score(candidates, samples)
+
+    monkeypatch.setattr(engine_pool, "ScoringActor", Impatient)
+    work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
+    assert run(tiny_base, work).seen == [4, 4, 0, 4]
+    assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
+
+
+@pytest.mark.long
+def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_aside(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(TransformersScorer):
+        def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+            return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
+
+    class WithDeafEngine(engine_pool.ScoringActor):
+        def _start(self, engine: str, config: EngineConfig) -> Scorer:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
+                return super()._start(engine, config)
+
+    monkeypatch.setattr(engine_pool, "ScoringActor", WithDeafEngine)
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    with pytest.raises(EngineFaultError, match=r"transformers cannot be believed on this base: .* changes nothing"):
+        run(tiny_base, work)
+    assert not work.store.files()
+    assert read_failures(work.failures) == {}
+
+
+@pytest.mark.long
+def test_a_base_that_cannot_be_scored_ends_the_race(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
+) -> None:
+    impossible = samples.set_column(2, "input_ids", pa.array([[10**6] * len(ids) for ids in samples["input_ids"].to_pylist()]))
+    last = run(tiny_base, work_on({"a0": str(pool["a0"])}, impossible, Folder.at(tmp_path)))
+    assert last.seen is not None
+    assert last.seen[0] == 0
