@@ -33,6 +33,7 @@ from pipeline.search.search import search, search_key
 from pipeline.train import tracking
 from pipeline.train.comparison import compare_starts, train_one
 from pipeline.train.ray_train import require_workers
+from pipeline.train.starts import shapes_of
 
 
 def run_all(config: Config) -> dict[str, Any]:
@@ -99,14 +100,17 @@ def compare(run: Run) -> None:
         InputError: the merge is not done.
     """
     run.needs("merge", "the selection", "mashup merge")
-    choice = run.folder.read_json("selection.json")
-    compare_starts(run, choice, make_controls(run, len(choice["donors"])), settle)
+    choice, catalogue = run.folder.read_json("selection.json"), valid_adapters(run.folder.read_table("catalogue.parquet"))
+    shapes = shapes_of(run, catalogue)
+    controls = make_controls(run, len(choice["donors"]), catalogue, shapes)
+    compare_starts(run, choice, controls, shapes.trained, settle)
 
 
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
     """Finetune one arm; as `train_one`."""
     run.needs("merge", "the selection", "mashup merge")
-    return train_one(run, init, lr, seed, profile)
+    shapes = shapes_of(run, valid_adapters(run.folder.read_table("catalogue.parquet")))
+    return train_one(run, shapes.trained, init, lr, seed, profile)
 
 
 def report(run: Run) -> str:

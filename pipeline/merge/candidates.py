@@ -29,19 +29,26 @@ from pipeline.train.starts import is_trained_on, shape_at, usual_shape
 
 
 def score_recipes(
-    run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Table, details: dict[str, Any]
+    run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Table, drawn: pa.Table, details: dict[str, Any]
 ) -> tuple[list[Scored], float | None]:
-    """Merge each recipe, score it on the hold-out samples, and give these losses and the base's."""
+    """Merge each recipe, score it on the hold-out samples, and give these losses and the base's.
+
+    Args:
+        catalogue: the valid adapters.
+        drawn: the sample of the target.
+    """
     if not recipes:
         return [], None
+    sample = split_of(drawn, "search")
     recipes = [
-        _found_on_samples(run, engines, recipe, catalogue) if recipe.weighting in ON_SAMPLES else recipe for recipe in recipes
+        _found_on_samples(run, engines, recipe, catalogue, sample) if recipe.weighting in ON_SAMPLES else recipe
+        for recipe in recipes
     ]
     built = _build(run, engines, recipes, catalogue)
     uris = [run.folder.sub("candidates", name).uri for name in built]
     adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
     max_rank = max(recipe.rank for recipe in recipes if recipe.name in built)
-    known, seen = race_holdout(run, engines, adapters, catalogue, max_rank, details)
+    known, seen = race_holdout(run, engines, adapters, catalogue, drawn, max_rank, details)
     for name, reason in unsound([BASE_ID, *built], known, seen).items():
         run.progress.say(f"refused: {name}: {reason}")
     tokens, base = known.tokens_S.astype(float), known.nll_NS[0]
@@ -64,12 +71,11 @@ def score_recipes(
     return scored, mean_per_token(base, tokens).mean
 
 
-def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.Table) -> Recipe:
+def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.Table, search: pa.Table) -> Recipe:
     """The recipe with donors or weights that are found on the search sample, once."""
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
     greedy = recipe.weighting == "greedy"
     if not candidates.is_complete(file):
-        search = split_of(run.folder.read_table("samples.parquet"), "search")
         places = uris_by_id(catalogue)
         uris = [places[donor] for donor in recipe.donors]
         run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
@@ -88,19 +94,22 @@ def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.
     return replace(recipe, weights=tuple(weights), module_weights=module_weights)
 
 
-def probe_starts(run: Run, engines: Engines, short_list: list[Scored]) -> dict[str, float | None]:
+def probe_starts(
+    run: Run, engines: Engines, short_list: list[Scored], catalogue: pa.Table, drawn: pa.Table
+) -> dict[str, float | None]:
     """Hold-out losses after a few finetuning steps from the base and from each of a short list, if that is asked for."""
     config = run.config
     if not (config.merge.probe and short_list):
         return {}
     data = run.folder.sub("candidates", "probe", "data")
-    write_probe_data(run.folder.sub("data"), split_of(run.folder.read_table("samples.parquet"), "holdout"), data)
+    write_probe_data(run.folder.sub("data"), split_of(drawn, "holdout"), data)
     train = config.train.model_copy(update={"evaluations": 1})
     last = min(config.merge.probe, train.steps)
     engines.close()  # whose place the probe needs
     folded = not is_trained_on(config, "mashup")
     best = run.folder.sub("candidates", short_list[0].recipe.name)
-    shape = usual_shape(run) if folded else shape_at(best)  # the base's, too: a larger rank alone learns faster
+    # The base's, too: a larger rank alone learns faster.
+    shape = usual_shape(catalogue, config.merge.rank) if folded else shape_at(best)
     lr, seed = config.train.learning_rates[0], config.train.seeds[0]
     jobs = {
         name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded, last)

@@ -2,12 +2,13 @@
 
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.adapters.adapter import CONFIG_FILE, read_adapter
-from pipeline.adapters.catalogue import uris_by_id, valid_adapters
+from pipeline.adapters.catalogue import uris_by_id
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
@@ -15,7 +16,7 @@ from pipeline.merge.build import build, store
 from pipeline.merge.recipes import Recipe, random_like
 from pipeline.model.base_model import linear_shapes
 from pipeline.run_folder import Run
-from pipeline.train.starts import is_trained_on, start_shape, trained_shape
+from pipeline.train.starts import Shapes, is_trained_on
 
 
 def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, rank: int) -> dict[str, Recipe]:
@@ -35,13 +36,19 @@ def control_recipes(leaderboard: pa.Table, catalogue: pa.Table, n_donors: int, r
     }
 
 
-def make_controls(run: Run, n_donors: int) -> list[str]:
-    """Make the control starts that are asked for, in `starts/`. Gives those that there are."""
+def make_controls(run: Run, n_donors: int, catalogue: pa.Table, shapes: Shapes) -> list[str]:
+    """Make the control starts that are asked for, in `starts/`. Gives those that there are.
+
+    Args:
+        n_donors: of the mashup.
+        catalogue: the valid adapters.
+    """
     asked = [init for init in run.config.compare.inits if init not in ("base", "mashup")]
     if not asked:
         return []
-    starts, modules = run.folder.sub("starts"), list(trained_shape(run).target_modules)
-    refused = _write_controls(run, [init for init in asked if not starts.is_complete(init)], starts, n_donors)
+    starts, modules = run.folder.sub("starts"), list(shapes.trained.target_modules)
+    lacking = [init for init in asked if not starts.is_complete(init)]
+    refused = _write_controls(run, lacking, starts, n_donors, catalogue, shapes)
     for init in asked:
         if init in refused or not is_trained_on(run.config, init):
             continue
@@ -52,14 +59,14 @@ def make_controls(run: Run, n_donors: int) -> list[str]:
     return [init for init in asked if init not in refused]
 
 
-def _write_controls(run: Run, inits: list[str], starts: Folder, n_donors: int) -> dict[str, str]:
+def _write_controls(
+    run: Run, inits: Sequence[str], starts: Folder, n_donors: int, catalogue: pa.Table, shapes: Shapes
+) -> dict[str, str]:
     """Write control starts; gives the reasons of those that cannot be made."""
-    base = run.config.base
-    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
-    leaderboard = run.folder.read_table("leaderboard.parquet")
+    base, leaderboard = run.config.base, run.folder.read_table("leaderboard.parquet")
     refused: dict[str, str] = {}
     for init in inits:
-        shape = trained_shape(run) if is_trained_on(run.config, init) else start_shape(run)
+        shape = shapes.trained if is_trained_on(run.config, init) else shapes.start
         recipes = control_recipes(leaderboard, catalogue, n_donors, shape.rank)
         made = {init: recipes[init]} if init in recipes else {}
         refused |= build(made, uris_by_id(catalogue), base, starts, shape.alpha)[1]

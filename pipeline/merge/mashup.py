@@ -3,7 +3,7 @@
 from pipeline.adapters.catalogue import valid_adapters
 from pipeline.config import SHORT_LIST
 from pipeline.core.ledger import digest
-from pipeline.core.tables import LEADERBOARD, require
+from pipeline.core.tables import LEADERBOARD, SAMPLES, require
 from pipeline.merge.candidates import probe_starts, score_recipes
 from pipeline.merge.selection import propose, ranked, selection
 from pipeline.report.model_card import model_card
@@ -26,10 +26,12 @@ def merge_donors(run: Run, engines: Engines | None = None) -> None:
     engines = engines or Engines(run.config.search)
     catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
+    drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     with run.ledger.perform("merge", key) as details:
-        scored, base_nll = score_recipes(run, engines, propose(leaderboard, catalogue, run.config.merge), catalogue, details)
+        proposed = propose(leaderboard, catalogue, run.config.merge)
+        scored, base_nll = score_recipes(run, engines, proposed, catalogue, drawn, details)
         contamination = run.folder.read_json("contamination.json")
-        probed = probe_starts(run, engines, ranked(scored)[:SHORT_LIST])
+        probed = probe_starts(run, engines, ranked(scored)[:SHORT_LIST], catalogue, drawn)
         choice = selection(scored, leaderboard, catalogue, contamination, base_nll, probed)
         if choice["recipe"]:
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))

@@ -23,9 +23,9 @@ from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, scoring_kind
 from pipeline.search.race import Indices, make_plan
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
-from pipeline.train.arm import Arm
+from pipeline.train.arm import Arm, Lora
 from pipeline.train.ray_train import fit, training_kind
-from pipeline.train.starts import make_jobs, probed_training
+from pipeline.train.starts import make_jobs, probed_training, shapes_of
 
 SAMPLES = 8
 """That the calibration scores; the search begins with them, too."""
@@ -40,12 +40,13 @@ def calibrate(run: Run) -> None:
     """Measure what no earlier run of this store measured on workers of this kind; what it took stands in the ledger beside the
     stages."""
     started, rates, config = time.perf_counter(), rates_of(run), run.config
+    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
     if not knows_scoring(rates.recent(scoring_kind(config.search))):
         run.progress.say("no earlier run measured scoring here: a batch of adapters is scored on a few samples; this is kept")
-        _score_a_little(run)
+        _score_a_little(run, catalogue)
     if not rates.recent(training_kind(config.train)):
         run.progress.say(f"no earlier run measured training here: {STEPS} steps are trained from the base")
-        _train_a_little(run)
+        _train_a_little(run, shapes_of(run, catalogue).trained)
     if (seconds := time.perf_counter() - started) > 1:
         run.ledger.note("calibration", seconds)
 
@@ -55,7 +56,8 @@ def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
     tokens = int(lengths_of(run.folder.read_table("data/validation.parquet")).sum())
     found = [rates for outcome in outcomes if (rates := training_rates(outcome, tokens))]
     if found:
-        _keep_training(run, {name: median(rates[name] for rates in found) for name in found[0]})
+        names = set.intersection(*map(set, found))
+        _keep_training(run, {name: median(rates[name] for rates in found) for name in sorted(names)})
 
 
 def merging_kind(config: Config, named: bool = True) -> str:
@@ -74,10 +76,10 @@ def _keep_training(run: Run, measured: dict[str, float]) -> None:
     rates_of(run).keep(training_kind(train), measured, asked=training_kind(train, named=False))
 
 
-def _score_a_little(run: Run) -> None:
+def _score_a_little(run: Run, valid: pa.Table) -> None:
     """One sample first, with which the engine reads the adapters and compiles its kernels: scoring is what comes after that."""
     failures = run.folder.sub("failures")
-    catalogue, _ = by_rank(run, servable(run, valid_adapters(run.folder.read_table("catalogue.parquet")), failures))
+    catalogue, _ = by_rank(run, servable(run, valid, failures))
     drawn = run.folder.read_table("samples.parquet")
     few = split_of(drawn, "search").slice(0, SAMPLES)
     adapters = in_order(run, catalogue, drawn)
@@ -92,7 +94,7 @@ def _score_a_little(run: Run) -> None:
             race(run, engines, work, engine, make_plan(len(work.candidates), len(samples), 0, share=1), {})
 
 
-def _train_a_little(run: Run) -> None:
+def _train_a_little(run: Run, lora: Lora) -> None:
     train = run.config.train
     run.folder.delete(FOLDER)
     place = run.folder.sub(FOLDER)
@@ -100,7 +102,7 @@ def _train_a_little(run: Run) -> None:
     place.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
     place.write_table("validation.parquet", validation)
     short = train.model_copy(update={"steps": STEPS, "evaluations": EVALUATIONS, "patience": 0})
-    (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])])
+    (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])], lora)
     outcome = fit(replace(job, train=short, data=place, key=FOLDER), place)
     if measured := training_rates(outcome, int(lengths_of(validation).sum())):
         _keep_training(run, measured)

@@ -104,7 +104,8 @@ def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:
 
 
 def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[str, float]:
-    """What an arm measured; empty where it diverged, or was gone on with, so that its parts are not those of one attempt.
+    """What an arm measured, and the size of its passes in the end; empty where it diverged, or was gone on with, so that its
+    parts are not those of one attempt.
 
     Args:
         outcome: what `ray_train.fit` returns.
@@ -120,6 +121,7 @@ def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[s
         "tokens_per_second": steps["tokens"] / steps["seconds"],
         "evaluation_tokens_per_second": len(curve) * evaluation_tokens / evaluating,
         "start_seconds": start,
+        **({"tokens_per_pass": float(sizes[-1])} if (sizes := outcome.get("tokens_per_pass")) else {}),
     }
 
 

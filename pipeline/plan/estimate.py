@@ -38,11 +38,12 @@ from pipeline.report.words import duration
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
 from pipeline.search.race import Race
+from pipeline.search.rates import Rates
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, rates_of, servable
 from pipeline.train.arm import pass_tokens
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
-from pipeline.train.starts import list_arms, make_jobs
+from pipeline.train.starts import list_arms, make_jobs, shapes_of
 from pipeline.train.tune import RESULT_FILE
 
 PLAN_FILE = "plan.json"
@@ -93,14 +94,16 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     """The plan as JSON: see the module's docstring."""
     config, drawn = run.config, run.folder.read_table("samples.parquet")
     catalogue = run.folder.read_table("catalogue.parquet")
-    failures = run.folder.sub("failures")
-    usable = servable(run, valid_adapters(catalogue), failures)
+    valid, failures = valid_adapters(catalogue), run.folder.sub("failures")
+    usable = servable(run, valid, failures)
     work, plan = line_up(run, usable, drawn, failures)
     race = Scoreboard(work, plan).race
     scoring, merging = _scoring(run, race, usable, drawn, merged)
-    training = _training(run, merged)
+    rates = rates_of(run)
+    trained = rates.recent(training_kind(config.train))
+    training = _training(run, merged, valid, trained)
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
-    candidates = {"found": len(catalogue), "valid": len(valid_adapters(catalogue)), "in_the_race": len(usable)}
+    candidates = {"found": len(catalogue), "valid": len(valid), "in_the_race": len(usable)}
     tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
     usual, _ = by_rank(run, usable)
     merged_rank = largest_merge(usual["rank"].to_pylist(), config.merge)
@@ -114,7 +117,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
         "load_bytes": {"search": round(scoring.load_bytes), "merge": round(merging.load_bytes)},
         "engines": {"count": scoring.engines, "memory_bytes": memory_of_engine(config.search.engine, engine, _resources(run)[0])},
         "arms": {"count": training.arms, "at_once": training.at_once},
-        **_time(run, scoring, merging, training),
+        **_time(run, rates, trained, scoring, merging, training),
         "ledger": run.ledger.records,
     }
 
@@ -134,15 +137,16 @@ def _scoring(run: Run, race: Race, usable: pa.Table, drawn: pa.Table, merged: bo
     return search, Scoring(recipes * holdout, engines_at_once(config.search, recipes), load_bytes=recipes * size)
 
 
-def _training(run: Run, merged: bool) -> Training:
-    """The arms that have no result yet, and what each of them reads."""
+def _training(run: Run, merged: bool, valid: pa.Table, rates: dict[str, float]) -> Training:
+    """The arms that have no result yet, and what each of them reads: in passes of the size that earlier ones had in the end."""
     config, train = run.config, run.config.train
     starts: list[str] = [init for init in config.compare.inits if init != "mashup" or not merged or run.folder.exists("mashup")]
     arms = list_arms(config, starts)
     if merged:
-        arms = [job.arm for job in make_jobs(run, arms) if not run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}")]
+        jobs = make_jobs(run, arms, shapes_of(run, valid).trained)
+        arms = [job.arm for job in jobs if not run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}")]
     rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
-    tokens = pass_tokens(train, gpu=training_resources(train).gpus > 0)
+    tokens = int(rates.get("tokens_per_pass", pass_tokens(train, gpu=training_resources(train).gpus > 0)))
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
@@ -153,10 +157,11 @@ def _training(run: Run, merged: bool) -> Training:
     )
 
 
-def _time(run: Run, search: Scoring, merge: Scoring, training: Training) -> dict[str, Any]:
+def _time(
+    run: Run, rates: Rates, trained: dict[str, float], search: Scoring, merge: Scoring, training: Training
+) -> dict[str, Any]:
     """Seconds, GPU-hours and hours of CPU threads of each stage and of all."""
-    config, rates = run.config, rates_of(run)
-    scoring, trained = rates.recent(scoring_kind(config.search)), rates.recent(training_kind(config.train))
+    config, scoring = run.config, rates.recent(scoring_kind(run.config.search))
     merging = rates.recent(merging_kind(config)).get("seconds", 0.0) if merge.tokens else 0.0
     scored = scoring_seconds(merge, scoring)
     seconds = {

@@ -97,8 +97,8 @@ def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     more. A mashup that is among today's candidates was scored with them."""
     run.start_ray()
     published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
-    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
-    known, _ = race_holdout(run, engines, published, catalogue, current["rank"], {})
+    catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
+    known, _ = race_holdout(run, engines, published, catalogue, drawn, current["rank"], {})
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
 
 

@@ -152,10 +152,16 @@ def race(
 
 
 def race_holdout(
-    run: Run, engines: Engines, adapters: pa.Table, catalogue: pa.Table, max_rank: int, details: dict[str, Any]
+    run: Run,
+    engines: Engines,
+    adapters: pa.Table,
+    catalogue: pa.Table,
+    drawn: pa.Table,
+    max_rank: int,
+    details: dict[str, Any],
 ) -> tuple[Known, list[int]]:
-    """Score the base and these adapters (columns CANDIDATE) on every hold-out sample, as `race` does."""
-    holdout = split_of(run.folder.read_table("samples.parquet"), "holdout")
+    """Score the base and these adapters (columns CANDIDATE) on every hold-out sample of those drawn, as `race` does."""
+    holdout = split_of(drawn, "holdout")
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
     plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
     return race(run, engines, work, make_engine(run, catalogue, max_rank), plan, details)

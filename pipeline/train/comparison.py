@@ -9,7 +9,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.run_folder import Run
-from pipeline.train.arm import Arm, Job, copy_weights, row_ids
+from pipeline.train.arm import Arm, Job, Lora, copy_weights, row_ids
 from pipeline.train.compare import compare as compare_arms
 from pipeline.train.compare import with_overhead
 from pipeline.train.starts import list_arms, make_jobs
@@ -21,17 +21,18 @@ OVERHEAD = ("index", "samples", "search", "merge")
 Settle = Callable[[Run, list[Outcome]], dict[str, Any]]
 
 
-def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], settle: Settle) -> None:
+def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: Lora, settle: Settle) -> None:
     """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted.
 
     Args:
         choice: the selection, as in selection.json.
         controls: the starts in `starts/` that are compared besides.
+        lora: the shape of the adapters that the arms train, where they do.
         settle: gives what the summary says besides, from the outcomes of the arms.
     """
     config = run.config
     arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
-    jobs = make_jobs(run, arms)
+    jobs = make_jobs(run, arms, lora)
     key = digest([job.name for job in jobs], row_ids(run.folder.sub("data"), "test"))
     if run.ready("compare", key):
         return
@@ -46,10 +47,11 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], settle
         run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))
 
 
-def train_one(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
+def train_one(run: Run, lora: Lora, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
     """Finetune one arm; by default from what the selection chose, at the first learning rate and seed.
 
     Args:
+        lora: the shape of the adapter that it trains, where it does.
         profile: leave a trace of some steps in `profile/`.
 
     Returns:
@@ -67,7 +69,7 @@ def train_one(run: Run, init: str | None, lr: float | None, seed: int | None, pr
     arm = Arm(chosen, settings.learning_rates[0], settings.seeds[0])
     run.progress.stage("train")
     run.start_ray()
-    job = make_jobs(run, [arm])[0]
+    job = make_jobs(run, [arm], lora)[0]
     if profile:
         job = _profiled(run, job)
     outcome = train_arms([job], run.folder.sub("train"), run.progress.say, run.config.track)[0]

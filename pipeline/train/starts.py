@@ -3,10 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, alpha_at
-from pipeline.adapters.catalogue import valid_adapters
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -29,9 +31,13 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
     return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
 
 
-def make_jobs(run: Run, arms: Sequence[Arm]) -> list[Job]:
-    """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them."""
-    config, lora = run.config, trained_shape(run)
+def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
+    """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them.
+
+    Args:
+        lora: the shape of what is trained, where that is an adapter.
+    """
+    config = run.config
     rows, budget = _rows(run), _budget(config)
     starts = {
         init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
@@ -85,14 +91,19 @@ def is_trained_on(config: Config, init: str) -> bool:
     return config.train.method != "full" and (config.merge.method != "fold" or init == "paper")
 
 
-def trained_shape(run: Run) -> Lora:
-    """The shape of the adapters that the arms train, where they do."""
-    return start_shape(run) if is_trained_on(run.config, "mashup") else usual_shape(run)
+@dataclass(frozen=True)
+class Shapes:
+    """Of adapters: `trained`, those that the arms train, where they do; `start`, those that they start from."""
+
+    trained: Lora
+    start: Lora
 
 
-def start_shape(run: Run) -> Lora:
-    """The mashup's shape, or without one the usual one."""
-    return shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else usual_shape(run)
+def shapes_of(run: Run, catalogue: pa.Table) -> Shapes:
+    """The shapes that a comparison has; without a mashup, or beside one that is folded, the usual one."""
+    usual = usual_shape(catalogue, run.config.merge.rank)
+    start = shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else usual
+    return Shapes(start if is_trained_on(run.config, "mashup") else usual, start)
 
 
 def shape_at(adapter: Folder) -> Lora:
@@ -100,10 +111,15 @@ def shape_at(adapter: Folder) -> Lora:
     return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
 
 
-def usual_shape(run: Run) -> Lora:
-    """What is trained where no mashup has a shape: modules of most donors, and what learns as fast as they do."""
-    rows = valid_adapters(run.folder.read_table("catalogue.parquet")).to_pylist()
-    shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in rows)
+def usual_shape(catalogue: pa.Table, asked: int | str) -> Lora:
+    """What is trained where no mashup has a shape: modules of most adapters, and what learns as fast as they do.
+
+    Args:
+        catalogue: the valid adapters.
+        asked: `merge.rank`.
+    """
+    columns = catalogue.select(["rank", "alpha", "target_modules"]).to_pylist()
+    shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in columns)
     rank, alpha, modules = shapes.most_common(1)[0][0]
-    trained = trained_rank(rank, run.config.merge.rank)
+    trained = trained_rank(rank, asked)
     return Lora(trained, alpha_at(trained, rank, alpha / rank), modules)

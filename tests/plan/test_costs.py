@@ -129,6 +129,7 @@ def test_an_arm_measures_its_start_its_steps_and_its_evaluations() -> None:
     """The steps before the first evaluation warm up; three evaluations took a second each."""
     measured = {"tokens_per_second": 100.0, "evaluation_tokens_per_second": 50.0, "start_seconds": 11.0}
     assert training_rates(outcome(), evaluation_tokens=50) == measured
+    assert training_rates(outcome(tokens_per_pass=[8192, 4096]), 50) == measured | {"tokens_per_pass": 4096.0}
     assert training_rates(outcome(diverged_at=2), 50) == {}
     assert training_rates(outcome(fit_seconds=8.0), 50) == {}  # its curve began in an earlier attempt
 

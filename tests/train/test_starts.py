@@ -11,8 +11,10 @@ from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.config import Config, TargetConfig
 from pipeline.core.tables import SAMPLES
 from pipeline.run_folder import Run
-from pipeline.train.arm import Arm
+from pipeline.train.arm import Arm, Lora
 from pipeline.train.starts import make_jobs
+
+LORA = Lora(4, 8.0, ("q_proj",))
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def write_data(run: Run, train_id: str, test_id: str = "c") -> None:
 
 
 def names(run: Run) -> list[str]:
-    return [job.name for job in make_jobs(run, [Arm(init, 1e-4, 0) for init in ("base", "mashup")])]
+    return [job.name for job in make_jobs(run, [Arm(init, 1e-4, 0) for init in ("base", "mashup")], LORA)]
 
 
 def test_an_arm_is_known_by_the_weights_that_it_starts_from(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The stage `samples`: what is drawn of a target, and when it is drawn anew."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.data.sample import samples
+from pipeline.data.splits import split_of
+from pipeline.run_folder import Run
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_sample_is_drawn_once_and_anew_by_another_seed(
+    config_for: Callable[..., Config], write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"{2 * n}"} for n in range(60)]
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows, {"prompt": "and", "completion": ""}])
+
+    def drawn(seed: int) -> Run:
+        config = config_for(train, samples=8, seed=seed)
+        run = Run(config.model_copy(update={"run": str(tmp_path / "run")}))
+        samples(run)
+        return run
+
+    run = drawn(seed=0)
+    first = run.folder.read_table("samples.parquet")
+    assert {split: len(split_of(first, split)) for split in ("search", "holdout")} == {"search": 6, "holdout": 2}
+    counts = run.folder.read_json("samples.json")
+    assert (counts["search"], counts["holdout"], counts["train"]) == (6, 2, len(run.folder.read_table("data/train.parquet")))
+    assert counts["rows"]["train"] == {"used": 60, "empty completion": 1, "repeated (trained on, sampled once)": 0}
+    assert "passed over: 1 x empty completion" in capsys.readouterr().err
+
+    assert drawn(seed=0).folder.read_table("samples.parquet").equals(first)
+    assert "already done" in capsys.readouterr().err
+    assert not drawn(seed=1).folder.read_table("samples.parquet").equals(first)
+    assert "already done" not in capsys.readouterr().err

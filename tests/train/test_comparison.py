@@ -1,0 +1,59 @@
+"""The stage `compare`, and one arm by `mashup train`: what they refuse. What a comparison finds: tests/train/test_compare.py, and
+tests/test_run.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, TargetConfig
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
+from pipeline.run_folder import Run
+from pipeline.train import comparison
+from pipeline.train.arm import Arm, Lora
+from pipeline.train.starts import make_jobs
+
+LORA = Lora(4, 8.0, ("q_proj", "v_proj"))
+
+
+@pytest.fixture
+def run(tiny_base: str, data: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """After a merge that chose the base."""
+    made = Run(Config(run=str(tmp_path), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl")))
+    for split in ("train", "validation", "test"):
+        made.folder.write_bytes(f"data/{split}.parquet", data.read_bytes(f"{split}.parquet"))
+    made.folder.write_json("selection.json", {"verdict": "base", "donors": [], "recipe": None})
+    monkeypatch.setattr(made, "start_ray", lambda: None)
+    return made
+
+
+def test_without_a_mashup_there_is_none_to_train_from(run: Run) -> None:
+    with pytest.raises(InputError, match=r"no mashup to start from .* use --init base"):
+        comparison.train_one(run, LORA, "mashup", None, None)
+
+
+@pytest.mark.parametrize(("lr", "seed"), [(-1.0, None), (None, -1)])
+def test_a_rate_or_a_seed_that_is_none_is_named(run: Run, lr: float | None, seed: int | None) -> None:
+    with pytest.raises(InputError, match=r"mashup train: (learning_rates|seeds)"):
+        comparison.train_one(run, LORA, "base", lr, seed)
+
+
+def test_what_is_trained_already_cannot_be_profiled(run: Run) -> None:
+    settings = run.config.train
+    (job,) = make_jobs(run, [Arm("base", settings.learning_rates[0], settings.seeds[0])], LORA)
+    run.folder.write_text(f"train/{job.name}/result.json", json.dumps({}))
+    with pytest.raises(InputError, match=r"is trained already; profile another --lr or --seed"):
+        comparison.train_one(run, LORA, None, None, None, profile=True)
+
+
+def test_the_arm_that_is_asked_for_is_trained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Arm] = []
+
+    def train_arms(jobs: list[comparison.Job], *given: object) -> list[dict[str, str]]:
+        trained.extend(job.arm for job in jobs)
+        return [{"checkpoint": "arm/checkpoint_1"}]
+
+    monkeypatch.setattr(comparison, "train_arms", train_arms)
+    assert comparison.train_one(run, LORA, None, 5e-5, 3) == run.folder.sub("train", "arm/checkpoint_1").uri
+    assert trained == [Arm("base", 5e-5, 3)]

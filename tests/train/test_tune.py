@@ -1,0 +1,51 @@
+"""Arms side by side: which of them are trained. How one is trained: tests/train/test_ray_train.py and test_tracking.py."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.core.storage import Folder
+from pipeline.train import tune
+from pipeline.train.arm import Arm, Job
+
+
+@pytest.fixture
+def jobs(job: Callable[..., Job]) -> list[Job]:
+    return [replace(job(), arm=Arm("base", 1e-3, seed)) for seed in range(3)]
+
+
+def test_an_arm_that_has_a_result_is_not_trained_again(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+
+    def train(todo: Sequence[Job], storage: Folder, callbacks: list[Any]) -> None:
+        for one in todo:
+            trained.append(one.arm.seed)
+            storage.write_json(f"{one.name}/{tune.RESULT_FILE}", {"seed": one.arm.seed})
+
+    monkeypatch.setattr(tune, "_tune", train)
+    storage = Folder.at(tmp_path)
+    tune.train_arms(jobs[1:2], storage, print)
+    found = tune.train_arms(jobs, storage, print)
+    assert [outcome["seed"] for outcome in found] == [0, 1, 2]
+    assert trained == [1, 0, 2]
+
+
+def test_arms_that_failed_are_counted_and_one_is_quoted(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "require_workers", lambda train: None)
+    monkeypatch.setattr(tune, "arms_at_once", lambda train, arms: 1)
+    monkeypatch.setattr(tune.tune.Tuner, "fit", lambda tuner: SimpleNamespace(errors=[RuntimeError("the disk is full")]))
+    with pytest.raises(RuntimeError, match=r"1 of 3 training arms failed: .*the disk is full"):
+        tune.train_arms(jobs, Folder.at(tmp_path), print)
+
+
+def test_an_evaluation_is_said_as_it_comes(jobs: list[Job]) -> None:
+    said: list[str] = []
+    follow = tune._Follow(said.append, steps=8)
+    trial = SimpleNamespace(config={"arm": {"name": jobs[0].name}})
+    follow.on_trial_result(1, [], trial, {"step": 4, "eval_nll": 1.5, "tokens": 10, "seconds": 2.0})
+    follow.on_trial_result(1, [], trial, {"done": True})
+    assert said == [f"{jobs[0].name}: step 4/8, validation NLL 1.5000, 2 s of training"]
