@@ -15,10 +15,11 @@ HEADLINE = ("verdict", "why", "donors", "recipe", "parity", "adapter")
 def mashup(config: str, run: str | None) -> dict[str, Any]:
     """Run all stages, going on where an earlier attempt stopped."""
     from pipeline.config import load_config
+
+    asked = load_config(config, run=run)  # before what brings torch and Ray: a mistake in it is said at once
     from pipeline.core.storage import Folder
     from pipeline.run import run_all
 
-    asked = load_config(config, run=run)
     summary = run_all(asked)
     folder = Folder.at(asked.run)
     return {"run": folder.uri, **{name: summary[name] for name in HEADLINE}, "report": folder.sub("report.html").uri}
@@ -27,9 +28,10 @@ def mashup(config: str, run: str | None) -> dict[str, Any]:
 def plan(config: str, run: str | None) -> dict[str, Any]:
     """Only say what the run would do and cost."""
     from pipeline.config import load_config
-    from pipeline.run import plan_run
 
     asked = load_config(config, run=run)
+    from pipeline.run import plan_run
+
     return {"run": asked.run, "plan": plan_run(asked)}
 
 

@@ -16,9 +16,11 @@ COLUMNS = ["place", "adapter_id", "n_samples", "nll", "nll_minus_base"]
 def search(config: str, run: str | None) -> dict[str, Any]:
     """Rank the pool, going on where an earlier attempt stopped."""
     from pipeline.config import load_config
+
+    asked = load_config(config, run=run)  # before what brings torch and Ray: a mistake in it is said at once
     from pipeline.run import run_search
 
-    folder = run_search(load_config(config, run=run))
+    folder = run_search(asked)
     leaderboard = folder.read_table("leaderboard.parquet").select(COLUMNS)
     return {"run": folder.uri, "leaderboard": leaderboard.slice(0, PLACES).to_pylist()}
 

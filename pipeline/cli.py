@@ -1,5 +1,7 @@
 """The command `mashup`: a subcommand for each stage, and `mashup run CONFIG.yaml` for all of them.
 
+What is asked is read before `pipeline.run` is imported, which brings torch and Ray: a mistake in it is said at once.
+
 Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong; 3 nothing to do (only of
 `mashup refresh --exit-code`).
 """
@@ -35,9 +37,10 @@ PLAN = (
 @app.command()
 def index(base: Base, pool: Pool, run: RunFolder) -> None:
     """Check every adapter of a pool against the base model and write the catalogue."""
+    config = _config(run, base, pool, {"train": "-"})
     from pipeline import run as page
 
-    page.index(page.Run(_config(run, base, pool, {"train": "-"})))
+    page.index(page.Run(config))
 
 
 @app.command()
@@ -52,20 +55,21 @@ def search(
     budget: Annotated[float, typer.Option(help="Share of the cost of scoring everything that may be spent.")] = 0.1,
 ) -> None:
     """Score every adapter of a pool on a sample of the target and print the leaderboard."""
+    asked = {"samples": samples, "seed": seed, "engine": engine, "budget": budget}
+    config = _config(run, base, pool, {"train": target}, search=asked)
     from pipeline import run as page
     from pipeline.report.terminal import leaderboard_table
 
-    asked = {"samples": samples, "seed": seed, "engine": engine, "budget": budget}
-    config = _config(run, base, pool, {"train": target}, search=asked)
     Console().print(leaderboard_table(page.run_search(config).read_table("leaderboard.parquet")))
 
 
 @app.command()
 def merge(run: RunFolder) -> None:
     """Choose donors on the hold-out samples and merge them into one adapter, or say that the base is the better start."""
+    this = _open(run)
     from pipeline import run as page
 
-    page.merge_donors(page.Run.open(run))
+    page.merge_donors(this)
 
 
 @app.command()
@@ -77,19 +81,20 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="Leave a trace of some steps for ui.perfetto.dev.")] = False,
 ) -> None:
     """Finetune one arm and print the folder of its best checkpoint."""
-    from pipeline import run as page
-
     if init not in (None, "base", "mashup"):
         raise InputError(f"--init {init}: must be base or mashup")
-    typer.echo(page.train(page.Run.open(run), init, lr, seed, profile))
+    this = _open(run)
+    from pipeline import run as page
+
+    typer.echo(page.train(this, init, lr, seed, profile))
 
 
 @app.command()
 def compare(run: RunFolder) -> None:
     """Finetune every init at every learning rate and seed, and compare them at the same budget."""
+    this = _open(run)
     from pipeline import run as page
 
-    this = page.Run.open(run)
     page.compare(this)
     _print_summary(this.folder)
 
@@ -97,9 +102,10 @@ def compare(run: RunFolder) -> None:
 @app.command()
 def report(run: RunFolder) -> None:
     """Write report.html from whatever the run has, and print its path."""
+    this = _open(run)
     from pipeline import run as page
 
-    typer.echo(page.report(page.Run.open(run)))
+    typer.echo(page.report(this))
 
 
 @app.command("run")
@@ -109,12 +115,13 @@ def run_command(
     plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
 ) -> None:
     """Run all stages; go on where an earlier attempt stopped. Prints the result and the path of the report."""
-    from pipeline import run as page
     from pipeline.config import load_config
+
+    asked = load_config(config, run=run)
+    from pipeline import run as page
     from pipeline.core.storage import Folder
     from pipeline.report.terminal import plan_table
 
-    asked = load_config(config, run=run)
     if plan:
         Console().print(plan_table(page.plan_run(asked)))
         return
@@ -176,6 +183,12 @@ def _config(run: str, base: str, pool: str, target: dict[str, Any], **sections: 
     from pipeline.config import build_config
 
     return build_config({"run": run, "base": base, "pool": pool, "target": target, **sections}, "options")
+
+
+def _open(run: str) -> Any:
+    from pipeline.run_folder import Run
+
+    return Run.open(run)
 
 
 def _print_summary(folder: Any) -> None:
