@@ -10,6 +10,7 @@ Shapes: S rows.
 
 import gc
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: 
 
     Args:
         samples: of schema `tables.SAMPLES`; the first few are used.
-        passes: where it is kept that an engine has passed. It belongs to one base, engine and type.
+        passes: where it is kept that an engine has passed, and the seconds that this took beside its start. It belongs to one
+            base, engine and type.
 
     Raises:
         EngineFaultError: it does not give the losses that it should.
@@ -89,10 +91,15 @@ def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: 
     if passes.is_complete(file):
         return build_scorer(engine, config)
     with TemporaryDirectory(prefix="mashup-canary-") as scratch:
+        started = time.perf_counter()
         canary = make_canary(config, short_rows(samples), Path(scratch))
+        made = time.perf_counter()
         scorer = build_scorer(engine, config)
         if canary is not None:
-            passes.write_json(file, about | {"largest_difference": prove(engine, scorer, config, canary)})
+            built = time.perf_counter()
+            found = {"largest_difference": prove(engine, scorer, config, canary)}
+            seconds = {"seconds": made - started + time.perf_counter() - built}
+            passes.write_json(file, about | found | seconds)
     return scorer
 
 
