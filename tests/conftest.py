@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,36 @@ CHATML = (
 
 VOCABULARY = 400
 
+LOGGED = 4_000
+"""Characters at the end of each worker's log that a failed test shows."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs begin first, then what needs a cluster: of two test processes, neither ends long after the other."""
+    """What needs the cluster runs in one of the test processes, which starts it once; its workers import torch once, too. Whole
+    runs begin first: of two test processes, neither ends long after the other."""
+
+    def needs_cluster(item: pytest.Item) -> bool:
+        return "ray_session" in getattr(item, "fixturenames", ())
 
     def length(item: pytest.Item) -> tuple[float, bool]:
         limit = item.get_closest_marker("timeout")
-        return limit.args[0] if limit else 0, "ray_session" in getattr(item, "fixturenames", ())
+        return limit.args[0] if limit else 0, needs_cluster(item)
 
     items.sort(key=length, reverse=True)
+    for item in filter(needs_cluster, items):
+        item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What Ray's workers logged during a test that failed is shown with it."""
+    report = yield
+    if report.failed and "ray_session" in getattr(item, "funcargs", ()):
+        logged = [file.read_text(errors="replace") for file in _log_files() if file.stat().st_mtime >= call.start]
+        report.sections.append(("Ray's workers", "\n".join(text[-LOGGED:] for text in logged)))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -281,10 +302,13 @@ def ray_session(object_store: str) -> Iterator[None]:
 @pytest.fixture
 def worker_logs(ray_session: None) -> Callable[[], str]:
     """worker_logs(): all that the session's workers have logged so far."""
+    return lambda: "".join(file.read_text() for file in _log_files())
+
+
+def _log_files() -> list[Path]:
     import ray
 
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
-    return lambda: "".join(file.read_text() for file in folder.glob("worker-*.err"))
+    return sorted(Path(ray._private.worker._global_node.get_logs_dir_path()).glob("worker-*.err"))
 
 
 def _seeded_model(tie_word_embeddings: bool) -> LlamaForCausalLM:

@@ -52,8 +52,8 @@ def connect() -> float:
 
 
 def set_data_context() -> None:
-    """How Ray Data works for us: without a word, and reading Parquet by the tasks that read everything else. The newer reader begins
-    each read with 32 actors of its own for the files' footers, each a process."""
+    """How Ray Data works for us: without a word, and reading Parquet by the tasks that read everything else. Ray's newer reader
+    begins each read with 32 actors for the files' footers, each a process of its own."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

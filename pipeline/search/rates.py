@@ -1,8 +1,8 @@
 """How fast earlier runs were: `<store>/<scope>/rates/`, beside the scores of the same base model and way of scoring.
 
-A measurement is of one kind of work on one kind of worker, a text such as `search.stream.scoring_kind` gives; it says nothing
-of another kind. It is kept a second time under what the config asks for alone: on a cluster that starts from zero there is no GPU
-yet whose name could be looked up. Files are only added, so that runs and machines can share them.
+A measurement is of one kind of work on one kind of worker, a text such as `search.engine_pool.scoring_kind` gives; it says
+nothing of another kind. It is kept a second time under what the config asks for alone: on a cluster that starts from zero there
+is no GPU yet whose name could be looked up. Files are only added, so that runs and machines can share them.
 """
 
 import uuid

@@ -22,11 +22,13 @@ from ray.job_submission import JobSubmissionClient
 
 from pipeline.core.storage import Folder
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("cluster")]
-
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 HEAD_SECONDS = 12
 """Without the head after which Ray ends a driver."""
+STOPS = int(os.environ.get("MASHUP_STOPS", "1"))
+"""Jobs that are stopped once their pool is indexed, one after the other, each of a run of its own."""
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1000 + 200 * STOPS), pytest.mark.xdist_group("cluster")]
 
 
 @dataclass
@@ -113,16 +115,38 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def stopped(world: World) -> Ended:
-    """A run that is stopped once its pool is indexed."""
-    command = world.mashup("submit", world.write())
-    assert command.stderr is not None
-    number = next(word for word in command.stderr.readline().split() if word.startswith("raysubmit_"))
-    run = Folder.at(world.config["run"])
+    """A run that is stopped once its pool is indexed. Those before it were taken up again until they said what was done."""
+    for number in range(STOPS):
+        world.config["run"] = f"s3://cluster/whole-{number}"
+        ended = _stopped_once_indexed(world)
+        if number < STOPS - 1:
+            _taken_up(world)
+    return ended
+
+
+def _stopped_once_indexed(world: World) -> Ended:
+    command, run = world.mashup("submit", world.write()), Folder.at(world.config["run"])
+    job = _job_of(command)
     while not _indexed(run) and command.poll() is None:
         time.sleep(0.2)
-    assert world.client().stop_job(number)
+    assert world.client().stop_job(job)
     output, error = command.communicate(timeout=300)
     return Ended(command.returncode, output, error, run)
+
+
+def _taken_up(world: World) -> None:
+    command = world.mashup("submit", world.write())
+    job = _job_of(command)
+    assert command.stderr is not None
+    told = next(line for line in command.stderr if line.startswith("index"))
+    assert "already done" in told, f"{world.config['run']}: {told}"
+    world.client().stop_job(job)
+    command.communicate(timeout=300)
+
+
+def _job_of(command: subprocess.Popen[str]) -> str:
+    assert command.stderr is not None
+    return next(word for word in command.stderr.readline().split() if word.startswith("raysubmit_"))
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,7 @@ def test_workers_of_a_node_load_a_base_that_they_share_out_one_after_the_other(m
     assert log == ["0 loads", "0 is done", "1 loads", "1 is done", "2 loads", "2 is done"]
 
 
+@pytest.mark.long
 def test_a_killed_worker_changes_nothing(job: Callable[..., Job], alone: Any, without_time: Any, tmp_path: Path) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, "hit", killed))
