@@ -124,7 +124,6 @@ test-faults: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
-	@$(BIN)/python -m examples.base_model >/dev/null
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.recall
 	$(BIN)/python -m benchmarks.training
