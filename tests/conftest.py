@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.config import Config, TrainConfig, build_config
+from pipeline.core import storage, uploads, whole_files
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.tokenise import tokenise
@@ -284,6 +286,18 @@ def bucket(object_store: str, request: pytest.FixtureRequest) -> str:
     uri = f"s3://bucket-{abs(hash(request.node.nodeid))}"
     Folder.at(f"{uri}?allow_bucket_creation=true").create()
     return uri
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Asks an object store that fails a second time at most, in this process, in place of for minutes."""
+    monkeypatch.setattr(uploads, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=1)})
+    monkeypatch.setattr(whole_files, "READ_ATTEMPTS", 2)
+    monkeypatch.setattr(whole_files, "_SHARED", {})
+    monkeypatch.setattr(storage, "_BUCKETS", {})
+    uploads._s3.cache_clear()
+    yield
+    uploads._s3.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,37 @@ def without_secret(text: str) -> str:
     return SECRET.sub("...@", text)
 
 
+def _opened(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URI, and the path in it. A bucket is opened once in a process, as each opening asks for credentials
+    and for the bucket's region.
+
+    Raises:
+        InputError: the URI's scheme or bucket is unknown.
+    """
+    plain = PLAIN_URI.fullmatch(uri)
+    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(CLIENT_SETTINGS)))
+    key = (plain["scheme"], plain["bucket"], plain["options"], settings) if plain else None
+    if plain and key in _BUCKETS:
+        return _BUCKETS[key], plain["bucket"] + plain["path"]
+    try:
+        files, path = fs.FileSystem.from_uri(uri)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{uri}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
+    if not path or isinstance(files, fs.PyFileSystem):
+        raise InputError(f"{uri}: cannot open this location; use a local path, s3://BUCKET/... or gs://BUCKET/...")
+    files = whole_files.writing_whole(files)
+    if key:
+        _BUCKETS[key] = files
+    return files, path
+
+
+PLAIN_URI = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[\w.-]+)(?P<path>(/[\w.~=+,@-]+)*)(?P<options>\?.*)?", re.ASCII)
+"""Of an object store, without signs that stand for others."""
+CLIENT_SETTINGS = ("AWS_", "GOOGLE_")
+"""Begin the names of the environment's variables that say where a store is, and who asks."""
+_BUCKETS: dict[tuple[Any, ...] | None, fs.FileSystem] = {}
+
+
 def lies_in(place: str, folder: str) -> bool:
     """Whether a location is a folder or below it, however the two are written. Neither is looked at."""
     inner, outer = (one.partition("?")[0].rstrip("/") if "://" in one else _absolute(one) for one in (place, folder))
@@ -107,13 +138,8 @@ class Folder:
         if "://" not in text:
             local = _absolute(text)
             return cls(local, local, whole_files.LocalFiles())
-        try:
-            files, path = fs.FileSystem.from_uri(text)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{text}: cannot open this location ({error}); use a local path, s3:// or gs://") from error
-        if not path or isinstance(files, fs.PyFileSystem):
-            raise InputError(f"{text}: cannot open this location; use a local path, s3://BUCKET/... or gs://BUCKET/...")
-        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, whole_files.writing_whole(files))
+        files, path = _opened(text)
+        return cls(path if isinstance(files, fs.LocalFileSystem) else text, path, files)
 
     @property
     def is_local(self) -> bool:

@@ -25,7 +25,7 @@ PART_BYTES = 16 << 20
 """What is sent in one request. S3 takes 10,000 parts of an object: 160 GB."""
 PARTS_AT_ONCE = 4
 """Parts of an upload that are on their way, and in memory, at the same time."""
-RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
+RETRIES: "RetryConfig" = {"max_retries": 20, "retry_timeout": timedelta(minutes=2)}
 TIMEOUT = timedelta(seconds=120)
 """For one request."""
 CREDENTIALS = timedelta(minutes=10)

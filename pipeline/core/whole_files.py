@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +20,8 @@ from pipeline.core import uploads
 
 PARTIAL = ".partial"
 """Ends the names of files that are being written on a disk; they begin with a dot."""
+READ_ATTEMPTS = 11
+"""Of a request to S3 that reads. The pauses between them double, up to 20 s: one to two minutes in all."""
 
 
 def put(files: fs.FileSystem, path: str, pieces: Iterator[bytes]) -> None:
@@ -62,11 +63,22 @@ def pieces_of(content: bytes) -> Iterator[bytes]:
 
 
 def writing_whole(files: fs.FileSystem) -> fs.FileSystem:
-    """The same file system, on which others write whole files, too; one that is not known here stays as it is."""
-    for kind in (LocalFiles, S3Files, GcsFiles):
-        if type(files) is kind.__base__:
-            return kind(**uploads.options(files))
-    return files
+    """The same file system, on which others write whole files, too; one that is not known here stays as it is.
+
+    Of those that were made alike there is one in a process: each asks for credentials of its own, and opens connections.
+    """
+    kind = next((kind for kind in (LocalFiles, S3Files, GcsFiles) if type(files) is kind.__base__), None)
+    return files if kind is None else _shared(kind, uploads.options(files))
+
+
+def _shared(kind: type[fs.FileSystem], options: dict[str, Any]) -> fs.FileSystem:
+    key = (kind, repr(sorted(options.items())))
+    if key not in _SHARED:
+        _SHARED[key] = kind(**options)
+    return _SHARED[key]
+
+
+_SHARED: dict[tuple[type[fs.FileSystem], str], fs.FileSystem] = {}
 
 
 class _Stream:
@@ -97,15 +109,18 @@ class LocalFiles(fs.LocalFileSystem):
         return _Stream(self, path)
 
     def __reduce__(self) -> Any:
-        return partial(LocalFiles, **uploads.options(self)), ()
+        return LocalFiles, ()
 
 
 class S3Files(fs.S3FileSystem):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=READ_ATTEMPTS))
+
     def open_output_stream(self, path: str, **settings: Any) -> _Stream:
         return _Stream(self, path)
 
     def __reduce__(self) -> Any:
-        return partial(S3Files, **uploads.options(self)), ()
+        return _shared, (S3Files, uploads.options(self))
 
 
 class GcsFiles(fs.GcsFileSystem):
@@ -113,4 +128,4 @@ class GcsFiles(fs.GcsFileSystem):
         return _Stream(self, path)
 
     def __reduce__(self) -> Any:
-        return partial(GcsFiles, **uploads.options(self)), ()
+        return _shared, (GcsFiles, uploads.options(self))

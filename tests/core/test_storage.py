@@ -1,8 +1,11 @@
 """Folders on a local disk and on an S3 server: the same behaviour, whole files only."""
 
 import gzip
+import json
 import os
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -269,3 +272,35 @@ def test_a_document_that_is_cut_short_is_named(folder: Folder) -> None:
     folder.write_text("a.json", '{"x": ')
     with pytest.raises(ValueError, match=r"a\.json: no valid JSON"):
         folder.read_json("a.json")
+
+
+def test_folders_of_a_bucket_share_a_client_and_its_credentials(
+    bucket: str, object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials as a pod gets them, from a server beside it, which counts how often it is asked."""
+    asked: list[str] = []
+    keys = {"AccessKeyId": "a", "SecretAccessKey": "b", "Token": "c", "Expiration": "2100-01-01T00:00:00Z"}
+
+    class Credentials(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(keys).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Credentials) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_port}/keys")
+        try:
+            for number in range(8):
+                assert not Folder.at(f"{bucket}/{number}").exists("none")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert len(asked) <= 2  # one that asks for the region of the bucket, and the one that all use

@@ -1,8 +1,6 @@
 """What is uploaded to an object store: how many requests it takes, and what a store that fails leaves."""
 
 import errno
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,14 +10,6 @@ from writers import PART, WRITES, check, content
 
 from pipeline.core import uploads
 from pipeline.core.storage import Folder
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(uploads, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=1)})
-    uploads._s3.cache_clear()
-    yield
-    uploads._s3.cache_clear()
 
 
 @pytest.mark.parametrize("refused", ["partNumber=3", "POST /{path}?uploadId", "?uploads"])
