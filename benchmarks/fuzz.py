@@ -126,8 +126,8 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     from benchmarks.pools import random_adapters, tiny_base
     from pipeline.adapters.adapter import read_adapter
     from pipeline.adapters.spectrum import sketch, spectrum
-    from pipeline.adapters.validation import CONFIG_FILE, WEIGHTS_FILE
     from pipeline.core.errors import AdapterError
+    from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
     from pipeline.model.base_model import linear_shapes
 
     shapes, head = linear_shapes(base := tiny_base(work / "base"))

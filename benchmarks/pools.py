@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.adapters.adapter import from_factors, write_adapter
+from pipeline.adapters.adapter import from_factors, hash_of, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
@@ -88,7 +88,8 @@ def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> "Work":
 
     base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
     candidates = pa.concat_tables([base, adapters.select(["adapter_id", "uri"])])
-    hashed = candidates.append_column("adapter_hash", candidates["adapter_id"])
+    hashes = [BASE_ID, *(hash_of(Path(uri)) for uri in adapters["uri"].to_pylist())]
+    hashed = candidates.append_column("adapter_hash", pa.array(hashes, pa.string()))
     return Work(hashed, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from pipeline.adapters.adapter import CONFIG_FILE, alpha_at, read_adapter, write_adapter
+from pipeline.adapters.adapter import Indexed, alpha_at, hash_of, read_adapter, write_adapter
 from pipeline.config import TrainConfig
+from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
 from pipeline.data.tokenise import tokenise_text
@@ -116,7 +117,7 @@ def _make(start: str, base: str, donors: dict[Path, float], sample: pa.Table, ta
             total = sum(max(0.0, donors[one]) for one in top)
             weights = tuple(max(0.0, donors[one]) / total for one in top)
         elif kind == "learned":
-            weights, _ = learn_weights(base, [str(one) for one in top], sample)
+            weights, _ = learn_weights(base, [Indexed(str(one), hash_of(one)) for one in top], sample)
         recipe = Recipe(tuple(map(str, top)), weights, "ab_mean" if kind == "paper" else "exact", int(rank))
         write_adapter(target, merge(recipe, adapters, base, linear_shapes(base)[0]).adapter)
     first = adapters[0]

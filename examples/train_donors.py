@@ -25,7 +25,8 @@ from transformers import get_cosine_schedule_with_warmup
 from examples.base_model import base_model
 from examples.folders import appear_whole
 from examples.tasks import DONORS, Row, donor_rows
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from pipeline.adapters.adapter import read_adapter, write_adapter
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.data.tokenise import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
 from pipeline.model.completion_loss import completion_nll, score_tokens

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.gpu.checks import Check, Setting, WrongError, within
 from benchmarks.gpu.models import LINEAR, draw_rows, saved_base, shape_of
 from benchmarks.pools import random_adapters
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.cluster.resources import Resources, worker_env
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.model.base_model import fast_dtype
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -16,20 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
-from pipeline.adapters.validation import (
-    CONFIG_FILE,
-    PREFIX,
-    WEIGHTS_FILE,
-    check_declared,
-    open_weights,
-    read_declared,
-    split_name,
-)
+from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
 from pipeline.core.errors import AdapterError, verdict
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.model.base_model import Shapes
 
-FILES = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]
+CHANGED = "it changed since the pool was indexed; the next run checks it anew"
+
+
+class Indexed(NamedTuple):
+    """Where an adapter is, and the `adapter_hash` that it had when its pool was indexed."""
+
+    uri: str
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,44 @@ def content_hash(weights_sha256: str, config: LoraConfig) -> str:
     """A digest that is equal for adapters of equal delta weights: of the weights and of what scales them."""
     scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
     return hashlib.sha256(f"{weights_sha256} {scaling}".encode()).hexdigest()[:32]
+
+
+def hash_of(folder: Path) -> str:
+    """The `content_hash` of an adapter's folder.
+
+    Raises:
+        AdapterError: it is no LoRA adapter.
+    """
+    config = read_declared(folder).config
+    try:
+        return content_hash(file_sha256(folder / WEIGHTS_FILE), config)
+    except OSError as error:
+        raise verdict(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
+
+
+def require_hash(folder: Path, expected: str) -> None:
+    """See to it that an adapter is still the one that was indexed: in between, hours may have passed.
+
+    Raises:
+        AdapterError: it is another one by now.
+    """
+    if hash_of(folder) != expected:
+        raise AdapterError(CHANGED)
+
+
+def read_indexed(one: Indexed, cache: Path) -> Adapter:
+    """Read an adapter of a catalogue, fetched to `cache` where it is elsewhere.
+
+    Raises:
+        AdapterError: it cannot be read, or is another one by now.
+        OSError: not now, but perhaps later; see `errors.is_transient`.
+    """
+    folder = fetch_adapter(one.uri, cache)
+    try:
+        require_hash(folder, one.hash)
+    except AdapterError as error:
+        raise AdapterError(f"{one.uri}: {error}") from error
+    return read_adapter(folder)
 
 
 def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:

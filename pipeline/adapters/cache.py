@@ -13,7 +13,7 @@ All processes of a user on a node share one folder, without a server between the
 
 The locks are the kernel's (flock). They end with their process, however it ends, so there is no guessing by time: what can be
 locked exclusively is in nobody's use. Local adapters are used in place, and those of the Hub are in the Hub's own cache.
-Errors of S3 that pass are pyarrow's to retry: it repeats a request every 0.2 s for 6 s.
+What may pass of S3's errors is tried again by pyarrow (`core/whole_files.READ_ATTEMPTS`).
 """
 
 import fcntl
@@ -33,10 +33,9 @@ from typing import NamedTuple
 
 from pyarrow import fs
 
-from pipeline.adapters.adapter import FILES
-from pipeline.adapters.card import CARD_FILE
 from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, locate, require_size
 from pipeline.core.errors import AdapterError, InputError, verdict
+from pipeline.core.file_names import CARD_FILE, FILES
 from pipeline.core.storage import Folder
 
 MAX_CARD_BYTES = 1 << 20

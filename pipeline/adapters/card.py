@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-CARD_FILE = "README.md"
+from pipeline.core.file_names import CARD_FILE
 
 MAX_BYTES = 64 << 10
 """So much of a card is read. Front matter takes some hundred bytes; of the worst, this much takes the parser about a second."""

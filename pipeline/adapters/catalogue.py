@@ -16,15 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from pipeline.adapters.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    content_hash,
-    file_sha256,
-    read_adapter,
-    write_adapter,
-)
+from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha256, read_adapter, write_adapter
 from pipeline.adapters.cache import AdapterCache
 from pipeline.adapters.card import read_card, texts
 from pipeline.adapters.checkpoint import factor_checkpoint, is_checkpoint
@@ -36,6 +28,7 @@ from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outl
 from pipeline.adapters.validation import largest_adapter, unknown_fields
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
 from pipeline.model.base_model import Shapes, linear_shapes
@@ -91,9 +84,10 @@ def valid_adapters(catalogue: pa.Table) -> pa.Table:
     return catalogue.filter(pc.equal(catalogue["status"], "ok"))
 
 
-def uris_by_id(catalogue: pa.Table) -> dict[str, str]:
-    """Where each adapter is."""
-    return dict(zip(catalogue["adapter_id"].to_pylist(), catalogue["uri"].to_pylist(), strict=True))
+def indexed_by_id(catalogue: pa.Table) -> dict[str, Indexed]:
+    """Where each adapter is, and what it was."""
+    columns = (catalogue[name].to_pylist() for name in ("adapter_id", "uri", "adapter_hash"))
+    return {name: Indexed(uri, content) for name, uri, content in zip(*columns, strict=True)}
 
 
 def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None, salt: int) -> pa.Table:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from pipeline.adapters.adapter import Adapter, from_factors
 from pipeline.adapters.low_rank import Factors, factorise
-from pipeline.adapters.validation import CONFIG_FILE, check_dtype, open_weights
+from pipeline.adapters.validation import check_dtype, open_weights
 from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import CONFIG_FILE, INDEX_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import Shapes, weights_folder
 
 ENERGY = 0.9
 """The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""
 
-INDEX_FILE = "model.safetensors.index.json"
 MAX_RANK = 64
 
 MAX_ENERGY = 1e30

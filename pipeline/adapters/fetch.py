@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.adapters.adapter import FILES
 from pipeline.core.errors import AdapterError, InputError, first_line, verdict
+from pipeline.core.file_names import FILES
 from pipeline.core.storage import Folder
 
 HUB = "hf://"

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from pipeline.adapters.catalogue import build_catalogue, valid_adapters
-from pipeline.adapters.pool import list_adapters
+from pipeline.adapters.pool import list_adapters, pool_state
 from pipeline.core.ledger import digest
-from pipeline.core.storage import Folder
 from pipeline.core.tables import VERSION
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.run_folder import Run
@@ -20,7 +19,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     listing = list_adapters(config.pool, config.exclude)
-    key = digest(VERSION, fingerprint(config.base), listing, Folder.at(config.pool).state())
+    key = digest(VERSION, fingerprint(config.base), listing, pool_state(config.pool))
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(listing['uri'])} adapters of {config.pool} against {config.base}")

@@ -10,21 +10,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+from huggingface_hub import hf_hub_download
 from pyarrow import fs
 
-from pipeline.adapters.adapter import (
-    CONFIG_FILE,
-    FILES,
-    WEIGHTS_FILE,
-)
-from pipeline.adapters.checkpoint import INDEX_FILE
 from pipeline.adapters.fetch import HUB
 from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
+from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, WEIGHTS_FILE
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
@@ -42,6 +39,9 @@ COMMENT = re.compile(r"(^|\s)#.*")
 
 MAX_ID = 1000
 """Characters."""
+
+LOOKED_AT_ONCE = 32
+"""Adapters of a list file."""
 
 MAX_NAME = 255
 """Bytes of one part of a path."""
@@ -82,6 +82,33 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
     found = [_shown(_excluded(_named(one), exclude)) for one in found]
     return {name: [getattr(one, name) for one in found] for name in LISTING.names}
+
+
+def pool_state(pool: str) -> list[Any]:
+    """What differs once an adapter of a pool has changed: names, sizes and times of all files, of those that a list file names,
+    too; of the Hub's the commit. No content is read.
+
+    Raises:
+        InputError: the list file is malformed.
+    """
+    folder = Folder.at(pool)
+    if folder.files.get_file_info(folder.path).type != fs.FileType.File:
+        return folder.state()
+    uris = [one.uri for one in _from_list(folder) if not one.problem]
+    with ThreadPoolExecutor(LOOKED_AT_ONCE) as threads:
+        return [folder.state(), *zip(uris, threads.map(_state, uris), strict=True)]
+
+
+def _state(uri: str) -> Any:
+    """Of one adapter of a list. What cannot be looked at is said by the index."""
+    try:
+        if uri.startswith(HUB):
+            return hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)  # its place in the Hub's cache names the commit
+        folder = Folder.at(uri)
+        found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
+    except (InputError, OSError, ValueError) as error:
+        return type(error).__name__
+    return sorted((info.base_name, info.size, info.mtime_ns) for info in found if info.base_name in READ)
 
 
 def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:

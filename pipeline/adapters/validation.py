@@ -15,11 +15,10 @@ from safetensors import SafetensorError, safe_open
 from pipeline.adapters.target_modules import own_scales, tails, targets
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, verdict
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.model.base_model import ADAPTER_CONFIG, Shapes
+from pipeline.model.base_model import Shapes
 
-CONFIG_FILE = ADAPTER_CONFIG
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20

@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 from peft import PeftModel
 
-from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
+from pipeline.adapters.adapter import for_engine
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.model.base_model import device, fast_dtype, load_model

@@ -23,7 +23,8 @@ from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from pipeline.adapters.adapter import WEIGHTS_FILE, for_engine
+from pipeline.adapters.adapter import for_engine
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.adapter import WEIGHTS_FILE, Adapter, content_hash, file_sha256, read_adapter, write_adapter
-from pipeline.adapters.fetch import fetch_adapter
+from pipeline.adapters.adapter import Adapter, Indexed, hash_of, read_indexed, write_adapter
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import Folder
 from pipeline.merge.recipes import CPU, Recipe, merge
@@ -25,7 +24,7 @@ class Built:
 
 def build(
     recipes: Mapping[str, Recipe],
-    uris: Mapping[str, str],
+    places: Mapping[str, Indexed],
     base: str,
     target: Folder,
     alpha: float | None = None,
@@ -34,18 +33,21 @@ def build(
     """Merge each recipe into the folder of its name under `target`.
 
     Args:
-        uris: where each donor is.
+        places: where each donor is.
         alpha: of the results; by default that which gives the scale of the first donor.
         place: where to compute. Not a GPU unless Ray gave it to this process: engines take all of its memory.
 
     Returns:
         What was built, and for each recipe that its method refuses the reason.
+
+    Raises:
+        AdapterError: a donor cannot be read, or is another adapter by now than the one that was scored.
     """
     shapes, _ = linear_shapes(base)
     built: dict[str, Built] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as cache:
-        donors = _read_donors(recipes, uris, Path(cache))
+        donors = _read_donors(recipes, places, Path(cache))
         for name, recipe in recipes.items():
             try:
                 merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, place=place)
@@ -57,10 +59,10 @@ def build(
 
 
 def build_on_device(
-    recipes: Mapping[str, Recipe], uris: Mapping[str, str], base: str, target: Folder
+    recipes: Mapping[str, Recipe], places: Mapping[str, Indexed], base: str, target: Folder
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """As `build`, on the device that Ray gave to this process."""
-    return build(recipes, uris, base, target, place=device())
+    return build(recipes, places, base, target, place=device())
 
 
 def store(adapter: Adapter, target: Folder, name: str) -> str:
@@ -68,9 +70,9 @@ def store(adapter: Adapter, target: Folder, name: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         write_adapter(Path(scratch), adapter)
         target.upload(Path(scratch), name)
-        return content_hash(file_sha256(Path(scratch) / WEIGHTS_FILE), adapter.config)
+        return hash_of(Path(scratch))
 
 
-def _read_donors(recipes: Mapping[str, Recipe], uris: Mapping[str, str], cache: Path) -> dict[str, Adapter]:
+def _read_donors(recipes: Mapping[str, Recipe], places: Mapping[str, Indexed], cache: Path) -> dict[str, Adapter]:
     wanted = {donor for recipe in recipes.values() for donor in recipe.donors}
-    return {donor: read_adapter(fetch_adapter(uris[donor], cache)) for donor in sorted(wanted)}
+    return {donor: read_indexed(places[donor], cache) for donor in sorted(wanted)}

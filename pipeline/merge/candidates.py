@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.adapters.catalogue import uris_by_id
+from pipeline.adapters.adapter import Indexed
+from pipeline.adapters.catalogue import indexed_by_id
 from pipeline.cluster.resources import compute_task, worker_resources
 from pipeline.config import METHODS, ON_SAMPLES
 from pipeline.core.errors import InputError
@@ -76,15 +77,15 @@ def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.
     candidates, file = run.folder.sub("candidates"), f"{recipe.name}.json"
     greedy = recipe.weighting == "greedy"
     if not candidates.is_complete(file):
-        places = uris_by_id(catalogue)
-        uris = [places[donor] for donor in recipe.donors]
-        run.progress.say(f"{recipe.name}: running {len(uris)} donors together on {len(search)} samples, again and again")
+        known = indexed_by_id(catalogue)
+        places = [known[donor] for donor in recipe.donors]
+        run.progress.say(f"{recipe.name}: running {len(places)} donors together on {len(search)} samples, again and again")
         held = engines.leave_room()
         if greedy:
-            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, uris, search)
+            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, places, search)
         else:
             by_module = recipe.weighting == "learned_by_module"
-            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, uris, search, by_module)
+            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, places, search, by_module)
         candidates.write_json(file, {"found": ray.get(task)})
     found = candidates.read_json(file)["found"]
     if greedy:
@@ -127,7 +128,7 @@ def _build(run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Tabl
     named = {recipe.name: recipe for recipe in recipes}
     over = {name: reason for name, one in named.items() if (reason := too_large(run.config.search.engine, one.rank))}
     fitting = {name: recipe for name, recipe in named.items() if name not in over}
-    built, refused = _merged(run, engines, fitting, uris_by_id(catalogue))
+    built, refused = _merged(run, engines, fitting, indexed_by_id(catalogue))
     for name, reason in (over | refused).items():
         run.progress.say(f"refused: {name}: {reason}")
     if not built:
@@ -136,11 +137,11 @@ def _build(run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Tabl
 
 
 def _merged(
-    run: Run, engines: Engines, recipes: dict[str, Recipe], uris: dict[str, str]
+    run: Run, engines: Engines, recipes: dict[str, Recipe], places: dict[str, Indexed]
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """As `build`: on a GPU where the cluster has one. For factored merges, which take a CPU seconds, engines that wait for the
     hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
-    given = recipes, uris, run.config.base, run.folder.sub("candidates")
+    given = recipes, places, run.config.base, run.folder.sub("candidates")
     dense = any(METHODS[recipe.method].dense for recipe in recipes.values())
     if not worker_resources("auto", "auto").gpus or (engines.up and not dense):
         return build(*given)

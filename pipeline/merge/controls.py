@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.adapters.adapter import CONFIG_FILE, read_adapter
-from pipeline.adapters.catalogue import uris_by_id
+from pipeline.adapters.adapter import read_adapter
+from pipeline.adapters.catalogue import indexed_by_id
 from pipeline.adapters.fetch import fetch_adapter
+from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.merge.build import build, store
@@ -69,7 +70,7 @@ def _write_controls(
         shape = shapes.trained if is_trained_on(run.config, init) else shapes.start
         recipes = control_recipes(leaderboard, catalogue, n_donors, shape.rank)
         made = {init: recipes[init]} if init in recipes else {}
-        refused |= build(made, uris_by_id(catalogue), base, starts, shape.alpha)[1]
+        refused |= build(made, indexed_by_id(catalogue), base, starts, shape.alpha)[1]
     if "random_delta" in inits and not n_donors:
         refused["random_delta"] = "there is no mashup whose norm it could have"
     elif "random_delta" in inits:

@@ -12,8 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapter import Adapter, read_adapter
-from pipeline.adapters.fetch import fetch_adapter
+from pipeline.adapters.adapter import Adapter, Indexed, read_indexed
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import collate, completion_nll
 from pipeline.model.length_batches import length_batches
@@ -26,7 +25,7 @@ BATCH_TOKENS = 2048
 
 
 def learn_weights(
-    base: str, uris: Sequence[str], samples: pa.Table, by_module: bool = False, dtype: str = "auto"
+    base: str, places: Sequence[Indexed], samples: pa.Table, by_module: bool = False, dtype: str = "auto"
 ) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]] | None]:
     """Weights of the donors in an exact merge that have a low loss on the samples, found from equal ones by Adam.
 
@@ -34,6 +33,7 @@ def learn_weights(
     start is learned too. LoraHub (arXiv 2307.13269) searches such weights without gradients.
 
     Args:
+        places: of the donors.
         samples: of schema `tables.SAMPLES`; the loss is the mean NLL of their completion tokens.
         by_module: go on from the weights of the donors, with a weight for each donor in each module.
 
@@ -43,7 +43,7 @@ def learn_weights(
     Raises:
         AdapterError: a donor cannot be read.
     """
-    model, weights_MK, modules = _model_with_donors(base, uris, dtype)
+    model, weights_MK, modules = _model_with_donors(base, places, dtype)
     shared_K = weights_MK[0].clone().requires_grad_()
     found_K = _descend(model, samples, shared_K, weights_MK)
     weights = tuple(found_K.tolist())
@@ -54,14 +54,14 @@ def learn_weights(
     return weights, {module: tuple(row) for module, row in zip(modules, found_MK.tolist(), strict=True)}
 
 
-def greedy_donors(base: str, uris: Sequence[str], samples: pa.Table, dtype: str = "auto") -> tuple[int, ...]:
+def greedy_donors(base: str, donors: Sequence[Indexed], samples: pa.Table, dtype: str = "auto") -> tuple[int, ...]:
     """Places of the donors whose equal mix has a low loss on the samples, by forward selection: from the first donor on, the one
     that lowers the loss most is added, until none does.
 
     Raises:
         AdapterError: a donor cannot be read.
     """
-    model, weights_MK, _ = _model_with_donors(base, uris, dtype)
+    model, weights_MK, _ = _model_with_donors(base, donors, dtype)
 
     def loss(chosen: Iterable[int]) -> float:
         places = list(chosen)
@@ -72,7 +72,7 @@ def greedy_donors(base: str, uris: Sequence[str], samples: pa.Table, dtype: str 
 
     kept: tuple[int, ...] = (0,)
     best = loss(kept)
-    while rivals := {place: loss([*kept, place]) for place in range(len(uris)) if place not in kept}:
+    while rivals := {place: loss([*kept, place]) for place in range(len(donors)) if place not in kept}:
         place = min(rivals, key=lambda one: rivals[one])
         if rivals[place] >= best:
             break
@@ -110,10 +110,10 @@ def _modules(donors: Sequence[Adapter]) -> list[str]:
     return sorted(set().union(*(donor.tensors for donor in donors)))
 
 
-def _model_with_donors(base: str, uris: Sequence[str], dtype: str) -> tuple[Any, Tensor, list[str]]:
+def _model_with_donors(base: str, places: Sequence[Indexed], dtype: str) -> tuple[Any, Tensor, list[str]]:
     """The frozen base with the donors in equal parts, their weights (M, K), and the modules."""
     with TemporaryDirectory() as cache:
-        donors = [read_adapter(fetch_adapter(uri, Path(cache))) for uri in uris]
+        donors = [read_indexed(place, Path(cache)) for place in places]
     model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
     weights_MK = torch.full((len(_modules(donors)), len(donors)), 1 / len(donors), device=device())
     return model, weights_MK, add_donors(model, donors, weights_MK)

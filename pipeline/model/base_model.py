@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.core.errors import InputError, first_line, one_line, unknown_base
+from pipeline.core.file_names import CONFIG_FILE
 
 FIRST_VALUES = 256
-ADAPTER_CONFIG = "adapter_config.json"
 
 Shapes = dict[str, tuple[int, int]]
 """Module path, as in `model.layers.0.self_attn.q_proj` -> (out features, in features)."""
@@ -160,8 +160,8 @@ def _from_pretrained(kind: Any, base: str) -> Any:
         raise InputError(f"{base}: no such folder; 'base' is a local model folder or a Hub id such as org/name")
     if any(Path(base).glob("pytorch_model*.bin*")) and not any(Path(base).glob("*.safetensors")):
         raise InputError(f"{base}: its weights are pickle, which is never opened; save the model as safetensors")
-    if (Path(base) / ADAPTER_CONFIG).exists():  # transformers would put it on the base, and vLLM would not
-        raise InputError(f"{base}: this folder also holds an adapter ({ADAPTER_CONFIG}); give one with the base model alone")
+    if (Path(base) / CONFIG_FILE).exists():  # transformers would put it on the base, and vLLM would not
+        raise InputError(f"{base}: this folder also holds an adapter ({CONFIG_FILE}); give one with the base model alone")
     try:
         return kind.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # of whatever kind: transformers trusts these files

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.adapters.adapter import WEIGHTS_FILE, content_hash, file_sha256, read_adapter
+from pipeline.adapters.adapter import hash_of
 from pipeline.adapters.catalogue import valid_adapters
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.stats import mean_per_token
@@ -114,5 +114,4 @@ def _copy(run: Folder, target: Folder) -> str:
 def _hash(uri: str) -> str:
     """The adapter_hash of a merged adapter, as the catalogue has it of donors."""
     with tempfile.TemporaryDirectory() as cache:
-        folder = fetch_adapter(uri, Path(cache))
-        return content_hash(file_sha256(folder / WEIGHTS_FILE), read_adapter(folder).config)
+        return hash_of(fetch_adapter(uri, Path(cache)))

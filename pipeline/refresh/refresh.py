@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from pipeline.adapters.pool import pool_state
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
 from pipeline.core.errors import InputError, one_line, unknown_base
 from pipeline.core.ledger import digest
@@ -128,7 +129,7 @@ def look(config: RefreshConfig) -> dict[str, Seen]:
     Raises:
         InputError: the base model is not known.
     """
-    adapters, base = digest(Folder.at(config.pool).state()), digest(_base_state(config.base))
+    adapters, base = digest(pool_state(config.pool)), digest(_base_state(config.base))
     settings = digest(config.search.model_dump(), config.merge.model_dump(), config.threshold)
     return {
         name: {"adapters": adapters, "data": digest(_data_state(target)), "base": base, "settings": settings}

@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayActorError
 
@@ -18,6 +20,7 @@ from pipeline.core.errors import AdapterError
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
+from pipeline.search.indexed import IndexedAdapters
 from pipeline.search.lobby import OpenRace
 from pipeline.search.score_store import News, record_failures
 from pipeline.search.scoreboard import ScoringJob
@@ -32,7 +35,7 @@ class ScoringActor:
     def __init__(self, engine: str, config: EngineConfig, lobby: Any) -> None:
         started = time.perf_counter()
         self.lobby, self.number, self.batch = lobby, 0, config.adapters_per_batch
-        self.adapters, self.ahead = AdapterCache(ahead=2 * self.batch), set[str]()
+        self.adapters, self.ahead, self.indexed = AdapterCache(ahead=2 * self.batch), set[str](), IndexedAdapters()
         self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
         if not self._enter():
             raise RuntimeError("the search was broken off before this engine came to it")
@@ -92,10 +95,12 @@ class ScoringActor:
         places = [place for place in job.candidates if place not in found]
         rows = self.work.candidates.take(pa.array(places, pa.int64()))  # there may be none
         with ExitStack() as leases:
-            candidates, failures = _fetch(rows, self.adapters, leases)
+            candidates, failures = self._fetch(rows, leases)
             self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
             tokens, before = len(candidates) * sum(len(ids) for ids in samples["input_ids"]), self.scorer.loaded.so_far()
             scores, failed = self._watched(candidates, samples, tokens)
+            failed |= self.indexed.changed(candidates)
+        scores = scores.filter(pc.invert(pc.is_in(scores["adapter_id"], pa.array(list(failed), pa.string()))))
         record_failures(self.work.failures, failures | failed)
         names = rows["adapter_id"].to_pylist()
         self._note(names, failures | failed, len(samples))
@@ -105,6 +110,21 @@ class ScoringActor:
         loaded = self.scorer.loaded.since(before)
         self._tell(self.board.report, self.name, nll | found, tokens, len(found), loaded, self.warm)
         self.warm = self.warm or any(candidate.folder for candidate in candidates)  # their kernels are compiled by now
+
+    def _fetch(self, rows: pa.Table, leases: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
+        """The adapters of a batch, as long as the leases last, and of those that cannot be had the reasons."""
+        candidates: list[Candidate] = []
+        failures: dict[str, str] = {}
+        for row in rows.to_pylist():
+            candidate = Candidate(row["adapter_id"], None)
+            try:
+                if candidate.adapter_id != BASE_ID:
+                    candidate = replace(candidate, folder=leases.enter_context(self.adapters.lease(row["uri"])))
+                    self.indexed.require(candidate, row["adapter_hash"])
+                candidates.append(candidate)
+            except AdapterError as error:
+                failures[row["adapter_id"]] = str(error)
+        return candidates, failures
 
     def _found(self, job: ScoringJob, samples: pa.Table) -> dict[int, list[float]]:
         """Losses of the candidates, by their places, that another run has scored on these samples since the race began."""
@@ -168,18 +188,6 @@ def _by_place(scores: pa.Table, places: dict[str, int]) -> dict[int, list[float]
     for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
         found.setdefault(places[name], []).append(nll)
     return found
-
-
-def _fetch(rows: pa.Table, adapters: AdapterCache, leases: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
-    candidates: list[Candidate] = []
-    failures: dict[str, str] = {}
-    for row in rows.to_pylist():
-        try:
-            folder = None if row["adapter_id"] == BASE_ID else leases.enter_context(adapters.lease(row["uri"]))
-            candidates.append(Candidate(row["adapter_id"], folder))
-        except AdapterError as error:
-            failures[row["adapter_id"]] = str(error)
-    return candidates, failures
 
 
 def _first_line(error: Exception) -> str:

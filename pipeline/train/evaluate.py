@@ -13,8 +13,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from pipeline.adapters.adapter import CONFIG_FILE
 from pipeline.adapters.fetch import fetch_adapter
+from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import Batch, collate, copied_to, score_tokens

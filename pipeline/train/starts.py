@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, alpha_at
+from pipeline.adapters.adapter import alpha_at
 from pipeline.config import Config
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint

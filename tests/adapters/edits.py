@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.adapter import CONFIG_FILE
+from pipeline.core.file_names import CONFIG_FILE
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:

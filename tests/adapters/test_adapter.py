@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    alpha_at,
-    from_factors,
-    plain,
-    read_adapter,
-    write_adapter,
-)
+from pipeline.adapters.adapter import alpha_at, from_factors, plain, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.model.base_model import Shapes, linear_shapes
 
 Q0 = "model.layers.0.self_attn.q_proj"

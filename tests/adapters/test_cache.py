@@ -13,9 +13,9 @@ import pytest
 from pyarrow import fs
 from store_server import StoreServer
 
-from pipeline.adapters.adapter import CONFIG_FILE, FILES, WEIGHTS_FILE
 from pipeline.adapters.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
 from pipeline.core.errors import AdapterError, InputError
+from pipeline.core.file_names import CONFIG_FILE, FILES, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 
 WAIT = 60  # seconds until an event that does not come fails the test
@@ -126,6 +126,7 @@ def test_an_adapter_that_is_missing_is_named_and_stops_no_other(bucket: str, cac
     assert (cache.get(there) / WEIGHTS_FILE).read_text() == "weights"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_store_that_does_not_answer_says_nothing_of_an_adapter(
     bucket: str, cache: AdapterCache, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

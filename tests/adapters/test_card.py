@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapters.card import CARD_FILE, MAX_TEXTS, read_card, text, texts
+from pipeline.adapters.card import MAX_TEXTS, read_card, text, texts
+from pipeline.core.file_names import CARD_FILE
 
 
 @pytest.mark.parametrize(

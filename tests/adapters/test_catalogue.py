@@ -15,12 +15,13 @@ from edits import edit_config
 from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
 from pipeline.adapters.catalogue import build_catalogue, compare, inspect_batch
 from pipeline.adapters.pool import LISTING, list_adapters
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import InputError
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE
 from pipeline.model.base_model import linear_shapes
@@ -313,7 +314,7 @@ def test_a_pool_without_a_valid_adapter_is_an_input_error(tmp_path: Path, tiny_b
         build_catalogue(tiny_base, str(tmp_path))
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("impatient")
 def test_no_adapter_is_set_aside_for_what_its_store_does(
     bucket: str, tmp_path: Path, tiny_base: str, make_adapter: Make, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import write_adapter
-from pipeline.adapters.checkpoint import ENERGY, INDEX_FILE, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
+from pipeline.adapters.checkpoint import ENERGY, MAX_RANK, Factored, factor_checkpoint, is_checkpoint
 from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import INDEX_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import linear_shapes
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from pipeline.adapters.adapter import FILES, WEIGHTS_FILE
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import FILES, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 
 

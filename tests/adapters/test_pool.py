@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.adapters.pool import list_adapters
+from pipeline.adapters.pool import list_adapters, pool_state
 from pipeline.core.errors import InputError
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 
 
@@ -86,3 +86,21 @@ def test_a_list_file_that_names_an_adapter_twice_is_an_input_error(tmp_path: Pat
     (tmp_path / "pool.txt").write_text("org/a\norg/b\nhf://org/a\n")
     with pytest.raises(InputError, match="'org/a' is listed twice"):
         list_adapters(str(tmp_path / "pool.txt"))
+
+
+def test_a_pool_differs_once_an_adapter_of_its_list_has_changed(bucket: str, tmp_path: Path) -> None:
+    """A folder of this machine, one of a store, one of the Hub that nobody has, and one that is not there."""
+    for place in (Folder.at(tmp_path / "near"), Folder.at(f"{bucket}/far")):
+        place.write_text(CONFIG_FILE, "{}")
+        place.write_text(WEIGHTS_FILE, "weights")
+    file = tmp_path / "list.txt"
+    file.write_text(f"./near\n{bucket}/far\norg/adapter\n./none\n")
+    before = pool_state(str(file))
+    assert pool_state(str(file)) == before
+    Folder.at(tmp_path / "near").write_text("optimizer.pt", "no part of an adapter")
+    assert pool_state(str(file)) == before
+    Folder.at(tmp_path / "near").write_text(WEIGHTS_FILE, "others")
+    after = pool_state(str(file))
+    assert after != before
+    Folder.at(f"{bucket}/far").write_text(CONFIG_FILE, '{"r": 4}')
+    assert pool_state(str(file)) != after

@@ -11,10 +11,11 @@ import torch
 from edits import edit_config
 from safetensors.torch import save_file
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, for_engine, read_adapter
+from pipeline.adapters.adapter import for_engine, read_adapter
 from pipeline.adapters.validation import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, open_weights, read_declared
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import MAX_REASON, AdapterError
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.model.base_model import Shapes
 
 

@@ -22,6 +22,7 @@ def test_what_ray_says_about_itself_is_left_out() -> None:
     assert one_line(OSError(f"OSError: thrift\nFailed to read fragment a.parquet\n{advice}")).endswith("read fragment a.parquet")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
     for name, value in (settings | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).items():  # the discard port: nobody listens

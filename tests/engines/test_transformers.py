@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded, build_scorer
 from pipeline.engines.transformers import TransformersScorer

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.adapters.adapter import WEIGHTS_FILE
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.transformers import TransformersScorer

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.adapter import read_adapter, write_adapter
+from pipeline.adapters.adapter import Indexed, hash_of, read_adapter, write_adapter
 from pipeline.merge import learned_weights
 from pipeline.merge.learned_weights import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
@@ -94,14 +94,14 @@ def test_learned_weights_are_better_than_equal_ones_and_may_be_negative(
 ) -> None:
     """Random donors harm: the weights fall."""
     samples = random_samples([12, 20, 31])
-    uris = [str(donor) for donor in donors]
-    learned, none = learn_weights(tiny_base, uris, samples, dtype="float32")
+    places = [Indexed(str(donor), hash_of(donor)) for donor in donors]
+    learned, none = learn_weights(tiny_base, places, samples, dtype="float32")
     equal = merged_loss(tiny_base, donors, (1 / 3,) * 3, samples, tmp_path / "equal")
     found = merged_loss(tiny_base, donors, learned, samples, tmp_path / "learned")
     assert found < equal
     assert min(learned) < 1 / 3
     assert none is None
-    again, by_module = learn_weights(tiny_base, uris, samples, by_module=True, dtype="float32")
+    again, by_module = learn_weights(tiny_base, places, samples, by_module=True, dtype="float32")
     assert again == learned
     assert by_module is not None
     assert len(set(by_module.values())) > 1
@@ -118,7 +118,7 @@ def test_greedy_takes_a_donor_only_if_the_loss_falls(
     file = contrary / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": -8}))  # takes away what the first donor spoils
     pool = [donors[0], donors[1], contrary]
-    chosen = greedy_donors(tiny_base, [str(donor) for donor in pool], samples, "float32")
+    chosen = greedy_donors(tiny_base, [Indexed(str(donor), hash_of(donor)) for donor in pool], samples, "float32")
 
     def of(places: tuple[int, ...]) -> float:
         weights = tuple((place in places) / len(places) for place in range(3))

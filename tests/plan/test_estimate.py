@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.adapters.adapter import WEIGHTS_FILE
 from pipeline.cli import main
 from pipeline.cluster.resources import Resources
 from pipeline.config import Config, build_config
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.engines.scorer import EngineConfig
 from pipeline.plan import estimate as planning
 from pipeline.plan.estimate import estimate_before_search, memory_of_engine, to_fetch

@@ -1,11 +1,19 @@
 """Races over a small pool with the transformers engine."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.adapters.adapter import hash_of
+from pipeline.adapters.fetch import fetch_adapter
 from pipeline.config import SearchConfig
+from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.search.engine_pool import (
@@ -18,8 +26,9 @@ from pipeline.search.scoreboard import RaceProgress, Work
 
 
 def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
-    names = [BASE_ID, *uris]
-    columns = [pa.array(names), pa.array([None, *uris.values()], pa.string()), pa.array(names)]
+    """What is to be done; of adapters that cannot be read the name stands for the hash."""
+    hashes = [_hash(uri) or name for name, uri in uris.items()]
+    columns = [[BASE_ID, *uris], pa.array([None, *uris.values()], pa.string()), [BASE_ID, *hashes]]
     store = ScoreStore.at(folder.sub("store").uri, "base", "transformers", "float32")
     return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
@@ -38,6 +47,26 @@ def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None =
     *_, last = start(base, work, plan, seconds, **search)
     assert last.over
     return last
+
+
+def _hash(uri: str) -> str | None:
+    with suppress(AdapterError), TemporaryDirectory() as cache:
+        return hash_of(fetch_adapter(uri, Path(cache)))
+    return None
+
+
+def copies(pool: dict[str, Path], count: int, target: Path) -> dict[str, str]:
+    """As many adapters of each one: the same weights, and an alpha of its own, which is nearly the same."""
+    made: dict[str, str] = {}
+    for name, folder in pool.items():
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        for number in range(count):
+            copy = target / f"{name}-{number}"
+            copy.mkdir(parents=True)
+            (copy / WEIGHTS_FILE).symlink_to(folder / WEIGHTS_FILE)
+            (copy / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1e-6 * number}))
+            made[copy.name] = str(copy)
+    return made
 
 
 def stored(work: Work) -> pa.Table:

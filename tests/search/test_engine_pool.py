@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
-from races import run, start, stored, work_on
+from races import copies, run, start, stored, work_on
 
-from pipeline.adapters.adapter import WEIGHTS_FILE
+from pipeline.adapters.adapter import CHANGED, hash_of
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.scorer import Candidate
@@ -56,7 +57,8 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     make_adapter: Callable[..., Path],
     worker_logs: Callable[[], str],
 ) -> None:
-    """The first run, over a part of the pool, stands for one that was killed; in the second, one adapter is now corrupt."""
+    """The first run, over a part of the pool, stands for one that was killed; in the second, one adapter is now corrupt, and one
+    is another than the one that was indexed."""
     uris = {name: str(folder) for name, folder in pool.items()}
     corrupt = make_adapter(tmp_path / "corrupt", tiny_base)
     (corrupt / WEIGHTS_FILE).write_bytes((corrupt / WEIGHTS_FILE).read_bytes()[:-50])
@@ -68,11 +70,16 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     assert first.engines == 1
     assert first.startup > 0
 
-    everything = work_on({**uris, "corrupt": str(corrupt), "removed": str(tmp_path / "removed")}, samples, folder)
+    other = make_adapter(tmp_path / "other", tiny_base, rank=2)
+    odd = {"corrupt": str(corrupt), "removed": str(tmp_path / "removed"), "other": str(other)}
+    everything = work_on({**uris, **odd}, samples, folder)
+    make_adapter(other, tiny_base, rank=2, seed=7)
     second = run(tiny_base, everything)
-    assert second.seen == [4, 4, 4, 4, 4, 0, 0]
+    assert second.seen == [4, 4, 4, 4, 4, 0, 0, 0]
     assert second.adapter_samples == 8
-    assert read_failures(everything.failures).keys() == {"corrupt", "removed"}
+    failures = read_failures(everything.failures)
+    assert failures.keys() == odd.keys()
+    assert failures["other"] == CHANGED
     origin = r"stage=search adapter=%s node=[\d.]+/\w{8} "
     assert re.search("INFO " + origin % "-" + "engine up", worker_logs())
     assert re.search("INFO " + origin % "a0,a1" + "scored on 4 samples", worker_logs())
@@ -87,7 +94,7 @@ def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(
     candidates = [Candidate(BASE_ID, None), *(Candidate(name, folder) for name, folder in pool.items())]
     config = engine_config(tiny_base, 5, ["q_proj", "v_proj"], SearchConfig(dtype="float32"), max_tokens=64)
     expected = TransformersScorer(config).score(candidates, samples)["nll_sum"].to_pylist()
-    known = everything.store.load([BASE_ID, *pool], samples)
+    known = everything.store.load(everything.candidates["adapter_hash"].to_pylist()[:5], samples)
     assert known.nll_NS.flatten().tolist() == pytest.approx(expected, abs=1e-3)
 
 
@@ -96,7 +103,7 @@ def test_who_is_out_of_the_race_is_not_scored_further(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]
 ) -> None:
     """20 candidates under a budget: the first rung for all, the rest for the best; two engines, and the same result again."""
-    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(5)}
+    uris = copies(pool, 5, tmp_path / "pool")
     plan = Plan(rungs=(2, 4), budget=2 * 21 + 2 * 10, confidence=0.99)
     work = work_on(uris, samples, Folder.at(tmp_path))
     last = run(tiny_base, work, plan, actors=2)
@@ -114,7 +121,7 @@ def test_all_engines_are_asked_for_at_once_and_the_first_that_is_up_begins(
 ) -> None:
     """Three engines of three CPUs each on a node of four, of a cluster that might grow and does not: two wait to the end."""
     monkeypatch.setattr("pipeline.cluster.resources.may_grow", lambda: True)
-    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(3)}
+    uris = copies(pool, 3, tmp_path / "pool")
     work = work_on(uris, samples, Folder.at(tmp_path))
     waiting, last = Counter[str](), RaceProgress()
     for last in start(tiny_base, work, actors=3, cpus_per_actor=3):  # noqa: B007 (the last one is looked at)
@@ -187,14 +194,14 @@ def test_engines_that_are_kept_serve_the_next_race(
     assert engines._running is None
     oracle = TransformersScorer(engine_config(tiny_base, 5, ["q_proj", "v_proj"], search, 64))
     for work, adapter in ((first, "a0"), (second, "a2")):
-        found = work.store.load(["one"], samples).nll_NS.flatten().tolist()
+        found = work.store.load([hash_of(pool[adapter])], samples).nll_NS.flatten().tolist()
         assert found == pytest.approx(oracle.score([Candidate("one", pool[adapter])], samples)["nll_sum"].to_pylist(), abs=1e-3)
 
 
 @pytest.mark.long
 def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path]) -> None:
     """Far more than can be scored in the time; the time runs from the engine's start, so that something is."""
-    uris = {f"a{n}-{copy}": str(pool[f"a{n}"]) for n in range(4) for copy in range(500)}
+    uris = copies(pool, 500, tmp_path / "pool")
     last = run(
         tiny_base, work_on(uris, samples, Folder.at(tmp_path)), Plan(rungs=(2, 4), budget=None, confidence=0.99), seconds=2
     )
@@ -216,12 +223,12 @@ def test_what_another_run_has_scored_meanwhile_is_not_scored_again(
     ids, losses = samples["sample_id"].to_pylist(), [7.0, 7.5, 8.0, 8.5]
     for name in ("a0", "a1", "a2"):  # a whole batch, and half of one
         scores = pa.table([["another's"] * 4, ids, losses, [2] * 4, [0] * 4], schema=SCORES)
-        work.store.write(scores, {"another's": name})
+        work.store.write(scores, {"another's": hash_of(pool[name])})
     *_, last = race
     assert last.seen == [4] * 5
     assert last.adapter_samples == 2 * 4
     assert len(stored(work)) == 5 * 4
-    assert work.store.load(["a1", "a2"], samples).nll_NS.tolist() == [losses] * 2
+    assert work.store.load([hash_of(pool[name]) for name in ("a1", "a2")], samples).nll_NS.tolist() == [losses] * 2
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 
+from pipeline.adapters.adapter import hash_of
 from pipeline.config import SearchConfig
 from pipeline.core.storage import Folder
 from pipeline.search import engine_pool
@@ -29,7 +30,8 @@ PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
 def work_in(folder: Path) -> Work:
     """The adapters and samples that the test left in `folder`; the scores of this run have a place of their own."""
     names = sorted(path.name for path in (folder / "pool").iterdir())
-    columns = [["base", *names], [None, *(str(folder / "pool" / name) for name in names)], ["base", *names]]
+    folders = [folder / "pool" / name for name in names]
+    columns = [["base", *names], [None, *map(str, folders)], ["base", *map(hash_of, folders)]]
     candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
     run = Folder.at(folder).sub(sys.argv[3])
     store = ScoreStore.at(run.sub("store").uri, "base", "transformers", "float32")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.config import Config, TargetConfig
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.tables import SAMPLES
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Lora

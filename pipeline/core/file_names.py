@@ -1,0 +1,10 @@
+"""The files of an adapter, and of a full checkpoint, as PEFT and transformers name them."""
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+"""That are read of an adapter."""
+
+INDEX_FILE = "model.safetensors.index.json"
+"""Of a full checkpoint in several files of weights."""
