@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import fs
+
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
 
@@ -10,6 +12,10 @@ CURVE_FILE = "curve.json"
 """In each checkpoint beside the weights: the curve up to it."""
 STATE = "trainer_state"
 """Begins the names of the files with what going on from a checkpoint needs, one of each worker that holds a share of it."""
+
+
+CHECKPOINTS = "checkpoint_"
+"""Begins the names that Ray Train gives to checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,17 @@ def row_ids(data: Folder, split: str) -> list[str]:
 def download_model(checkpoint: Folder, target: Path) -> None:
     """Copy the whole model of a checkpoint to a local folder, without what only going on needs."""
     checkpoint.download([name for name in checkpoint.list_files() if not name.startswith(STATE)], target)
+
+
+def keep_best(arm: Folder, best: str) -> None:
+    """Remove the other checkpoints of an arm that is at its end, and what of the best one only going on would need: with Adam's
+    moments, five times the weights of a full finetune."""
+    for found in arm.files.get_file_info(fs.FileSelector(arm.path, allow_not_found=True)):
+        if found.base_name.startswith(CHECKPOINTS) and found.base_name != best:
+            arm.delete(found.base_name)
+    for name in arm.sub(best).list_files():
+        if name.startswith(STATE):
+            arm.delete(f"{best}/{name}")
 
 
 def copy_weights(source: Folder, target: Folder) -> None:

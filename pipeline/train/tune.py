@@ -11,7 +11,7 @@ from pipeline.config import TrackConfig
 from pipeline.core.errors import one_line
 from pipeline.core.storage import Folder
 from pipeline.train import tracking
-from pipeline.train.arm import Job
+from pipeline.train.arm import Job, keep_best
 from pipeline.train.ray_train import TRIAL_CPUS, arms_at_once, fit, require_workers
 
 RESULT_FILE = "result.json"
@@ -68,10 +68,12 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
 
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
-    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
+    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends; what only going on would need is
+    then removed."""
     job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)
+    keep_best(storage.sub(job.name), outcome["checkpoint"].rpartition("/")[2])
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.train.arm import CURVE_FILE, STATE, Job, copy_weights, download_model, pass_tokens, row_ids
+from pipeline.train.arm import CURVE_FILE, STATE, Job, copy_weights, download_model, keep_best, pass_tokens, row_ids
 
 
 def test_an_arm_is_named_by_its_start_its_rate_and_its_seed_and_a_job_by_its_key_too(job: Callable[..., Job]) -> None:
@@ -36,3 +36,14 @@ def test_tokens_a_pass_are_those_of_the_config_or_of_the_device() -> None:
 
 def test_rows_are_known_in_their_order(data: Folder) -> None:
     assert row_ids(data, "validation") == [str(number) for number in range(8)]
+
+
+def test_of_an_arm_at_its_end_the_best_weights_stay(tmp_path: Path) -> None:
+    arm = Folder.at(tmp_path)
+    for checkpoint in ("checkpoint_1", "checkpoint_2"):
+        for name in ("adapter_model.safetensors", CURVE_FILE, f"{STATE}-0.pt"):
+            arm.write_text(f"{checkpoint}/{name}", name)
+    arm.write_text("result.json", "{}")
+    keep_best(arm, "checkpoint_1")
+    left = sorted(info.path.removeprefix(f"{arm.path}/") for info in arm.walk())
+    assert left == ["checkpoint_1/adapter_model.safetensors", f"checkpoint_1/{CURVE_FILE}", "result.json"]
