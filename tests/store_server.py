@@ -1,9 +1,12 @@
 """An S3 server on this machine whose requests a test sees, and may refuse."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from moto.server import ThreadedMotoServer
+
+logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request, before what a failed test has to show
 
 
 class StoreServer:

@@ -138,8 +138,8 @@ def _taken_up(world: World) -> None:
     command = world.mashup("submit", world.write())
     job = _job_of(command)
     assert command.stderr is not None
-    told = next(line for line in command.stderr if line.startswith("index"))
-    assert "already done" in told, f"{world.config['run']}: {told}"
+    told = next((line for line in command.stderr if "index  " in line), "nothing")
+    assert "index    already done" in told, f"{world.config['run']}: {told}"
     world.client().stop_job(job)
     command.communicate(timeout=300)
 
