@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"
 
 STOP_SECONDS = 30
 """What a job that is stopped has to write its last line before it is killed; Ray's default is three."""
+
+
+LOST = (OSError, RuntimeError, ClientError)
+"""What Ray's client raises where the job server does not answer."""
+PATIENCE, POLL = 60.0, 2.0
+"""Seconds without an answer after which a job is out of sight, and between two tries."""
 
 
 def submit_job(path: str, job: str, address: str | None = None, run: str | None = None, options: Sequence[str] = ()) -> int:
@@ -75,7 +82,7 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     except KeyboardInterrupt:
         say.print(f"\nthe job goes on; to follow it: {follow}; to stop it: {stop}", markup=False)
         return 1
-    except (OSError, RuntimeError, ClientError) as error:
+    except LOST as error:
         raise ConnectionError(f"lost job {number}, which may go on ({_line(error)}); to follow it: {follow}") from error
     if "error" in ending:
         say.print(f"mashup: job {number}: {ending['error']}", style="red", markup=False)
@@ -167,14 +174,33 @@ def _send(client: JobSubmissionClient, command: str, config: Mapping[str, Any]) 
 
 
 def _follow(client: JobSubmissionClient, number: str) -> dict[str, Any]:
-    asyncio.run(_show_log(client, number))
-    info = client.get_job_info(number)
-    return ending_of(client.get_job_logs(number), info.status, info.message)
+    """Show a job's log until Ray says that the job is at its end; a stream that breaks off says nothing of it."""
+    log = _Log()
+    while True:
+        try:
+            asyncio.run(log.show(client, number))
+            info = client.get_job_info(number)
+            if info.status.is_terminal():
+                return ending_of(client.get_job_logs(number), info.status, info.message)
+            log.heard = time.monotonic()
+        except LOST:
+            if time.monotonic() - log.heard > PATIENCE:
+                raise
+        time.sleep(POLL)
 
 
-async def _show_log(client: JobSubmissionClient, number: str) -> None:
-    async for text in client.tail_job_logs(number):
-        print(text, end="", file=sys.stderr, flush=True)
+class _Log:
+    """How much of a job's log was shown; a stream begins with the log's first line."""
+
+    def __init__(self) -> None:
+        self.shown, self.heard = 0, time.monotonic()
+
+    async def show(self, client: JobSubmissionClient, number: str) -> None:
+        seen = 0
+        async for text in client.tail_job_logs(number):
+            print(text[max(0, self.shown - seen) :], end="", file=sys.stderr, flush=True)
+            seen += len(text)
+            self.shown, self.heard = max(self.shown, seen), time.monotonic()
 
 
 def _result(job: str, ending: Mapping[str, Any]) -> RenderableType:

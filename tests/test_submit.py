@@ -159,7 +159,31 @@ def test_ctrl_c_leaves_the_job_running(write: Any, monkeypatch: pytest.MonkeyPat
     assert "ray job stop raysubmit_1" in last
 
 
+def test_a_stream_that_breaks_off_is_taken_up_again(
+    write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once with an error and once without a word, while the job goes on."""
+    log = f"first\nsecond\nthird\n{DONE}\n"
+    ends, failures = [8, 10, len(log)], iter([RuntimeError("closed"), None, None])
+
+    class Dropping(Client):
+        async def tail_job_logs(self, number: str) -> AsyncIterator[str]:
+            yield log[: ends.pop(0)]
+            if failure := next(failures):
+                raise failure
+
+        def get_job_info(self, number: str) -> Any:
+            return SimpleNamespace(status=JobStatus.RUNNING if ends else JobStatus.SUCCEEDED, message=None)
+
+    monkeypatch.setattr(submit, "POLL", 0)
+    assert send(monkeypatch, Dropping(log), write()) == 0
+    told = capsys.readouterr().err
+    assert told.count("first") == told.count("second") == told.count("third") == 1
+
+
 def test_a_server_that_goes_away(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "PATIENCE", 0)
+    monkeypatch.setattr(submit, "POLL", 0.01)
     with pytest.raises(ConnectionError, match=r"lost job raysubmit_1, which may go on .*ray job logs --follow raysubmit_1"):
         send(monkeypatch, Client("working\n", failure=RuntimeError("WebSocket closed")), write())
 
