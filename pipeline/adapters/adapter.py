@@ -155,10 +155,11 @@ def read_indexed(one: Indexed, cache: Path) -> Adapter:
     """
     folder = fetch_adapter(one.uri, cache)
     try:
-        require_hash(folder, one.hash)
+        adapter = read_adapter(folder)
+        require_hash(folder, one.hash)  # after it is read: it may change at any moment
     except AdapterError as error:
         raise AdapterError(f"{one.uri}: {error}") from error
-    return read_adapter(folder)
+    return adapter
 
 
 def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:

@@ -90,6 +90,7 @@ def pool_state(pool: str) -> list[Any]:
 
     Raises:
         InputError: the list file is malformed.
+        OSError: a store does not answer, or takes nobody's credentials.
     """
     folder = Folder.at(pool)
     if folder.files.get_file_info(folder.path).type != fs.FileType.File:
@@ -100,15 +101,18 @@ def pool_state(pool: str) -> list[Any]:
 
 
 def _state(uri: str) -> Any:
-    """Of one adapter of a list. What cannot be looked at is said by the index."""
+    """Of one adapter of a list. What is wrong with it is said by the index; what may pass is not taken for a state of it."""
     try:
-        if uri.startswith(HUB):
-            return hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)  # its place in the Hub's cache names the commit
+        if uri.startswith(HUB):  # in whose cache the folder of a file is called by the commit
+            return Path(hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)).parent.name
         folder = Folder.at(uri)
         found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
     except (InputError, OSError, ValueError) as error:
+        if is_transient(error):
+            raise
         return type(error).__name__
-    return sorted((info.base_name, info.size, info.mtime_ns) for info in found if info.base_name in READ)
+    wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
+    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
 
 
 def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:

@@ -40,7 +40,8 @@ class PassTooLargeError(RuntimeError):
         return f"a worker ran out of memory; training goes on with {self.sizes[-1]} padded tokens a pass"
 
 
-REFUSED = ("ACCESS_DENIED", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
+EXPIRED = ("ExpiredToken", "EXPIRED_TOKEN", "InvalidToken", "RequestExpired")
+REFUSED = (*EXPIRED, "ACCESS_DENIED", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode", "HTTP error")
 OVERLOADED = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "THROTTLING", "HTTP status 5", "HTTP status 429")
 """Marks of an object store's errors in what pyarrow and `uploads` raise."""
@@ -48,9 +49,9 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error is of the disk, the network or the object store, and not of what was asked of it: the same may work
-    later."""
-    marks = (*UNREACHABLE, *OVERLOADED)
+    """Whether an error is of the disk, the network, the object store or credentials that have expired, and not of what was asked:
+    the same may work later."""
+    marks = (*UNREACHABLE, *OVERLOADED, *EXPIRED)
     return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in marks))
 
 

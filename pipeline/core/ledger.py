@@ -76,25 +76,23 @@ class Ledger:
     def note(self, name: str, seconds: float) -> None:
         """Add time that was spent outside of the stages."""
         self.records[name] = {"key": "", "done": True, "seconds": self.seconds(name) + seconds, "details": {}}
-        self._write()
-        self._back_up()
+        self._save()
 
     @contextmanager
     def perform(self, stage: str, key: str) -> Iterator[dict[str, Any]]:
         """Time an attempt at a stage and mark it done unless it raises. Yields the stage's details, to be filled in."""
         record = self.records.get(stage)
-        outdated: list[str] = []
+        outdated = self._reopen_from(stage)
         if record is None or record["key"] != key:
             outdated += self._stages[stage].work
             record = {"key": key, "done": False, "seconds": 0.0, "details": {}}
-        outdated += self._reopen_from(stage)
-        self.records[stage] = record | {"done": False}
-        record = self.records[stage]
-        self._running = (stage, time.perf_counter(), record["seconds"])
-        self._write()
-        self._back_up()
+        self._save()
         for name in outdated:
             self._run.delete(name)
+        # Only now: who is killed before has removed a part, and what is left must not pass for work on this key.
+        self.records[stage] = record
+        self._running = (stage, time.perf_counter(), record["seconds"])
+        self._save()
         try:
             yield record["details"]
             record["files"] = [file for name in self._stages[stage].results for file in self._run.checked_files(name)]
@@ -121,6 +119,10 @@ class Ledger:
         for record in (self.records[name] for name in later if name in self.records):
             record["done"] = False
         return [result for name in later for result in self._stages[name].results]
+
+    def _save(self) -> None:
+        self._write()
+        self._back_up()
 
     def _write(self) -> None:
         self._written = time.perf_counter()
@@ -155,4 +157,6 @@ def _read(run: Folder, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
 def _are_records(found: Any) -> bool:
     """Whether a document is one that a ledger wrote."""
     needed = {"key", "done", "seconds"}
-    return isinstance(found, dict) and all(isinstance(one, dict) and needed <= one.keys() for one in found.values())
+    if not found or not isinstance(found, dict):
+        return False
+    return all(isinstance(one, dict) and needed <= one.keys() for one in found.values())

@@ -2,7 +2,8 @@
 
 Every table and document of a run is read and written here. All writing goes through `Folder.put`: whatever breaks it off, a
 reader sees the old file or the whole new one. Until a local file is whole it is `.<id>.partial` beside its place; no listing
-here shows that. A folder's file system is given to Ray as well, whose own documents are so written whole, too.
+here shows that. A folder's file system is given to Ray as well: what Ray Train writes of its state is whole, too. What Ray Tune
+copies of its own is not, and nothing here reads it.
 """
 
 import json
@@ -68,8 +69,7 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
         InputError: the URI's scheme or bucket is unknown.
     """
     plain = PLAIN_URI.fullmatch(uri)
-    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(CLIENT_SETTINGS)))
-    key = (plain["scheme"], plain["bucket"], plain["options"], settings) if plain else None
+    key = (plain["scheme"], plain["bucket"], plain["options"], uploads.client_settings()) if plain else None
     if plain and key in _BUCKETS:
         return _BUCKETS[key], plain["bucket"] + plain["path"]
     try:
@@ -86,8 +86,6 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 
 PLAIN_URI = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[\w.-]+)(?P<path>(/[\w.~=+,@-]+)*)(?P<options>\?.*)?", re.ASCII)
 """Of an object store, without signs that stand for others."""
-CLIENT_SETTINGS = ("AWS_", "GOOGLE_")
-"""Begin the names of the environment's variables that say where a store is, and who asks."""
 _BUCKETS: dict[tuple[Any, ...] | None, fs.FileSystem] = {}
 
 

@@ -8,6 +8,7 @@ pyarrow reads everything; it is asked for the endpoint and the region, so that b
 """
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -37,6 +38,14 @@ PASSING = re.compile(r"HTTP error|status code: (5\d\d|429)")
 def takes(files: fs.FileSystem) -> bool:
     """Whether a file system is an object store that this module writes to."""
     return isinstance(files, fs.S3FileSystem | fs.GcsFileSystem)
+
+
+Settings = tuple[tuple[str, str], ...]
+
+
+def client_settings() -> Settings:
+    """The environment's variables that say where a store is, and who asks: a client is shared by those who have the same."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_"))))
 
 
 def put(files: fs.FileSystem, path: str, pieces: Iterator[bytes]) -> None:
@@ -89,12 +98,13 @@ def _as_os_error(path: str, error: Exception) -> OSError:
 def _store(files: fs.FileSystem, bucket: str) -> "S3Store | GCSStore":
     asked = options(files)
     if isinstance(files, fs.S3FileSystem):
-        return _s3(bucket, *(asked[name] for name in ("endpoint_override", "scheme", "region", "tls_ca_file_path")))
-    return _gcs(bucket, *(asked[name] for name in ("endpoint_override", "scheme", "anonymous")))
+        where = (asked[name] for name in ("endpoint_override", "scheme", "region", "tls_ca_file_path"))
+        return _s3(client_settings(), bucket, *where)
+    return _gcs(client_settings(), bucket, *(asked[name] for name in ("endpoint_override", "scheme", "anonymous")))
 
 
 @lru_cache
-def _s3(bucket: str, endpoint: str, scheme: str, region: str, certificates: str) -> "S3Store":
+def _s3(settings: Settings, bucket: str, endpoint: str, scheme: str, region: str, certificates: str) -> "S3Store":
     from obstore.store import S3Store
 
     # By names of hosts, as pyarrow has it, unless the endpoint is somebody else's.
@@ -113,7 +123,7 @@ def _s3(bucket: str, endpoint: str, scheme: str, region: str, certificates: str)
 
 
 @lru_cache
-def _gcs(bucket: str, endpoint: str, scheme: str, anonymous: bool) -> "GCSStore":
+def _gcs(settings: Settings, bucket: str, endpoint: str, scheme: str, anonymous: bool) -> "GCSStore":
     from obstore.store import GCSStore
 
     where: dict[str, Any] = {"base_url": f"{scheme}://{endpoint}"} if endpoint else {}

@@ -43,6 +43,8 @@ def put(files: fs.FileSystem, path: str, pieces: Iterator[bytes]) -> None:
             Path(parent).mkdir(parents=True, exist_ok=True)
             with open(unfinished, "wb") as local:
                 local.writelines(pieces)
+                local.flush()
+                os.fsync(local.fileno())  # a machine that loses power has the old file, or the whole new one
             os.replace(unfinished, path)
             return
         files.create_dir(parent, recursive=True)
@@ -72,13 +74,13 @@ def writing_whole(files: fs.FileSystem) -> fs.FileSystem:
 
 
 def _shared(kind: type[fs.FileSystem], options: dict[str, Any]) -> fs.FileSystem:
-    key = (kind, repr(sorted(options.items())))
+    key = (kind, repr(sorted(options.items())), uploads.client_settings())
     if key not in _SHARED:
         _SHARED[key] = kind(**options)
     return _SHARED[key]
 
 
-_SHARED: dict[tuple[type[fs.FileSystem], str], fs.FileSystem] = {}
+_SHARED: dict[tuple[Any, ...], fs.FileSystem] = {}
 
 
 class _Stream:

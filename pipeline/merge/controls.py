@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.adapters.adapter import read_adapter
 from pipeline.adapters.catalogue import indexed_by_id
 from pipeline.adapters.fetch import fetch_adapter
-from pipeline.core.file_names import CONFIG_FILE
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.merge.build import build, store
@@ -48,7 +48,7 @@ def make_controls(run: Run, n_donors: int, catalogue: pa.Table, shapes: Shapes) 
     if not asked:
         return []
     starts, modules = run.folder.sub("starts"), list(shapes.trained.target_modules)
-    lacking = [init for init in asked if not starts.is_complete(init)]
+    lacking = [init for init in asked if not all(starts.is_complete(f"{init}/{file}") for file in (CONFIG_FILE, WEIGHTS_FILE))]
     refused = _write_controls(run, lacking, starts, n_donors, catalogue, shapes)
     for init in asked:
         if init in refused or not is_trained_on(run.config, init):

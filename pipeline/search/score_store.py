@@ -163,6 +163,15 @@ def record_failures(folder: Folder, failures: dict[str, str]) -> None:
         folder.write_table(f"{uuid.uuid4().hex}.parquet", rows)
 
 
+def forget_failures(folder: Folder, reason: str) -> None:
+    """Drop the adapters that could not be scored for this reason, which may not hold any more."""
+    found = read_failures(folder)
+    kept = {name: why for name, why in found.items() if why != reason}
+    if len(kept) < len(found):
+        folder.delete("")
+        record_failures(folder, kept)
+
+
 def read_failures(folder: Folder) -> dict[str, str]:
     """adapter_id -> why it could not be scored."""
     table = folder.dataset(SCORING_FAILURES).to_table()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
+from pipeline.adapters.adapter import CHANGED
 from pipeline.adapters.catalogue import valid_adapters
 from pipeline.core.ledger import digest
 from pipeline.core.tables import CATALOGUE, SAMPLES, require
@@ -13,7 +14,7 @@ from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
-from pipeline.search.score_store import read_failures
+from pipeline.search.score_store import forget_failures, read_failures
 from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, servable
 
 
@@ -41,6 +42,7 @@ def search(
     on_start(run)
     with run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
+        forget_failures(failures, CHANGED)
         _tell_contamination(run, catalogue, drawn)
         catalogue = servable(run, catalogue, failures)
         usual, outliers = by_rank(run, catalogue)

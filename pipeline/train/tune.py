@@ -1,6 +1,7 @@
 """Trains arms side by side: Ray Tune runs one trial for each, and each trial is a Ray Train run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
@@ -38,7 +39,10 @@ def train_arms(
         tracked = tracked or TrackConfig()
         tracking.check(tracked)
         _tune(todo, storage, [_Follow(say, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
-    return [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
+    outcomes = [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
+    for outcome in outcomes:
+        _keep_best(outcome, storage)  # of each: who is killed in it once did not come to all
+    return outcomes
 
 
 def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) -> None:
@@ -68,12 +72,18 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
 
 
 def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
-    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends; what only going on would need is
-    then removed."""
+    """One Tune trial: a Ray Train run of an arm. Its result is on disk before the trial ends."""
     job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)
-    keep_best(storage.sub(job.name), outcome["checkpoint"].rpartition("/")[2])
+    with suppress(OSError):
+        _keep_best(outcome, storage)
+
+
+def _keep_best(outcome: Outcome, storage: Folder) -> None:
+    """Remove what only going on with the arm would need."""
+    arm, _, best = outcome["checkpoint"].rpartition("/")
+    keep_best(storage.sub(arm), best)
 
 
 def _about(job: Job) -> dict[str, Any]:

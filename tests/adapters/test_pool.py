@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from store_server import StoreServer
 
 from pipeline.adapters.pool import list_adapters, pool_state
 from pipeline.core.errors import InputError
@@ -104,3 +105,20 @@ def test_a_pool_differs_once_an_adapter_of_its_list_has_changed(bucket: str, tmp
     assert after != before
     Folder.at(f"{bucket}/far").write_text(CONFIG_FILE, '{"r": 4}')
     assert pool_state(str(file)) != after
+    checkpoint = Folder.at(tmp_path / "whole")
+    checkpoint.write_text("model.safetensors", "weights")
+    file.write_text("./whole\n")
+    before = pool_state(str(file))
+    checkpoint.write_text("model.safetensors", "others")
+    assert pool_state(str(file)) != before
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_fails_is_no_state_of_an_adapter(
+    bucket: str, tmp_path: Path, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that is done would be done again, without the adapters that cannot be reached at the moment."""
+    (tmp_path / "list.txt").write_text(f"{bucket}/far\n")
+    monkeypatch.setattr(store_server, "refuse", lambda request: True)
+    with pytest.raises(OSError, match="503"):
+        pool_state(str(tmp_path / "list.txt"))

@@ -116,6 +116,30 @@ def test_results_are_removed_once_both_files_say_that_the_stage_is_not_done(
     assert not any(done)
 
 
+def test_work_that_could_not_be_removed_does_not_pass_for_that_of_the_new_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off between the first and the last of the removals; the next attempt removes it."""
+    folder = Folder.at(tmp_path)
+
+    def attempt(key: str) -> None:
+        with ledger(tmp_path).perform("merge", key):
+            assert not folder.exists("candidates") or key == "a"
+            folder.write_text("candidates/one", key)
+
+    def delete(self: Folder, name: str) -> None:
+        raise KeyboardInterrupt
+
+    attempt("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", delete)
+        with pytest.raises(KeyboardInterrupt):
+            attempt("b")
+    assert folder.read_text("candidates/one") == "a"
+    attempt("b")
+    assert folder.read_text("candidates/one") == "b"
+
+
 def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
 

@@ -304,3 +304,10 @@ def test_folders_of_a_bucket_share_a_client_and_its_credentials(
             server.shutdown()
             thread.join()
     assert len(asked) <= 2  # one that asks for the region of the bucket, and the one that all use
+
+
+def test_who_asks_as_somebody_else_has_a_client_of_his_own(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Folder.at(bucket).files
+    assert Folder.at(f"{bucket}/deeper").files is mine
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    assert Folder.at(bucket).files is not mine

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.adapters import adapter
 from pipeline.adapters.adapter import Indexed, hash_of, read_adapter
 from pipeline.core.errors import AdapterError
 from pipeline.core.storage import Folder
@@ -42,3 +43,19 @@ def test_a_donor_that_changed_since_it_was_indexed_is_not_merged(
     with pytest.raises(AdapterError, match=f"{folder}: it changed since the pool was indexed"):
         build({"mean": Recipe(("a",), (1.0,), "exact", 2)}, places, tiny_base, Folder.at(tmp_path / "built"))
     assert not (tmp_path / "built").exists()
+
+
+def test_nor_is_one_that_changes_while_it_is_read(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = make_adapter(tmp_path / "a", tiny_base, rank=2), adapter.read_adapter
+    known = Indexed(str(folder), hash_of(folder))
+
+    def read_and_change(folder: Path) -> adapter.Adapter:
+        found = read(folder)
+        make_adapter(folder, tiny_base, rank=2, seed=9)
+        return found
+
+    monkeypatch.setattr(adapter, "read_adapter", read_and_change)
+    with pytest.raises(AdapterError, match="it changed since"):
+        adapter.read_indexed(known, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES, STORED
 from pipeline.search.leaderboard import score_table
-from pipeline.search.score_store import MANY_FILES, News, ScoreStore, read_failures, record_failures
+from pipeline.search.score_store import MANY_FILES, News, ScoreStore, forget_failures, read_failures, record_failures
 
 Draw = Callable[..., pa.Table]
 SAMPLE_IDS = [f"s{n}" for n in range(6)]
@@ -173,3 +173,6 @@ def test_failures_are_kept_by_name(tmp_path: Path) -> None:
     record_failures(folder, {"a": "corrupt"})
     record_failures(folder, {"b": "gone"})
     assert read_failures(folder) == {"a": "corrupt", "b": "gone"}
+    forget_failures(folder, "gone")
+    forget_failures(folder, "nobody's reason")
+    assert read_failures(folder) == {"a": "corrupt"}

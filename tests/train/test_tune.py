@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.storage import Folder
 from pipeline.train import tune
-from pipeline.train.arm import Arm, Job
+from pipeline.train.arm import STATE, Arm, Job
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def test_an_arm_that_has_a_result_is_not_trained_again(jobs: list[Job], tmp_path
     def train(todo: Sequence[Job], storage: Folder, callbacks: list[Any]) -> None:
         for one in todo:
             trained.append(one.arm.seed)
-            storage.write_json(f"{one.name}/{tune.RESULT_FILE}", {"seed": one.arm.seed})
+            storage.write_text(f"{one.name}/checkpoint_1/{STATE}-0.pt", "moments")
+            result = {"seed": one.arm.seed, "checkpoint": f"{one.name}/checkpoint_1"}
+            storage.write_json(f"{one.name}/{tune.RESULT_FILE}", result)
 
     monkeypatch.setattr(tune, "_tune", train)
     storage = Folder.at(tmp_path)
@@ -32,6 +34,7 @@ def test_an_arm_that_has_a_result_is_not_trained_again(jobs: list[Job], tmp_path
     found = tune.train_arms(jobs, storage, print)
     assert [outcome["seed"] for outcome in found] == [0, 1, 2]
     assert trained == [1, 0, 2]
+    assert not list(tmp_path.rglob(f"{STATE}*"))  # nobody goes on with them
 
 
 def test_arms_that_failed_are_counted_and_one_is_quoted(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
