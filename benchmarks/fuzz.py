@@ -1,6 +1,6 @@
 """Do bad files ever do more than be refused? A coverage-guided fuzzer on the readers of what strangers write.
 
-    python -m benchmarks.fuzz [--inputs 100000]                  # needs atheris: pip install 'mashup-learning[fuzz]'
+    python -m benchmarks.fuzz [--inputs 100000]                  # needs atheris: pip install '.[fuzz]'
 
 Readers: an adapter's config and weights, up to its spectrum (`adapter`); a row of a data set, up to its tokens (`row`); a config
 file and a list of adapters (`config`). libFuzzer mutates valid files and keeps what reaches new code. Each reader may give a

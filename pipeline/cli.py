@@ -2,7 +2,7 @@
 
 What is asked is read before `pipeline.run` is imported, which brings torch and Ray: a mistake in it is said at once.
 
-Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong; 3 nothing to do (only of
+Exit codes: 0 done; 1 failed while working, the same command goes on from there; 2 the input is wrong; 3 nothing to do (only
 `mashup refresh --exit-code`).
 """
 
@@ -29,8 +29,8 @@ Base = Annotated[str, typer.Option(help="Base model: a Hub id or a local folder.
 Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file or an object-store prefix.")]
 
 PLAN = (
-    "Only say what the run will do and cost, and write plan.json. Index and samples are made, and kept; where no earlier run "
-    "measured it, a short calibration scores and trains a little. Nothing else is scored, merged or trained."
+    "Estimate work and cost, and write plan.json. Index and samples are made, and kept. If no earlier run measured this "
+    "cluster's speed, a short calibration scores and trains a little; nothing else is scored, merged or trained."
 )
 
 
@@ -110,7 +110,7 @@ def report(run: RunFolder) -> None:
 
 @app.command("run")
 def run_command(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What the run is asked to do; see docs/configuration.md.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Config file of the run; see docs/configuration.md.")],
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a run is asked to do: one YAML file, every key but the first four with a default.
+"""What a run is asked to do: one YAML file, every key but run, base, pool and target.train with a default.
 
 `pipeline/core/settings.py` reads the file and says what is wrong in it.
 """
@@ -56,7 +56,7 @@ MethodName = Literal[("auto", *METHODS)]  # type: ignore[valid-type]
 
 
 class TargetConfig(Section):
-    """The new task's data: JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
+    """The new task's data: JSON, JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
 
     train: str = Field(description="rows with messages, or with prompt and completion")
     validation: str | None = Field(None, description="a tenth of train where absent")
@@ -69,10 +69,12 @@ class TargetConfig(Section):
 class Budget(Section):
     """What a search may spend, in one of three ways. A number alone is a share."""
 
-    share: float | None = Field(None, gt=0, le=1, description="of the cost of scoring every candidate on every sample")
-    seconds: float | None = Field(None, gt=0, description="about so many, engine start apart")
+    share: float | None = Field(
+        None, gt=0, le=1, description="of the cost of scoring every candidate on every sample; more in small pools"
+    )
+    seconds: float | None = Field(None, gt=0, description="of scoring, about; engine start excluded")
     confidence: float | None = Field(
-        None, gt=0.5, lt=1, description="drop an adapter only if it is out with this level, one-sided"
+        None, gt=0.5, lt=1, description="drop an adapter only if it is worse than the last sure finalist at this one-sided level"
     )
 
     @model_validator(mode="before")
@@ -114,7 +116,10 @@ class SearchConfig(Section):
     retired: ClassVar[dict[str, str]] = {"screen": "one scored sample an adapter ranks donors better than its estimate did"}
 
     samples: int = Field(
-        128, ge=2, le=MAX_COUNT, description="rows of the target's train split that every candidate is scored on"
+        128,
+        ge=2,
+        le=MAX_COUNT,
+        description="rows of the target's train split to score on; the race shows poor adapters only some",
     )
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
     seed: int = Field(0, description="of the draw of the samples")
@@ -144,20 +149,20 @@ class MergeConfig(Section):
     )
     weights: Literal["auto", "equal", "gains", "greedy", "learned", "learned_by_module"] = Field(
         "auto",
-        description="gains: in proportion to what each donor gains over the base; auto: equal and gains are tried; besides "
-        "equal ones, and from the most donors: greedy: those that forward selection on the search sample takes; learned: by "
-        "gradient steps on it, one a donor, or learned_by_module: one a donor in each module",
+        description="gains: in proportion to each donor's gain over the base; auto: equal and gains are both tried. The others "
+        "are found on the search sample, for the most donors, and tried beside equal ones: greedy: donors by forward selection; "
+        "learned: one weight a donor, by gradient steps; learned_by_module: one a donor and module",
     )
     rank: int | Auto = Field(
         "auto",
-        description="rank of the mashup and of what is trained; auto: 32, or the largest donor's rank above that; concat always "
-        "has the sum of the donors' ranks",
+        description="rank of the mashup and of what is trained; auto: 32, or the largest donor's rank above that; concat "
+        "and fold have the sum of the donors' ranks",
     )
     probe: int = Field(
         0,
         ge=0,
         le=MAX_COUNT,
-        description=f"first finetuning steps from the base and the best {SHORT_LIST} candidates to judge them by; 0: none",
+        description=f"finetune the base and the best {SHORT_LIST} merges for so many steps and choose by the loss then; 0: off",
     )
 
     @field_validator("k", "rank")
@@ -186,7 +191,7 @@ class TrainConfig(Section):
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
     workers: int = Field(1, ge=1, le=MAX_COUNT, description="data-parallel workers")
     min_workers: int | None = Field(
-        None, ge=1, description="train with as few where the cluster has no room for more, and with more when it has"
+        None, ge=1, description="elastic training: the fewest to go on with where the cluster has no room for all"
     )
     shard: bool = Field(False, description="workers share the weights out (FSDP2): for bases that do not fit one device")
     tokens_per_pass: int | Auto = Field(
@@ -202,11 +207,11 @@ class TrainConfig(Section):
         0,
         ge=0,
         le=MAX_COUNT,
-        description="evaluations without a lower validation NLL after which an arm ends; the base's never do, as parity is with "
-        "their final loss; 0: no arm does",
+        description="end an arm after so many evaluations without a lower validation NLL; those of the base always run to the "
+        "end, as parity uses their final loss; 0: never",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen base, or of the products where all weights are trained; what is trained is float32"
+        "auto", description="of the frozen base; with method full, of the matrix products; trained weights are float32"
     )
     cpus_per_worker: float | Auto = Field("auto", description="CPUs of a worker; auto: without GPUs its share of a node's")
     gpus_per_worker: int | Auto = Field("auto", description="0 or 1; auto: 1 where the cluster has GPUs")
@@ -254,7 +259,7 @@ class TrainConfig(Section):
 
 
 class CompareConfig(Section):
-    """Which starts are compared; those beyond base and mashup are controls, see `merge/controls.py`."""
+    """Which starts are compared; those beyond base and mashup are controls, see `pipeline/merge/controls.py`."""
 
     inits: tuple[Literal["base", "mashup", "paper", "best_donor", "random_donors", "random_delta"], ...] = Field(
         ("base", "mashup"), min_length=1, description="starts; random_delta: random weights of the mashup's norm in each module"

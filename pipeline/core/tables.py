@@ -30,7 +30,7 @@ CATALOGUE = pa.schema(
 )
 
 INSPECTED = pa.schema([*CATALOGUE, ("sketch", pa.list_(pa.float64())), ("figures", pa.list_(pa.float64()))])
-"""Catalogue rows before adapters are compared with each other, by what `merge/spectrum.py` finds in their weights."""
+"""Catalogue rows before adapters are compared with each other, by what `adapters/spectrum.py` finds in their weights."""
 
 SAMPLES = pa.schema(
     [

@@ -118,7 +118,7 @@ def import_scorer(engine: str) -> Callable[[EngineConfig], Scorer]:
         from pipeline.engines.vllm import VllmScorer
     except ImportError as error:
         raise RuntimeError(
-            f"search.engine is vllm and it cannot be imported ({error}); pip install 'mashup-learning[cpu]' or "
-            "'mashup-learning[gpu]', or set search.engine: transformers"
+            f"search.engine is vllm and it cannot be imported ({error}); pip install '.[cpu]' or "
+            "'.[gpu]' in the checkout, or set search.engine: transformers"
         ) from error
     return VllmScorer

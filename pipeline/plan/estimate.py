@@ -188,7 +188,7 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
     """What the estimate leaves out, or takes too high."""
     config = run.config
     notes = {
-        "merging is in it only as far as merges are scored: no earlier run measured the rest": merge.tokens and not merging,
+        "merging includes scoring the merges, not building them: no earlier run measured that": merge.tokens and not merging,
         "arms may end early: train.patience": config.train.patience,
         "it is taken that the autoscaler brings all the nodes that are asked for": may_grow(),
     }

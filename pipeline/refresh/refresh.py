@@ -60,7 +60,7 @@ class RefreshConfig(Section):
     threshold: float = Field(
         0.01,
         ge=0,
-        description="gain over the published mashup, in nats a token, from which other weights of its donors are worth it",
+        description="of unchanged donors, other weights are published only if the hold-out loss falls by so many nats a token",
     )
 
     @field_validator("pool")

@@ -1,7 +1,7 @@
 """The Ray Data plan of the search: a stream of tickets through a pool of actors, each with one scoring engine.
 
-A ticket stands for one batch of work; which, the scoreboard says when the ticket is used, as who goes on depends on the scores so
-far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
+A ticket is a request for one batch of work: the scoreboard picks the batch when the ticket is used, as it depends on the scores
+so far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
 grows and shrinks the pool with the cluster, and gives the ticket of an actor that died to another. An actor stores the scores
 of a batch, whole or not at all, before it reports them.
 

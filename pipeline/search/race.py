@@ -1,4 +1,4 @@
-"""Who goes on and who stops: successive halving of candidates on paired samples. Pure rules; no Ray here.
+"""Which candidates advance: successive halving of candidates on paired samples. Pure rules; no Ray here.
 
 All candidates see the same samples in the same order. A rung is a number of samples. When all who entered a rung have been
 scored on its samples, it closes: the best go on to the next rung, the others stop. Who goes on depends on the scores alone,
@@ -33,7 +33,7 @@ FIRST_RUNG = 4
 """Samples of the first rung at most."""
 
 SMALL_POOL = 2
-"""No budget is below the cost of scoring so many times the candidates that go through on every sample."""
+"""The budget is never less than scoring so many times the finalists on every sample."""
 
 CONFIDENCE = 0.99
 """With which a candidate is out, where the budget says nothing of it."""
@@ -42,7 +42,7 @@ PRIOR_SAMPLES = 4
 """Weight of the typical variance beside a candidate's own."""
 
 FEWER = 0.8
-"""Who is sure to go on is looked for again when this share of the scores that were missing is missing still."""
+"""Early promotion is looked at again once the missing scores have fallen to this share of those at the last look."""
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]

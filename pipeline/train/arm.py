@@ -59,7 +59,7 @@ class Job:
     """Digest of all that the arm's result depends on."""
     folded: bool = False
     last_step: int | None = None
-    """Where to stop before the end, on the way of the whole finetune: its learning rates do not change."""
+    """Stop after this step; the learning rates stay those of all steps."""
     profile: Folder | None = None
     """Where the first worker leaves a trace of some steps."""
 

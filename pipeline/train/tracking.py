@@ -26,7 +26,7 @@ def check(track: TrackConfig) -> None:
     """
     for key, package in PACKAGES.items():
         if getattr(track, key) and find_spec(package) is None:
-            raise InputError(f"install {package} to use track.{key}: pip install 'mashup-learning[track]'")
+            raise InputError(f"install {package} to use track.{key}: pip install '.[track]'")
     if track.mlflow:
         _ask_server(track.mlflow)
 

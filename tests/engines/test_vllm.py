@@ -18,9 +18,7 @@ from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.transformers import TransformersScorer
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install '.[cpu]'"),
     pytest.mark.xdist_group("vllm"),  # one engine for all
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'mashup-learning[cpu]'")
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[cpu]'")
 
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

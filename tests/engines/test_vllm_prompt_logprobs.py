@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'mashup-learning[cpu]'")
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[cpu]'")
 
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.sampler import Sampler

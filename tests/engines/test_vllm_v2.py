@@ -16,9 +16,7 @@ from pipeline.engines.transformers import TransformersScorer
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'mashup-learning[cpu]'"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install '.[cpu]'"),
     pytest.mark.xdist_group("vllm-v2"),  # one engine for all
 ]
 
