@@ -20,5 +20,5 @@ def test_transformers_needs_no_vllm(tiny_base: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_vllm_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pipeline.engines.vllm", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'mashup-learning\[cpu\]'.*search.engine: transformers"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[cpu\]'.*search.engine: transformers"):
         build_scorer("vllm", engine_config(str(tmp_path)))

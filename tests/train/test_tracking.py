@@ -83,7 +83,7 @@ def test_a_missing_package_is_said_before_anything_is_spent(
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     target = {"train": write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])}
     content = {"run": str(tmp_path / "run"), "base": tiny_base, "pool": str(tmp_path / "pool"), "target": target, "track": asked}
-    with pytest.raises(InputError, match=f"install {package} to use track.{next(iter(asked))}: pip install 'mashup-learning"):
+    with pytest.raises(InputError, match=rf"install {package} to use track.{next(iter(asked))}: pip install '\.\[track\]'"):
         run_all(build_config(content, "test"))
     assert not (tmp_path / "run").exists()
 
