@@ -87,8 +87,8 @@ def plan_run(config: Config) -> dict[str, Any]:
     samples(run)
     run.progress.stage("plan")
     run.start_ray()
-    calibrate(run)
     catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
+    calibrate(run, catalogue)
     searched = run.ledger.done("search", search_key(run, catalogue, drawn))
     return write_plan(run, merged=searched and run.ledger.done("merge", merge_key(run)))
 

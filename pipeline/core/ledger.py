@@ -86,7 +86,8 @@ class Ledger:
         if record is None or record["key"] != key:
             outdated += self._stages[stage].work
             record = {"key": key, "done": False, "seconds": 0.0, "details": {}}
-        self._save()
+        if self.records:  # a new run has nothing to take back
+            self._save()
         for name in outdated:
             self._run.delete(name)
         # Only now: who is killed before has removed a part, and what is left must not pass for work on this key.

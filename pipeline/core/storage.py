@@ -48,6 +48,12 @@ SECRET = re.compile(r"(?<=://)(?!anonymous@)[^/?#@\s]*@")
 
 ONE_SLASH = re.compile(r"(s3|gs|gcs|hf|file):/(?!/)")
 
+PLAIN_URI = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[\w.-]+)(?P<path>(/[\w.~=+,@-]+)*)(?P<options>\?.*)?", re.ASCII)
+"""Of an object store, without signs that stand for others."""
+
+_BUCKETS: dict[tuple[Any, ...], fs.FileSystem] = {}
+"""Those that this process has opened, by what they were opened with."""
+
 NO_SECRET = "a location must hold no credentials, as it is shown and kept; set them in the environment"
 
 
@@ -70,7 +76,7 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     """
     plain = PLAIN_URI.fullmatch(uri)
     key = (plain["scheme"], plain["bucket"], plain["options"], uploads.client_settings()) if plain else None
-    if plain and key in _BUCKETS:
+    if plain and key and key in _BUCKETS:
         return _BUCKETS[key], plain["bucket"] + plain["path"]
     try:
         files, path = fs.FileSystem.from_uri(uri)
@@ -82,11 +88,6 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     if key:
         _BUCKETS[key] = files
     return files, path
-
-
-PLAIN_URI = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[\w.-]+)(?P<path>(/[\w.~=+,@-]+)*)(?P<options>\?.*)?", re.ASCII)
-"""Of an object store, without signs that stand for others."""
-_BUCKETS: dict[tuple[Any, ...] | None, fs.FileSystem] = {}
 
 
 def lies_in(place: str, folder: str) -> bool:

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.adapters.catalogue import valid_adapters
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.data.splits import split_of
@@ -36,11 +35,14 @@ STEPS, EVALUATIONS, ROWS = 4, 2, 16
 FOLDER = "calibration"
 
 
-def calibrate(run: Run) -> None:
+def calibrate(run: Run, catalogue: pa.Table) -> None:
     """Measure what no earlier run of this store measured on workers of this kind; what it took stands in the ledger beside the
-    stages."""
+    stages.
+
+    Args:
+        catalogue: the valid adapters.
+    """
     started, rates, config = time.perf_counter(), rates_of(run), run.config
-    catalogue = valid_adapters(run.folder.read_table("catalogue.parquet"))
     if not knows_scoring(rates.recent(scoring_kind(config.search))):
         run.progress.say("no earlier run measured scoring here: a batch of adapters is scored on a few samples; this is kept")
         _score_a_little(run, catalogue)

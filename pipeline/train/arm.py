@@ -95,15 +95,21 @@ def download_model(checkpoint: Folder, target: Path) -> None:
     checkpoint.download([name for name in checkpoint.list_files() if not name.startswith(STATE)], target)
 
 
-def keep_best(arm: Folder, best: str) -> None:
+def keep_best(storage: Folder, checkpoint: str) -> None:
     """Remove the other checkpoints of an arm that is at its end, and what of the best one only going on would need: with Adam's
-    moments, five times the weights of a full finetune."""
+    moments, five times the weights of a full finetune.
+
+    Args:
+        checkpoint: the best one, as `ray_train.fit` names it in `storage`.
+    """
+    name, _, best = checkpoint.rpartition("/")
+    arm = storage.sub(name)
     for found in arm.files.get_file_info(fs.FileSelector(arm.path, allow_not_found=True)):
         if found.base_name.startswith(CHECKPOINTS) and found.base_name != best:
             arm.delete(found.base_name)
-    for name in arm.sub(best).list_files():
-        if name.startswith(STATE):
-            arm.delete(f"{best}/{name}")
+    for file in arm.sub(best).list_files():
+        if file.startswith(STATE):
+            arm.delete(f"{best}/{file}")
 
 
 def copy_weights(source: Folder, target: Folder) -> None:

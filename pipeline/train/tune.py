@@ -41,7 +41,7 @@ def train_arms(
         _tune(todo, storage, [_Follow(say, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
     outcomes = [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
     for outcome in outcomes:
-        _keep_best(outcome, storage)  # of each: who is killed in it once did not come to all
+        keep_best(storage, outcome["checkpoint"])  # of each: who is killed in it once did not come to all
     return outcomes
 
 
@@ -76,14 +76,8 @@ def _drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None
     job = jobs[trial["arm"]["name"]]
     outcome = fit(job, storage, callbacks=[TuneReportCallback()])
     storage.write_json(f"{job.name}/{RESULT_FILE}", _about(job) | outcome)
-    with suppress(OSError):
-        _keep_best(outcome, storage)
-
-
-def _keep_best(outcome: Outcome, storage: Folder) -> None:
-    """Remove what only going on with the arm would need."""
-    arm, _, best = outcome["checkpoint"].rpartition("/")
-    keep_best(storage.sub(arm), best)
+    with suppress(OSError):  # `train_arms` comes to it again
+        keep_best(storage, outcome["checkpoint"])
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -140,6 +140,20 @@ def test_work_that_could_not_be_removed_does_not_pass_for_that_of_the_new_input(
     assert folder.read_text("candidates/one") == "b"
 
 
+def test_a_new_run_that_is_killed_before_it_removes_anything_leaves_no_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would be said to be damaged."""
+
+    def delete(self: Folder, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "delete", delete)
+    with pytest.raises(KeyboardInterrupt), ledger(tmp_path).perform("search", "a"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
 

@@ -26,14 +26,14 @@ def run(tiny_base: str, tmp_path: Path) -> Run:
 def test_what_was_measured_on_such_workers_is_not_measured_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     row = {"adapter_id": "one", "status": "ok", "rank": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
-    run.folder.write_table("catalogue.parquet", pa.Table.from_pylist([row], schema=CATALOGUE))
+    catalogue = pa.Table.from_pylist([row], schema=CATALOGUE)
     monkeypatch.setattr(calibrate, "_score_a_little", lambda run, valid: measured.append("scoring"))
     monkeypatch.setattr(calibrate, "_train_a_little", lambda run, lora: measured.append("training"))
-    calibrate.calibrate(run)
+    calibrate.calibrate(run, catalogue)
     rates_of(run).keep(scoring_kind(run.config.search), {"tokens_per_second": 1.0})
-    calibrate.calibrate(run)
+    calibrate.calibrate(run, catalogue)
     rates_of(run).keep(training_kind(run.config.train), {"tokens_per_second": 1.0})
-    calibrate.calibrate(run)
+    calibrate.calibrate(run, catalogue)
     assert measured == ["scoring", "training", "training"]
 
 

@@ -39,11 +39,11 @@ def test_rows_are_known_in_their_order(data: Folder) -> None:
 
 
 def test_of_an_arm_at_its_end_the_best_weights_stay(tmp_path: Path) -> None:
-    arm = Folder.at(tmp_path)
+    arm = Folder.at(tmp_path / "arm")
     for checkpoint in ("checkpoint_1", "checkpoint_2"):
         for name in ("adapter_model.safetensors", CURVE_FILE, f"{STATE}-0.pt"):
             arm.write_text(f"{checkpoint}/{name}", name)
     arm.write_text("result.json", "{}")
-    keep_best(arm, "checkpoint_1")
+    keep_best(Folder.at(tmp_path), "arm/checkpoint_1")
     left = sorted(info.path.removeprefix(f"{arm.path}/") for info in arm.walk())
     assert left == ["checkpoint_1/adapter_model.safetensors", f"checkpoint_1/{CURVE_FILE}", "result.json"]
