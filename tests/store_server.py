@@ -1,6 +1,8 @@
 """An S3 server on this machine whose requests a test sees, and may refuse."""
 
+import io
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +18,8 @@ class StoreServer:
         self.requests = list[str]()
         self.refuse: Callable[[str], bool] = lambda request: False
         """Requests, such as 'PUT /bucket/key?partNumber=2', that are answered with 503."""
+        self._turn = threading.Lock()
+        """moto keeps its objects in plain dictionaries: a part that comes in while its upload is ended breaks it."""
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         assert self._server._server is not None
@@ -29,9 +33,11 @@ class StoreServer:
         query = environ["QUERY_STRING"]
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' * bool(query)}{query}"
         self.requests.append(request)
+        if "CONTENT_LENGTH" in environ:
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0)))
         if self.refuse(request):
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Slow Down", [("Content-Length", "0")])
             return [b""]
-        answer: Iterable[bytes] = self._app(environ, start_response)
+        with self._turn:
+            answer: Iterable[bytes] = self._app(environ, start_response)
         return answer
