@@ -245,13 +245,15 @@ class Runs:
         self._begin()
 
     def _require_known(self) -> None:
-        """The command that ended said 'already done' of each stage that was done before it, as far as it came."""
+        """The command that ended said 'already done' of each stage that was done before it, as far as it came. Once a file
+        was cut that is known of no stage until a command has come to it."""
         lines = self._lines()
         reached = {line["stage"] for line in lines}
         said = {line["stage"] for line in lines if line["text"] == ALREADY}
         assert self.known & reached <= said, self._told()
         stages = self.command.run.read_json("stages.json") if self.command.run.exists("stages.json") else {}
-        self.known = {name for name, record in stages.items() if record["done"] and name in STAGES}
+        done = {name for name, record in stages.items() if record["done"] and name in STAGES}
+        self.known = done & (self.known | reached)
 
     def _lines(self) -> list[re.Match[str]]:
         """The progress of the command that runs, or that ended last."""

@@ -24,8 +24,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
-from pipeline.adapters.adapter import from_factors, write_adapter
+from pipeline.adapters.adapter import Adapter, from_factors, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
@@ -152,35 +153,42 @@ def _with_model(model: Any, config: EngineConfig, samples: pa.Table, scratch: Pa
     base_S = _plain_losses(model, samples)
     if not config.max_rank:
         return Canary(samples, (), base_S, None)
-    for strength in STRENGTHS:
-        known_S = _adapted_losses(model, _write_adapter(model, config, scratch / f"known-{strength}", strength, 1), samples)
-        if np.abs(known_S - base_S).mean() > EFFECT:
-            break
-    other = _write_adapter(model, config, scratch / "other", strength, 2)
-    adapters = (Candidate("known", scratch / f"known-{strength}"), Candidate("other", other))
-    return Canary(samples, adapters, base_S, known_S)
+    adapters = {name: _random_adapter(model, config, seed) for seed, name in enumerate(("known", "other"), start=1)}
+    write_adapter(scratch / "known", adapters["known"], fast_dtype(config.dtype))
+    strength, known_S = _with_effect(model, scratch / "known", samples, base_S)
+    for name, adapter in adapters.items():
+        adapter.config.lora_alpha *= strength
+        write_adapter(scratch / name, adapter, fast_dtype(config.dtype))
+    return Canary(samples, tuple(Candidate(name, scratch / name) for name in adapters), base_S, known_S)
 
 
-def _write_adapter(model: Any, config: EngineConfig, folder: Path, strength: float, seed: int) -> Path:
-    """A random adapter on every module that adapters of the pool change somewhere, in the type that the engine keeps it in."""
+def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
+    """Of strength 1, on every module that adapters of the pool change somewhere."""
     generator = torch.Generator().manual_seed(seed)
     shapes, head = linear_shapes(config.base)
     rank = min(RANK, config.max_rank)
     deltas: dict[str, Factors] = {}
     for name, (outputs, inputs) in shapes.items():
         if name != head and name.rpartition(".")[2] in config.target_modules:
-            norm = strength * float(model.get_submodule(name).weight.detach().float().norm())
+            norm = float(model.get_submodule(name).weight.detach().float().norm())
             a_RI, b_OR = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
-            size = (norm / float((b_OR @ a_RI).norm())) ** 0.5
+            # The squared norm of b @ a is the trace of (b.T @ b) @ (a @ a.T), which are small.
+            size = (norm / float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().sqrt())) ** 0.5
             deltas[name] = Factors(size * a_RI, size * b_OR)
-    write_adapter(folder, from_factors(config.base, deltas, rank, float(rank), shapes, seed), fast_dtype(config.dtype))
-    return folder
+    return from_factors(config.base, deltas, rank, float(rank), shapes, seed)
 
 
-def _adapted_losses(model: Any, folder: Path, samples: pa.Table) -> Losses:
+def _with_effect(model: Any, folder: Path, samples: pa.Table, base_S: Losses) -> tuple[float, Losses]:
+    """The first strength that has the effect, and the losses at it; PEFT puts the adapter into the model once for all."""
     adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     try:
-        return _plain_losses(adapted, samples)
+        for strength in STRENGTHS:
+            for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+                layer.set_scale(adapted.active_adapter, strength)
+            known_S = _plain_losses(adapted, samples)
+            if np.abs(known_S - base_S).mean() > EFFECT:
+                break
+        return strength, known_S
     finally:
         adapted.unload()
 

@@ -124,6 +124,7 @@ class Race:
         self._lacking: set[int] = set()
         self._taken: set[int] = set()
         self._open(np.arange(len(nll_NS)))
+        self._advance()
 
     @property
     def over(self) -> bool:
@@ -213,17 +214,16 @@ class Race:
         unknown = np.isnan(self.nll_NS[entrants, :end]).any(axis=1) & ~self.aside_N[entrants]
         self._lacking.update(entrants[unknown].tolist())
         self._pending.extend(candidate for candidate in entrants[unknown].tolist() if candidate not in self._taken)
-        if not self._lacking:
-            self._close()
 
     def _done(self, candidate: int) -> None:
         self._lacking.remove(candidate)
-        if not self._lacking:
-            self._close()
+        self._advance()
 
-    def _close(self) -> None:
-        is_last = self.rung + 1 == len(self.plan.rungs)
-        self._open(np.empty(0, np.int64) if is_last else self.survivors())
+    def _advance(self) -> None:
+        """Close the open rung once nobody lacks scores, and open the next: several, where the scores are known already."""
+        while not (self._lacking or self.over):
+            is_last = self.rung + 1 == len(self.plan.rungs)
+            self._open(np.empty(0, np.int64) if is_last else self.survivors())
 
     def _quota(self) -> int:
         """How many may enter the next rung: the rungs to come shrink by one factor, the largest that can be afforded."""
