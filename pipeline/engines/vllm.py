@@ -36,6 +36,13 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 MAX_SEQUENCES = 64
 
+MEMORY_SHARE = 0.92
+"""Of a GPU: vLLM's own default. It measures one step, without prompt log-probabilities, and takes the rest for its KV cache."""
+
+LOGITS_TOKENS, LOGITS_COPIES = 1024, 3
+"""Prompt tokens whose logits vLLM then computes at once, in float32, and how many tensors of that size it has at a time (logits,
+capped logits, log-probabilities)."""
+
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent ends."""
 
@@ -143,16 +150,22 @@ class VllmScorer:
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         rows = [_row(*row) for row in zip(samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist(), strict=True)]
         requests = self._hold(candidates)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": row.ids} for row in rows] * len(candidates),
-            [self.logprobs.ask(row) for row in rows] * len(candidates),
-            lora_request=[request for request in requests for _ in rows],
-            use_tqdm=False,
-        )
+        outputs = self._generate(rows * len(candidates), [request for request in requests for _ in rows])
         scores = [self.logprobs.read(row, output) for row, output in zip(rows * len(candidates), outputs, strict=True)]
         names = [candidate.adapter_id for candidate in candidates for _ in rows]
         columns = [names, samples["sample_id"].to_pylist() * len(candidates), *zip(*scores, strict=True)]
         return pa.table([pa.array(c, field.type) for c, field in zip(columns, SCORES, strict=True)], schema=SCORES)
+
+    def _generate(self, rows: Sequence[Row], adapters: Sequence[LoRARequest | None]) -> list[RequestOutput]:
+        """vLLM's outputs for each row with its adapter. Where a step fails, what has not ended is taken back: vLLM keeps it, and
+        would answer it together with the next batch."""
+        prompts, asked = [{"prompt_token_ids": row.ids} for row in rows], [self.logprobs.ask(row) for row in rows]
+        try:
+            return self.llm.generate(prompts, asked, lora_request=adapters, use_tqdm=False)
+        except Exception:
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _hold(self, candidates: Sequence[Candidate]) -> list[LoRARequest | None]:
         """What vLLM knows each candidate by. An adapter that it still holds is not read again."""
@@ -193,6 +206,7 @@ def _end_with_parent(worker: Any) -> None:
 
 def _arguments(config: EngineConfig) -> dict[str, Any]:
     return {
+        **({} if current_platform.is_cpu() else _on_gpus(config.base)),
         "model": config.base,
         "load_format": "safetensors",  # never pickle
         "skip_tokenizer_init": True,  # rows are token ids already
@@ -211,9 +225,16 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in RANKS if rank >= config.max_rank),
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),
-        # Logits of bfloat16 have an error of 0.06 nats at 16; on CPUs vLLM would copy the head's weights for this in each step.
-        "hf_overrides": {} if current_platform.is_cpu() else {"head_dtype": "float32"},
     }
+
+
+def _on_gpus(base: str) -> dict[str, Any]:
+    """Logits in float32, as those of bfloat16 have an error of 0.06 nats at 16, and room for them. On CPUs vLLM would copy the
+    head's weights for this in each step. Its batch-invariant products know no output of another type than the inputs'."""
+    logits = LOGITS_COPIES * LOGITS_TOKENS * AutoConfig.from_pretrained(base).get_text_config().vocab_size * 4
+    share = MEMORY_SHARE - logits / current_platform.get_device_total_memory()
+    head: dict[str, Any] = {} if envs.VLLM_BATCH_INVARIANT else {"hf_overrides": {"head_dtype": "float32"}}
+    return {"gpu_memory_utilization": share, **head}
 
 
 def _fitting_length(config: EngineConfig) -> int:

@@ -53,6 +53,15 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
             """Adapters that it has read so far."""
             return self.scorer.loaded
 
+        def fail_in_next_step(self) -> None:
+            engine = self.scorer.llm.llm_engine
+
+            def fail() -> None:
+                del engine.step
+                raise RuntimeError("this step fails")
+
+            engine.step = fail
+
         def limit(self, size: int) -> None:
             """Of what it keeps beside a batch, in bytes."""
             from pipeline.engines import vllm
@@ -110,6 +119,19 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_working(
     with pytest.raises(Exception, match="corrupt weights"):
         vllm_score([candidates[1], Candidate("broken", tmp_path)], samples)
     assert_alike(vllm_score(candidates[:2], samples), TransformersScorer(engine_config).score(candidates[:2], samples))
+
+
+def test_a_step_that_fails_leaves_nothing_to_the_next_batch(
+    engine: Callable[..., Any],
+    vllm_score: Callable[..., pa.Table],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+) -> None:
+    engine("fail_in_next_step")
+    with pytest.raises(Exception, match="this step fails"):
+        vllm_score(candidates[1:3], samples)
+    assert_alike(vllm_score(candidates[2:4], samples), TransformersScorer(engine_config).score(candidates[2:4], samples))
 
 
 def test_a_name_that_comes_again_for_another_adapter_is_another_adapter(
@@ -239,3 +261,18 @@ def test_what_the_environment_says_of_vllm_are_words_that_it_knows() -> None:
 
     said = {*CARRIED, *worker_env(Resources(1, 0, 2))["env_vars"]}
     assert {name for name in said if name.startswith("VLLM_")} - environment_variables.keys() == set()
+
+
+@pytest.mark.parametrize(("invariant", "overrides"), [("0", {"head_dtype": "float32"}), ("1", None)])
+def test_logits_are_float32_on_gpus_and_there_is_room_for_them(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, invariant: str, overrides: dict[str, str] | None
+) -> None:
+    from pipeline.engines import vllm
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
+    assert not {"hf_overrides", "gpu_memory_utilization"} & vllm._arguments(engine_config).keys()
+    monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(vllm.current_platform), "get_device_total_memory", lambda self: 48_000_000)
+    given = vllm._arguments(engine_config)
+    assert given.get("hf_overrides") == overrides
+    assert given["gpu_memory_utilization"] == pytest.approx(0.92 - 3 * 1024 * 400 * 4 / 48_000_000, abs=0.001)

@@ -125,16 +125,6 @@ def test_workers_are_told_to_end_with_the_engine_where_there_are_several(
     assert (two.backend, two.called) == ("mp", [vllm._end_with_parent])
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_logits_are_float32_where_that_costs_no_copy_of_the_head(
-    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, on_cpu: bool
-) -> None:
-    from pipeline.engines import vllm
-
-    monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self: on_cpu)
-    assert vllm._arguments(engine_config)["hf_overrides"] == ({} if on_cpu else {"head_dtype": "float32"})
-
-
 CHILD_OF_A_THREAD = """
 import multiprocessing, threading, time
 from pipeline.engines.vllm import _end_with_parent
