@@ -39,7 +39,7 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, build_scorer
 from pipeline.model.base_model import linear_shapes
 from pipeline.search.engine_pool import engine_config, score_stream
-from pipeline.search.race import make_plan
+from pipeline.search.race import make_schedule
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.loop import Finetuning
 from pipeline.train.ray_train import fit
@@ -83,7 +83,7 @@ def _search(folder: Path, base: str, engine: str, batches: int) -> dict[str, Any
     scores = folder / "scores"
     started = time.perf_counter()
     work = everything(adapters, samples, scores)
-    *_, last = score_stream(work, config, search, make_plan(len(work.candidates), len(samples), 0, share=1))
+    *_, last = score_stream(work, config, search, make_schedule(len(work.candidates), len(samples), 0, share=1))
     wall = time.perf_counter() - started
     bare += ray.get(bare_task.remote(engine, config, adapters.slice(half), samples))
     ends = sorted(file.stat().st_mtime for file in scores.rglob("*.parquet"))
@@ -162,7 +162,7 @@ def print_peaks(count: int) -> None:
         work = everything(adapters, samples, folder / "scores")
         peaks = {"engine": 0, "scoreboard": 0}
         for _ in score_stream(
-            work, engine_config(base, 2, TARGETS, search, max_tokens=32), search, make_plan(count + 1, 24, 8, share=0.1)
+            work, engine_config(base, 2, TARGETS, search, max_tokens=32), search, make_schedule(count + 1, 24, 8, share=0.1)
         ):
             for name, title in (("engine", "MapWorker"), ("scoreboard", "Scoreboard")):
                 peaks[name] = max(peaks[name], _memory_of(title))

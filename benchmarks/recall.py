@@ -33,7 +33,7 @@ from pipeline.config import Config, SearchConfig
 from pipeline.data.splits import take_samples
 from pipeline.model.base_model import fingerprint
 from pipeline.search.engine_pool import engine_config, score_stream
-from pipeline.search.race import BASE, Race, make_plan
+from pipeline.search.race import BASE, Race, make_schedule
 from pipeline.search.score_store import Known
 from pipeline.search.scoreboard import RaceProgress, Work
 
@@ -112,9 +112,9 @@ def _measure(arena: Arena, work: Path, budget: float, seeds: int) -> dict[str, A
     n, n_search = len(arena.adapters) + 1, arena.samples["split"].to_pylist().count("search")
     size = n, n_search, len(arena.samples) - n_search
     truth_store = work / "truth" / f"{fingerprint(arena.base)}-{arena.name.replace(' ', '-')}"
-    truth, _, exhaustive_seconds = _search(arena, truth_store, make_plan(*size, share=1))
+    truth, _, exhaustive_seconds = _search(arena, truth_store, make_schedule(*size, share=1))
     with tempfile.TemporaryDirectory() as fresh:
-        _, raced, race_seconds = _search(arena, Path(fresh), make_plan(*size, share=budget))
+        _, raced, race_seconds = _search(arena, Path(fresh), make_schedule(*size, share=budget))
     assert raced.seen is not None
     real = _judge(truth, np.array(raced.seen), n_search, raced.adapter_samples)
     replays = [_replay(truth, n_search, budget, seed) for seed in range(seeds)]
@@ -123,17 +123,17 @@ def _measure(arena: Arena, work: Path, budget: float, seeds: int) -> dict[str, A
     return {"pool": arena.name, "n_adapters": n - 1, **real, **timed, **spread}
 
 
-def _search(arena: Arena, scores: Path, plan: Any) -> tuple[Known, RaceProgress, float | None]:
+def _search(arena: Arena, scores: Path, schedule: Any) -> tuple[Known, RaceProgress, float | None]:
     """Run a search; gives its scores, and the seconds of scoring alone (None where all was known)."""
     work: Work = everything(arena.adapters, arena.samples, scores)
     engine = engine_config(arena.base, arena.max_rank, arena.target_modules, arena.search, max_tokens=256)
     last, shown = RaceProgress(), time.monotonic()
-    for last in score_stream(work, engine, arena.search, plan):
+    for last in score_stream(work, engine, arena.search, schedule):
         if time.monotonic() - shown > 30:
             shown = time.monotonic()
             typer.echo(f"{arena.name}: {last.adapter_samples} adapter-samples, rung {last.rung} of {last.rungs}", err=True)
     known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
-    measured = last.adapter_samples == known.nll_NS.size or len(plan.rungs) > 1
+    measured = last.adapter_samples == known.nll_NS.size or len(schedule.rungs) > 1
     return known, last, round(last.seconds, 1) if measured else None
 
 
@@ -142,7 +142,7 @@ def _replay(truth: Known, n_search: int, budget: float, seed: int) -> dict[str, 
     n, n_samples = truth.nll_NS.shape
     order = np.append(np.random.default_rng(seed).permutation(n_search), np.arange(n_search, n_samples))
     nll_NS, tokens_S = truth.nll_NS[:, order].astype(np.float32), truth.tokens_S[order]
-    race = Race(make_plan(n, n_search, n_samples - n_search, budget), tokens_S.tolist(), np.full_like(nll_NS, np.nan))
+    race = Race(make_schedule(n, n_search, n_samples - n_search, budget), tokens_S.tolist(), np.full_like(nll_NS, np.nan))
     used = 0
     while not race.over:
         candidates, samples = race.take(1)

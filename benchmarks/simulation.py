@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from pipeline.search.race import Floats, Race, make_plan
+from pipeline.search.race import Floats, Race, make_schedule
 from pipeline.search.scoreboard import LEASE, SLOW
 
 N_SEARCH, N_HOLDOUT = 96, 32
@@ -93,7 +93,7 @@ def simulate(nll: Floats, tokens: Any, engines: int) -> dict[str, float]:
     """One search with so many engines."""
     n = len(nll)
     generator = np.random.default_rng(1)
-    race = Race(make_plan(n, N_SEARCH, N_HOLDOUT, 0.1), tokens.tolist(), np.full_like(nll, np.nan))
+    race = Race(make_schedule(n, N_SEARCH, N_HOLDOUT, 0.1), tokens.tolist(), np.full_like(nll, np.nan))
     ledger = Ledger()
     idle = engines
     while not race.over:

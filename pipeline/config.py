@@ -297,18 +297,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def nothing_is_written_into_the_pool(self) -> "Config":
-        for name, place in {"run": self.run, "search.store": self.search.store}.items():
-            if place and lies_in(place, self.pool):
-                raise ValueError(f"{name}: {place} lies in the pool {self.pool}, which it would change; choose another folder")
+        for name, path in {"run": self.run, "search.store": self.search.store}.items():
+            if path and lies_in(path, self.pool):
+                raise ValueError(f"{name}: {path} lies in the pool {self.pool}, which it would change; choose another folder")
         return self
 
     @model_validator(mode="after")
     def nothing_is_read_that_a_run_replaces(self) -> "Config":
         data = {f"target.{role}": getattr(self.target, role) for role in ("train", "validation", "test")}
         base = self.base if Path(self.base).is_dir() else None
-        for name, place in {"pool": self.pool, "base": base, **data}.items():
-            if place and lies_in(place, self.run):
-                raise ValueError(f"{name}: {place} lies in the run folder {self.run}, where files are replaced; keep them apart")
+        for name, path in {"pool": self.pool, "base": base, **data}.items():
+            if path and lies_in(path, self.run):
+                raise ValueError(f"{name}: {path} lies in the run folder {self.run}, where files are replaced; keep them apart")
         return self
 
     @model_validator(mode="after")
@@ -339,6 +339,6 @@ def build_config(content: dict[str, Any], source: str) -> Config:
     """Validate `content`; `source` names it in messages.
 
     Raises:
-        InputError: a key or value that is not right, named with its place.
+        InputError: a key or value that is not right, named with where it stands.
     """
     return checked(Config, content, source)

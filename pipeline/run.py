@@ -7,8 +7,8 @@
     compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/
     report   all of the above                -> report.html
 
-Only this module knows the order. Each stage leaves its results in the run folder, is skipped where they are there for the same
-input, and goes on where it was interrupted.
+The stages are called in this order; `run_folder.STAGES` repeats it. Each leaves its results in the run folder and is skipped
+where they are there for the same input, but for the report; search, merge and compare resume where they were interrupted.
 """
 
 from collections.abc import Callable

@@ -36,7 +36,7 @@ from pipeline.report.terminal import leaderboard_table, summary_table
 JOBS = ("mashup", "search", "refresh")
 CONFIG_FILE = "config.yaml"
 LOCAL = "http://127.0.0.1:8265"
-PLACES = ("run", "home", "base", "pool", "train", "validation", "test", "store")
+PATHS = ("run", "home", "base", "pool", "train", "validation", "test", "store")
 """Keys, in whatever section of a config, that name a file or a folder where they have a text."""
 
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
@@ -101,7 +101,7 @@ def portable_config(path: str, job: str, run: str | None) -> dict[str, Any]:
         raise InputError(f"--run {run}: a refresh has the folders of its runs in its home; leave it out")
     content: dict[str, Any] = read_yaml(path, "run, base, pool and target") | ({"run": run} if run else {})
     checked(RefreshConfig if job == "refresh" else Config, content, path)
-    for key, value in places(content):
+    for key, value in paths(content):
         if not _travels(value, key == "base"):
             raise InputError(
                 f"{path}: {key}: {value} is a relative path, and the cluster's nodes work in other folders; give an absolute one "
@@ -110,17 +110,17 @@ def portable_config(path: str, job: str, run: str | None) -> dict[str, Any]:
     return content
 
 
-def places(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
+def paths(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
     """The keys of a config that name a file or a folder, with their sections, and what they name."""
     for key, value in content.items():
         if isinstance(value, Mapping):
-            yield from places(value, f"{section}{key}.")
-        elif key in PLACES and isinstance(value, str):
+            yield from paths(value, f"{section}{key}.")
+        elif key in PATHS and isinstance(value, str):
             yield f"{section}{key}", value
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The job server at `address`, or else at the place that Ray's own command would take.
+    """The job server at `address`, or else at the one that Ray's own command would take.
 
     Raises:
         InputError: it wants another token.
@@ -130,16 +130,16 @@ def connect(address: str | None) -> JobSubmissionClient:
         os.environ["RAY_API_SERVER_ADDRESS"] = address
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
     try:
-        if "://" not in place:
-            require_answer(place)
-        return JobSubmissionClient(place)
+        if "://" not in address:
+            require_answer(address)
+        return JobSubmissionClient(address)
     except AuthenticationError as error:
         reason = error.message.partition("\n")[0]
-        raise InputError(f"{place}: the cluster lets nobody in without its token ({reason}); {TOKEN_HINT}") from error
+        raise InputError(f"{address}: the cluster lets nobody in without its token ({reason}); {TOKEN_HINT}") from error
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"{place}: no Ray job server answers there ({_line(error)}); see --address") from error
+        raise ConnectionError(f"{address}: no Ray job server answers there ({_line(error)}); see --address") from error
 
 
 def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
     lines = (message or "Ray gives no reason").strip().splitlines()
     reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
-    return {"status": "failed", "exit_code": 1, "error": f"ended without a word of its own: {reason}"}
+    return {"status": "failed", "exit_code": 1, "error": f"wrote no result line: {reason}"}
 
 
 def _travels(value: str, is_base: bool) -> bool:

@@ -111,9 +111,7 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place_and_value(
-    changes: dict[str, Any], message: str, write: Callable[..., str]
-) -> None:
+def test_what_is_wrong_is_named_with_its_key_and_value(changes: dict[str, Any], message: str, write: Callable[..., str]) -> None:
     path = write(**changes)
     with pytest.raises(InputError, match=message) as refusal:
         load_config(path)
@@ -142,11 +140,11 @@ def test_a_local_base_is_made_absolute_for_workers_that_run_elsewhere(tmp_path: 
     assert build_config({**content, "base": "org/model"}, "test").base == "org/model"
 
 
-@pytest.mark.parametrize("place", ["run", "pool", "base", "target.train", "search.store"])
-def test_credentials_are_refused_and_not_shown(place: str) -> None:
+@pytest.mark.parametrize("dotted", ["run", "pool", "base", "target.train", "search.store"])
+def test_credentials_are_refused_and_not_shown(dotted: str) -> None:
     content: dict[str, Any] = {"run": "r", "base": "b", "pool": "p", "target": {"train": "t"}, "search": {}}
-    *sections, key = place.split(".")
+    *sections, key = dotted.split(".")
     (content[sections[0]] if sections else content)[key] = "s3://KEY:SECRET@bucket/x"
-    with pytest.raises(InputError, match=f"{place}: .*no credentials.*s3://[.]{{3}}@bucket/x") as caught:
+    with pytest.raises(InputError, match=f"{dotted}: .*no credentials.*s3://[.]{{3}}@bucket/x") as caught:
         build_config(content, "c.yaml")
     assert "SECRET" not in str(caught.value)

@@ -93,11 +93,11 @@ def test_a_folder_of_the_base_that_looks_like_a_hub_id(write: Any, tmp_path: Pat
         submit.portable_config(write(), "mashup", None)
 
 
-def test_the_places_of_a_refresh_are_found_under_names_of_the_users() -> None:
+def test_the_paths_of_a_refresh_are_found_under_names_of_the_users() -> None:
     targets = {"law": {"train": "a", "test": None, "max_tokens": 64}, "base": {"train": "b"}}
     content = {"home": "h", "base": "m", "pool": "p", "targets": targets, "search": {"samples": 8, "store": "s"}}
     found = {"home": "h", "base": "m", "pool": "p", "targets.law.train": "a", "targets.base.train": "b", "search.store": "s"}
-    assert dict(submit.places(content)) == found
+    assert dict(submit.paths(content)) == found
 
 
 def test_the_run_folder_of_the_command_takes_the_place_of_the_configs(write: Any) -> None:
@@ -134,7 +134,7 @@ def test_what_goes_with_a_job(write: Any, monkeypatch: pytest.MonkeyPatch, capsy
         ('x\n{"status": "wrong input", "exit_code": 2, "error": "no such pool"}\nbye\n', JobStatus.FAILED, 2, "no such pool"),
         ('{"status": "failed", "exit_code": 1, "error": "disk full"}', JobStatus.FAILED, 1, "disk full"),
         ("Terminated\n", JobStatus.STOPPED, 1, "goes on from here"),
-        ('{"status": "failed", "exit_\nKilled\n', JobStatus.FAILED, 1, "ended without a word of its own: first last"),
+        ('{"status": "failed", "exit_\nKilled\n', JobStatus.FAILED, 1, "wrote no result line: first last"),
     ],
 )
 def test_the_exit_code_is_the_jobs_own(

@@ -95,7 +95,7 @@ def write_splits(folder: Path, rows: pa.Table) -> Folder:
 
 def mask_of(batch: Batch) -> Tensor:
     """Which tokens of a batch count; bool, shape (B, T)."""
-    return torch.zeros_like(batch.ids_BT, dtype=torch.bool).flatten().index_fill(0, batch.place_N, True).view_as(batch.ids_BT)
+    return torch.zeros_like(batch.ids_BT, dtype=torch.bool).flatten().index_fill(0, batch.index_N, True).view_as(batch.ids_BT)
 
 
 def flat_gradient(weights: Sequence[Tensor]) -> Tensor:

@@ -97,7 +97,7 @@ class AdapterCache:
 
         Raises:
             AdapterError: it cannot be fetched.
-            OSError: nor now, but perhaps later; see `errors.is_transient`.
+            OSError: not now, but perhaps later; see `errors.is_transient`.
         """
         with self._guard:
             coming = self._coming.pop(uri, None)

@@ -39,7 +39,7 @@ def fetch_adapter(uri: str, cache: Path) -> Path:
 
     Raises:
         AdapterError: it cannot be reached.
-        OSError: nor now, but perhaps later; see `errors.is_transient`.
+        OSError: not now, but perhaps later; see `errors.is_transient`.
     """
     place = locate(uri)
     if isinstance(place, Path):

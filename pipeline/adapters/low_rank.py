@@ -37,8 +37,8 @@ class Factors:
     def rank(self) -> int:
         return self.a_RI.shape[0]
 
-    def to(self, place: torch.device) -> "Factors":
-        return Factors(self.a_RI.to(place), self.b_OR.to(place))
+    def to(self, device: torch.device) -> "Factors":
+        return Factors(self.a_RI.to(device), self.b_OR.to(device))
 
     def dense(self) -> Tensor:
         """The delta weight itself, shape (O, I)."""
@@ -157,8 +157,8 @@ def pad(delta: Factors, rank: int, generator: torch.Generator) -> Factors:
 
 
 @contextmanager
-def _drawing(place: torch.device) -> Iterator[None]:
+def _drawing(device: torch.device) -> Iterator[None]:
     """Within, random numbers of a fixed seed; afterwards those that would have come without it."""
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

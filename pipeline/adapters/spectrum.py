@@ -71,28 +71,28 @@ def families(sketches_NJ: Values, least: float = SAME_DIRECTION) -> tuple[list[i
     size_N = np.linalg.norm(sketches_NJ, axis=1)
     unit_NJ = sketches_NJ / np.maximum(size_N, 1e-300)[:, None]
     first = list(range(len(unit_NJ)))
-    for place in range(len(unit_NJ)):
-        if first[place] != place or not size_N[place]:
+    for n in range(len(unit_NJ)):
+        if first[n] != n or not size_N[n]:
             continue
-        rest = unit_NJ[place + 1 :] @ unit_NJ[place]
-        for other in np.nonzero(rest > 1 - least)[0] + place + 1:
+        rest = unit_NJ[n + 1 :] @ unit_NJ[n]
+        for other in np.nonzero(rest > 1 - least)[0] + n + 1:
             if first[other] == other:
-                first[other] = place
+                first[other] = n
     return first, [float(size_N[n] / size_N[one]) if size_N[one] else 1.0 for n, one in enumerate(first)]
 
 
 def outliers(figures_NF: Values) -> dict[int, str]:
-    """Place -> what is unusual, of the adapters whose spectrum lies far from those of the pool, by median and MAD."""
+    """Row -> what is unusual, of the adapters whose spectrum lies far from those of the pool, by median and MAD."""
     if len(figures_NF) < FEWEST:
         return {}
     middle_F = np.median(figures_NF, axis=0)
     spread_F = 1.4826 * np.median(np.abs(figures_NF - middle_F), axis=0)
     z_NF = (figures_NF - middle_F) / np.maximum(spread_F, LEAST_SPREAD)
     return {
-        int(place): f"unusual weights: {FIGURES[worst]} {figures_NF[place, worst]:.3g}, the pool's median {middle_F[worst]:.3g} "
-        f"(robust z {z_NF[place, worst]:+.0f})"
-        for place in np.nonzero(np.abs(z_NF).max(axis=1) > UNUSUAL)[0]
-        for worst in [int(np.abs(z_NF[place]).argmax())]
+        int(row): f"unusual weights: {FIGURES[worst]} {figures_NF[row, worst]:.3g}, the pool's median {middle_F[worst]:.3g} "
+        f"(robust z {z_NF[row, worst]:+.0f})"
+        for row in np.nonzero(np.abs(z_NF).max(axis=1) > UNUSUAL)[0]
+        for worst in [int(np.abs(z_NF[row]).argmax())]
     }
 
 

@@ -84,7 +84,7 @@ def _fits(path: str, name: str, ends: bool) -> bool:
 def tails(name: str) -> list[str]:
     """a.b.c -> a.b.c, b.c, c."""
     parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(len(parts))]
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 class _Patterns:

@@ -41,7 +41,7 @@ WANTED = {
 """Pydantic's type of a problem -> what to say in its place."""
 
 ONE_OF = {"int_": "int", "float_": "float", "literal_": "literal['auto']"}
-"""Of a value that may be of several types pydantic has a problem with each: how its type begins -> the last part of its place.
+"""Of a value that may be of several types pydantic has a problem with each: how its type begins -> the last part of its `loc`.
 A key that the user gives may bear such a name too."""
 
 SHORT = Repr()
@@ -148,7 +148,7 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
     """`content` as a section of this kind; `source` names it in messages.
 
     Raises:
-        InputError: a key or value that is not right, named with its place.
+        InputError: a key or value that is not right, named with where it stands.
     """
     try:
         return kind.model_validate(content)
@@ -160,20 +160,20 @@ def checked(kind: type[Asked], content: dict[str, Any], source: str) -> Asked:
 
 def _describe(problem: Any, kind: type[Section]) -> str:
     of_several = problem["type"].startswith(tuple(ONE_OF)) and str(problem["loc"][-1]) in ONE_OF.values()
-    place = ".".join(for_display(str(part), MAX_SHOWN) for part in problem["loc"][: -1 if of_several else None])
+    key = ".".join(for_display(str(part), MAX_SHOWN) for part in problem["loc"][: -1 if of_several else None])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {place!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
+        return f"unknown key {key!r} (known there: {', '.join(_known_keys(problem['loc'], kind))})"
     if problem["type"] == "missing":
-        return f"key {place!r} is missing"
+        return f"key {key!r} is missing"
     message = (
         "must be a number or auto" if of_several else WANTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     )
-    return without_secret(f"{place}: {message}, got {SHORT.repr(problem['input'])}") if place else message
+    return without_secret(f"{key}: {message}, got {SHORT.repr(problem['input'])}") if key else message
 
 
-def _known_keys(place: tuple[str | int, ...], kind: type[Section]) -> list[str]:
+def _known_keys(loc: tuple[str | int, ...], kind: type[Section]) -> list[str]:
     section: Any = kind
-    for part in place[:-1]:
+    for part in loc[:-1]:
         named = get_origin(section) is dict  # of sections, under names that the user gives
         section = get_args(section)[-1] if named else section.model_fields[str(part)].annotation
     return list(section.model_fields)

@@ -47,14 +47,14 @@ def steps_to_parity(steps: Sequence[float], losses: Sequence[float], target: flo
     Returns:
         The step; None where the curve never gets there.
     """
-    for place, loss in enumerate(losses):
+    for i, loss in enumerate(losses):
         if not loss <= target:  # NaN is not parity
             continue
-        if place == 0 or not math.isfinite(losses[place - 1]):
-            return float(steps[place])
-        before, after = losses[place - 1], loss
+        if i == 0 or not math.isfinite(losses[i - 1]):
+            return float(steps[i])
+        before, after = losses[i - 1], loss
         share = (before - target) / (before - after)
-        return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))
+        return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
     return None
 
 

@@ -90,9 +90,9 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     return files, path
 
 
-def lies_in(place: str, folder: str) -> bool:
-    """Whether a location is a folder or below it, however the two are written. Neither is looked at."""
-    inner, outer = (one.partition("?")[0].rstrip("/") if "://" in one else _absolute(one) for one in (place, folder))
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a path or URI is a folder or below it, however the two are written. Neither is looked at."""
+    inner, outer = (one.partition("?")[0].rstrip("/") if "://" in one else _absolute(one) for one in (path, folder))
     return f"{inner}/".startswith(f"{outer}/")
 
 
@@ -106,7 +106,7 @@ def is_path(path: str) -> bool:
 
 
 def is_text(path: str) -> bool:
-    """Whether a path that the operating system gave is valid UTF-8."""
+    """Whether a text can be encoded as UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -151,8 +151,8 @@ class Folder:
     def sub(self, *names: str) -> "Folder":
         tail = "/".join(names)
         # s3://bucket/folder?endpoint_override=...; in the path of a disk it is a sign like others
-        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Folder(f"{place}/{tail}{mark}{options}", f"{self.path}/{tail}", self.files)
+        start, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Folder(f"{start}/{tail}{mark}{options}", f"{self.path}/{tail}", self.files)
 
     def join(self, name: str = "") -> str:
         return f"{self.path}/{name}" if name else self.path

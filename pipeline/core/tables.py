@@ -1,4 +1,4 @@
-"""Schemas of the tables that stages leave for one another, and nothing else."""
+"""Schemas of all tables, their version, and the check of their columns."""
 
 import pyarrow as pa
 

@@ -116,10 +116,10 @@ def prove(engine: str, scorer: Scorer, config: EngineConfig, canary: Canary) -> 
     try:
         return _check(scorer, config, canary)
     except EngineFaultError as fault:
-        raise EngineFaultError(f"{engine} cannot be believed on this base: {fault}; {WAY_OUT[engine]}") from None
+        raise EngineFaultError(f"{engine} failed its self-check on this base: {fault}; {WAY_OUT[engine]}") from None
     except Exception as error:  # engines raise what they like
         reason = f"it fails on the base or on a plain adapter ({first_line(error)})"
-        raise EngineFaultError(f"{engine} cannot be believed on this base: {reason}; {WAY_OUT[engine]}") from error
+        raise EngineFaultError(f"{engine} failed its self-check on this base: {reason}; {WAY_OUT[engine]}") from error
 
 
 def short_rows(samples: pa.Table) -> pa.Table:
@@ -137,15 +137,15 @@ def make_canary(config: EngineConfig, samples: pa.Table, scratch: Path) -> Canar
     None: rows hold tokens that the base does not know. The race itself says so then, and a GPU would not survive them.
     """
     # The weights of a base that takes several devices fit none: it is then computed in the host's memory.
-    place = torch.device("cpu") if config.tensor_parallel_size > 1 else device()
-    model = load_model(config.base, fast_dtype(config.dtype), place)
+    on = torch.device("cpu") if config.tensor_parallel_size > 1 else device()
+    model = load_model(config.base, fast_dtype(config.dtype), on)
     known = model.get_input_embeddings().weight.shape[0]
     try:
         return _with_model(model, config, samples, scratch) if max(map(max, samples["input_ids"].to_pylist())) < known else None
     finally:
         del model
         gc.collect()
-        if place.type == "cuda":
+        if on.type == "cuda":
             torch.cuda.empty_cache()
 
 

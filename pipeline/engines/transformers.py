@@ -51,12 +51,12 @@ class TransformersScorer:
 
     def _score_rows(self, adapter_id: str, samples: pa.Table) -> pa.Table:
         ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
-        rows: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(ids)
-        for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
-            batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
-            for place, nll, count, hits in zip(places, *score_rows(self.model, batch), strict=True):
-                rows[place] = (float(nll), int(count), int(hits))
-        nll_sum, n_tokens, n_correct = zip(*rows, strict=True)
+        found: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(ids)
+        for rows in length_batches([len(row) for row in ids], BATCH_TOKENS):
+            batch = collate([ids[row] for row in rows], [masks[row] for row in rows], device())
+            for row, nll, count, hits in zip(rows, *score_rows(self.model, batch), strict=True):
+                found[row] = (float(nll), int(count), int(hits))
+        nll_sum, n_tokens, n_correct = zip(*found, strict=True)
         columns = [[adapter_id] * len(ids), samples["sample_id"], nll_sum, n_tokens, n_correct]
         return pa.table([pa.array(c) if not isinstance(c, pa.ChunkedArray) else c for c in columns], names=SCORES.names).cast(
             SCORES

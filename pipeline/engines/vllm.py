@@ -118,7 +118,7 @@ class VllmScorer:
     """One vLLM engine. It holds the adapters of a batch and as many others as fit; those used longest ago make room."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._places, self.loaded = config.adapters_per_batch, Loaded()
+        self._slots, self.loaded = config.adapters_per_batch, Loaded()
         self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
         self._numbers = itertools.count(1)
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
@@ -187,7 +187,7 @@ class VllmScorer:
     def _make_room(self, size: int) -> None:
         """Let adapters go, those used longest ago first, until one of so many bytes fits; those of a batch always do."""
         held = self._held
-        while len(held) >= self._places and (len(held) >= MOST_KEPT or size + sum(h.bytes for h in held.values()) > KEPT_BYTES):
+        while len(held) >= self._slots and (len(held) >= MOST_KEPT or size + sum(h.bytes for h in held.values()) > KEPT_BYTES):
             self.llm.llm_engine.remove_lora(held.pop(next(iter(held))).request.lora_int_id)
 
 

@@ -25,10 +25,11 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True)
 class PromptPart:
-    """What one step computes for one request: the tokens `targets`, the first of them predicted by the step's row `row`."""
+    """What one step computes for one request: the tokens `targets`, which go into `result` from `index` on; the first of
+    them is predicted by the step's row `row`."""
 
     result: LogprobsTensors
-    place: int
+    index: int
     row: int
     targets: list[int]
 
@@ -95,7 +96,7 @@ def _fill(runner: Any, hidden_TH: Tensor, shares: list[PromptPart]) -> None:
     for share in shares:
         count = len(share.targets)
         for column, result in zip(columns, share.result[:3], strict=True):
-            result[share.place : share.place + count] = column[left : left + count]
+            result[share.index : share.index + count] = column[left : left + count]
         left += count
 
 

@@ -24,18 +24,18 @@ class Built:
 
 def build(
     recipes: Mapping[str, Recipe],
-    places: Mapping[str, Indexed],
+    indexed: Mapping[str, Indexed],
     base: str,
     target: Folder,
     alpha: float | None = None,
-    place: torch.device = CPU,
+    on: torch.device = CPU,
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """Merge each recipe into the folder of its name under `target`.
 
     Args:
-        places: where each donor is.
+        indexed: where each donor lies, and its hash as indexed.
         alpha: of the results; by default that which gives the scale of the first donor.
-        place: where to compute. Not a GPU unless Ray gave it to this process: engines take all of its memory.
+        on: which device. Not a GPU unless Ray gave it to this process: engines take all of its memory.
 
     Returns:
         What was built, and for each recipe that its method refuses the reason.
@@ -47,10 +47,10 @@ def build(
     built: dict[str, Built] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as cache:
-        donors = _read_donors(recipes, places, Path(cache))
+        donors = _read_donors(recipes, indexed, Path(cache))
         for name, recipe in recipes.items():
             try:
-                merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, place=place)
+                merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, on=on)
             except AdapterError as error:
                 refused[name] = str(error)
                 continue
@@ -59,10 +59,10 @@ def build(
 
 
 def build_on_device(
-    recipes: Mapping[str, Recipe], places: Mapping[str, Indexed], base: str, target: Folder
+    recipes: Mapping[str, Recipe], indexed: Mapping[str, Indexed], base: str, target: Folder
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """As `build`, on the device that Ray gave to this process."""
-    return build(recipes, places, base, target, place=device())
+    return build(recipes, indexed, base, target, on=device())
 
 
 def store(adapter: Adapter, target: Folder, name: str) -> str:
@@ -73,6 +73,6 @@ def store(adapter: Adapter, target: Folder, name: str) -> str:
         return hash_of(Path(scratch))
 
 
-def _read_donors(recipes: Mapping[str, Recipe], places: Mapping[str, Indexed], cache: Path) -> dict[str, Adapter]:
+def _read_donors(recipes: Mapping[str, Recipe], indexed: Mapping[str, Indexed], cache: Path) -> dict[str, Adapter]:
     wanted = {donor for recipe in recipes.values() for donor in recipe.donors}
-    return {donor: read_indexed(places[donor], cache) for donor in sorted(wanted)}
+    return {donor: read_indexed(indexed[donor], cache) for donor in sorted(wanted)}

@@ -78,14 +78,14 @@ def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.
     greedy = recipe.weighting == "greedy"
     if not candidates.is_complete(file):
         known = indexed_by_id(catalogue)
-        places = [known[donor] for donor in recipe.donors]
-        run.progress.say(f"{recipe.name}: running {len(places)} donors together on {len(search)} samples, again and again")
+        donors = [known[donor] for donor in recipe.donors]
+        run.progress.say(f"{recipe.name}: running {len(donors)} donors together on {len(search)} samples")
         held = engines.leave_room()
         if greedy:
-            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, places, search)
+            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, donors, search)
         else:
             by_module = recipe.weighting == "learned_by_module"
-            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, places, search, by_module)
+            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, donors, search, by_module)
         candidates.write_json(file, {"found": ray.get(task)})
     found = candidates.read_json(file)["found"]
     if greedy:
@@ -137,11 +137,11 @@ def _build(run: Run, engines: Engines, recipes: list[Recipe], catalogue: pa.Tabl
 
 
 def _merged(
-    run: Run, engines: Engines, recipes: dict[str, Recipe], places: dict[str, Indexed]
+    run: Run, engines: Engines, recipes: dict[str, Recipe], indexed: dict[str, Indexed]
 ) -> tuple[dict[str, Built], dict[str, str]]:
     """As `build`: on a GPU where the cluster has one. For factored merges, which take a CPU seconds, engines that wait for the
     hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
-    given = recipes, places, run.config.base, run.folder.sub("candidates")
+    given = recipes, indexed, run.config.base, run.folder.sub("candidates")
     dense = any(METHODS[recipe.method].dense for recipe in recipes.values())
     if not worker_resources("auto", "auto").gpus or (engines.up and not dense):
         return build(*given)

@@ -1,6 +1,6 @@
 """Which donors and which weights, learned on the search sample, the base and the donors frozen.
 
-Shapes: K donors, M modules that any of them adapts, in the order of their names.
+Shapes: K donors, M modules that any of them adapts, in the order of their names, R ranks of all donors that adapt a module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ BATCH_TOKENS = 2048
 
 
 def learn_weights(
-    base: str, places: Sequence[Indexed], samples: pa.Table, by_module: bool = False, dtype: str = "auto"
+    base: str, donors: Sequence[Indexed], samples: pa.Table, by_module: bool = False, dtype: str = "auto"
 ) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]] | None]:
     """Weights of the donors in an exact merge that have a low loss on the samples, found from equal ones by Adam.
 
@@ -33,7 +33,7 @@ def learn_weights(
     start is learned too. LoraHub (arXiv 2307.13269) searches such weights without gradients.
 
     Args:
-        places: of the donors.
+        donors: where each lies, and its hash as indexed.
         samples: of schema `tables.SAMPLES`; the loss is the mean NLL of their completion tokens.
         by_module: go on from the weights of the donors, with a weight for each donor in each module.
 
@@ -43,7 +43,7 @@ def learn_weights(
     Raises:
         AdapterError: a donor cannot be read.
     """
-    model, weights_MK, modules = _model_with_donors(base, places, dtype)
+    model, weights_MK, modules = _model_with_donors(base, donors, dtype)
     shared_K = weights_MK[0].clone().requires_grad_()
     found_K = _descend(model, samples, shared_K, weights_MK)
     weights = tuple(found_K.tolist())
@@ -55,8 +55,8 @@ def learn_weights(
 
 
 def greedy_donors(base: str, donors: Sequence[Indexed], samples: pa.Table, dtype: str = "auto") -> tuple[int, ...]:
-    """Places of the donors whose equal mix has a low loss on the samples, by forward selection: from the first donor on, the one
-    that lowers the loss most is added, until none does.
+    """Indices of the donors whose equal mix has a low loss on the samples, by forward selection: from the first donor on, the
+    one that lowers the loss most is added, until none does.
 
     Raises:
         AdapterError: a donor cannot be read.
@@ -64,19 +64,19 @@ def greedy_donors(base: str, donors: Sequence[Indexed], samples: pa.Table, dtype
     model, weights_MK, _ = _model_with_donors(base, donors, dtype)
 
     def loss(chosen: Iterable[int]) -> float:
-        places = list(chosen)
+        columns = list(chosen)
         with torch.no_grad():
             weights_MK.zero_()
-            weights_MK[:, places] = 1 / len(places)
+            weights_MK[:, columns] = 1 / len(columns)
             return float(sum(_losses(model, samples), torch.zeros((), dtype=torch.float64, device=device())))
 
     kept: tuple[int, ...] = (0,)
     best = loss(kept)
-    while rivals := {place: loss([*kept, place]) for place in range(len(donors)) if place not in kept}:
-        place = min(rivals, key=lambda one: rivals[one])
-        if rivals[place] >= best:
+    while rivals := {k: loss([*kept, k]) for k in range(len(donors)) if k not in kept}:
+        k = min(rivals, key=lambda one: rivals[one])
+        if rivals[k] >= best:
             break
-        kept, best = (*kept, place), rivals[place]
+        kept, best = (*kept, k), rivals[k]
     return kept
 
 
@@ -89,19 +89,19 @@ def add_donors(model: Any, donors: Sequence[Adapter], weights_MK: Tensor) -> lis
     modules = _modules(donors)
     for row, module in enumerate(modules):
         layer = model.get_submodule(module)
-        having = [(place, donor.factors(module)) for place, donor in enumerate(donors) if module in donor.tensors]
-        place_R = torch.cat([torch.full((factors.rank,), place) for place, factors in having])
+        having = [(k, donor.factors(module)) for k, donor in enumerate(donors) if module in donor.tensors]
+        k_R = torch.cat([torch.full((factors.rank,), k) for k, factors in having])
         a_RI = torch.cat([factors.a_RI for _, factors in having])
         b_OR = torch.cat([factors.b_OR for _, factors in having], dim=1)
         # All that the layer needs lies where it is: an index of the host's would be copied in every pass, and waited for.
-        place_R = place_R.to(layer.weight.device)
-        layer.register_forward_hook(_adding(a_RI.to(layer.weight), b_OR.to(layer.weight), place_R, weights_MK, row))
+        k_R = k_R.to(layer.weight.device)
+        layer.register_forward_hook(_adding(a_RI.to(layer.weight), b_OR.to(layer.weight), k_R, weights_MK, row))
     return modules
 
 
-def _adding(a_RI: Tensor, b_OR: Tensor, place_R: Tensor, weights_MK: Tensor, row: int) -> Callable[..., Tensor]:
+def _adding(a_RI: Tensor, b_OR: Tensor, k_R: Tensor, weights_MK: Tensor, row: int) -> Callable[..., Tensor]:
     def hook(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + ((inputs[0] @ a_RI.T) * weights_MK[row][place_R].to(a_RI.dtype)) @ b_OR.T
+        return output + ((inputs[0] @ a_RI.T) * weights_MK[row][k_R].to(a_RI.dtype)) @ b_OR.T
 
     return hook
 
@@ -110,10 +110,10 @@ def _modules(donors: Sequence[Adapter]) -> list[str]:
     return sorted(set().union(*(donor.tensors for donor in donors)))
 
 
-def _model_with_donors(base: str, places: Sequence[Indexed], dtype: str) -> tuple[Any, Tensor, list[str]]:
+def _model_with_donors(base: str, indexed: Sequence[Indexed], dtype: str) -> tuple[Any, Tensor, list[str]]:
     """The frozen base with the donors in equal parts, their weights (M, K), and the modules."""
     with TemporaryDirectory() as cache:
-        donors = [read_indexed(place, Path(cache)) for place in places]
+        donors = [read_indexed(one, Path(cache)) for one in indexed]
     model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
     weights_MK = torch.full((len(_modules(donors)), len(donors)), 1 / len(donors), device=device())
     return model, weights_MK, add_donors(model, donors, weights_MK)
@@ -127,7 +127,7 @@ def _descend(model: Any, samples: pa.Table, free: Tensor, weights_MK: Tensor) ->
     for step in range(STEPS):
         optimizer.zero_grad()
         weights_MK.detach_().copy_(free.expand_as(weights_MK))
-        for nll in _losses(model, samples.take([place % len(samples) for place in range(step * rows, (step + 1) * rows)])):
+        for nll in _losses(model, samples.take([row % len(samples) for row in range(step * rows, (step + 1) * rows)])):
             nll.backward()
         optimizer.step()
         found.append(free.detach().clone())
@@ -138,6 +138,6 @@ def _losses(model: Any, samples: pa.Table) -> Iterator[Tensor]:
     """Batch after batch, its share of the mean NLL of all completion tokens."""
     ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
     n_tokens = sum(sum(mask[1:]) for mask in masks)
-    for places in length_batches([len(row) for row in ids], BATCH_TOKENS):
-        batch = collate([ids[p] for p in places], [masks[p] for p in places], device())
+    for rows in length_batches([len(row) for row in ids], BATCH_TOKENS):
+        batch = collate([ids[row] for row in rows], [masks[row] for row in rows], device())
         yield completion_nll(model, batch).sum() / n_tokens

@@ -60,12 +60,12 @@ def merge(
     shapes: Shapes,
     alpha: float | None = None,
     seed: int = 0,
-    place: torch.device = CPU,
+    on: torch.device = CPU,
 ) -> Merged:
     """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it.
 
-    Unless `alpha` is given, the result has that of `alpha_at` for the first donor. It is computed on `place`, a module after the
-    other, and comes back to the host's memory.
+    Unless `alpha` is given, the result has that of `alpha_at` for the first donor. It is computed on the device `on`, a module
+    after the other, and comes back to the host's memory.
 
     Raises:
         AdapterError: the method cannot merge these donors exactly, with the reason.
@@ -76,7 +76,7 @@ def merge(
     kept = 1.0
     for module in sorted(set().union(*(donor.tensors for donor in donors))):
         weights = (recipe.module_weights or {}).get(module, recipe.weights)
-        pairs = [(d.factors(module).to(place), w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
+        pairs = [(d.factors(module).to(on), w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
         merged = FUNCTIONS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
         cut, energy = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
         deltas[module], kept = cut.to(CPU), min(kept, energy)

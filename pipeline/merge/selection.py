@@ -85,9 +85,9 @@ def largest_merge(ranks: Sequence[int], config: MergeConfig) -> int:
     return _rank(sorted(ranks)[-most:], "exact" if config.method == "auto" else config.method, config.rank)
 
 
-def of_fewer(recipe: Recipe, places: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
-    """The recipe with only the donors at `places`, in equal parts."""
-    donors = tuple(recipe.donors[place] for place in places)
+def of_fewer(recipe: Recipe, indices: Sequence[int], catalogue: pa.Table, config: MergeConfig) -> Recipe:
+    """The recipe with only the donors at these indices, in equal parts."""
+    donors = tuple(recipe.donors[index] for index in indices)
     ranks = _ranks(catalogue)
     rank = _rank([ranks[donor] for donor in donors], recipe.method, config.rank)
     return replace(recipe, donors=donors, weights=(1 / len(donors),) * len(donors), rank=rank)
@@ -98,10 +98,10 @@ def ranked(scored: Sequence[Scored]) -> list[Scored]:
     fewest donors first (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3),
     then the others, the lowest loss first."""
 
-    def place(one: Scored) -> tuple[bool, int, float]:
+    def order(one: Scored) -> tuple[bool, int, float]:
         return one.surely_behind, 0 if one.surely_behind else len(one.recipe.donors), one.nll_minus_base
 
-    return sorted((one for one in scored if one.nll_minus_base < 0), key=place)
+    return sorted((one for one in scored if one.nll_minus_base < 0), key=order)
 
 
 def choose(scored: Sequence[Scored], probed: Probed | None = None) -> Scored | None:
@@ -207,7 +207,7 @@ def _donors(
     recipe: Recipe, leaderboard: pa.Table, catalogue: pa.Table, contamination: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
     entries = {row["adapter_id"]: row for row in catalogue.to_pylist()}
-    places = {row["adapter_id"]: row for row in leaderboard.to_pylist()}
+    rows = {row["adapter_id"]: row for row in leaderboard.to_pylist()}
     return [
         {
             "adapter_id": donor,
@@ -219,9 +219,9 @@ def _donors(
             "rank": entries[donor]["rank"],
             "license": entries[donor]["license"],
             "contamination": list(contamination.get(donor, [])),
-            "place": places[donor]["place"],
-            "nll": places[donor]["nll"],
-            "nll_minus_base": places[donor]["nll_minus_base"],
+            "place": rows[donor]["place"],
+            "nll": rows[donor]["nll"],
+            "nll_minus_base": rows[donor]["nll_minus_base"],
         }
         for donor, weight in zip(recipe.donors, recipe.weights, strict=True)
     ]

@@ -63,10 +63,10 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(base: str, dtype: torch.dtype, place: torch.device | None = None) -> Any:
-    """The base model with weights in `dtype`, on `place` or else this process' device, in evaluation mode."""
+def load_model(base: str, dtype: torch.dtype, on: torch.device | None = None) -> Any:
+    """The base model with weights in `dtype` on a device, by default this process', in evaluation mode."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    return model.to(place or device()).eval()
+    return model.to(on or device()).eval()
 
 
 def weights_folder(base: str) -> Path:

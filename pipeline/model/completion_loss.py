@@ -33,7 +33,7 @@ class Batch:
     """Rows padded on the right: under causal attention padding then reaches no token that counts, so no mask is needed."""
 
     ids_BT: Tensor
-    place_N: Tensor
+    index_N: Tensor
     """Where the tokens that count are in `ids_BT`, read row after row: found where the rows are made, as to look for them on a
     GPU would make the host wait for it."""
     n_shared: int = 0
@@ -42,12 +42,12 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """How many tokens count."""
-        return len(self.place_N)
+        return len(self.index_N)
 
     @property
     def row_N(self) -> Tensor:
         """The row of each token that counts, in the order of `completion_logits`."""
-        return self.place_N // self.ids_BT.shape[1]
+        return self.index_N // self.ids_BT.shape[1]
 
 
 def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> Batch:
@@ -55,12 +55,12 @@ def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], devic
     width = max(len(row) for row in ids)
     ids_BT = torch.zeros(len(ids), width, dtype=torch.long)
     mask_BT = torch.zeros(len(ids), width, dtype=torch.bool)
-    for place, (row, mask) in enumerate(zip(ids, masks, strict=True)):
-        ids_BT[place, : len(row)] = torch.tensor(row)
-        mask_BT[place, : len(row)] = torch.tensor(mask)
+    for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        ids_BT[i, : len(row)] = torch.tensor(row)
+        mask_BT[i, : len(row)] = torch.tensor(mask)
     mask_BT[:, 0] = False
-    place_N = mask_BT.flatten().nonzero()[:, 0]
-    return Batch(copied_to(device, ids_BT), copied_to(device, place_N), _shared(ids_BT, mask_BT))
+    index_N = mask_BT.flatten().nonzero()[:, 0]
+    return Batch(copied_to(device, ids_BT), copied_to(device, index_N), _shared(ids_BT, mask_BT))
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def completion_nll(model: Any, batch: Batch) -> Tensor:
 
 def completion_targets(batch: Batch) -> Tensor:
     """The tokens that count, in the order of `completion_logits`; shape (N,)."""
-    return batch.ids_BT.flatten()[batch.place_N]
+    return batch.ids_BT.flatten()[batch.index_N]
 
 
 @torch.no_grad()  # not inference_mode: FSDP keeps what it gathers, and training goes on with it
@@ -135,7 +135,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
         start, hidden_BTH = 0, decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
     else:
         hidden_BTH = decoder(input_ids=batch.ids_BT[:, start:], past_key_values=cache, use_cache=True).last_hidden_state
-    before_N = batch.place_N - 1 - start * (batch.row_N + 1)  # of each the token before it, without what is shared
+    before_N = batch.index_N - 1 - start * (batch.row_N + 1)  # of each the token before it, without what is shared
     return hidden_BTH.flatten(0, 1).index_select(0, before_N)
 
 

@@ -20,7 +20,7 @@ from pipeline.data.splits import split_of
 from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, scoring_kind
-from pipeline.search.race import Indices, make_plan
+from pipeline.search.race import Indices, make_schedule
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm, Lora
 from pipeline.train.ray_train import fit, training_kind
@@ -93,19 +93,19 @@ def _score_a_little(run: Run, valid: pa.Table) -> None:
     with engines.kept():
         for samples in (few.slice(0, 1), few):
             work = make_work(run, batch.select(CANDIDATE), samples, failures)
-            race(run, engines, work, engine, make_plan(len(work.candidates), len(samples), 0, share=1), {})
+            race(run, engines, work, engine, make_schedule(len(work.candidates), len(samples), 0, share=1), {})
 
 
 def _train_a_little(run: Run, lora: Lora) -> None:
     train = run.config.train
     run.folder.delete(FOLDER)
-    place = run.folder.sub(FOLDER)
+    folder = run.folder.sub(FOLDER)
     validation = run.folder.read_table("data/validation.parquet").slice(0, ROWS)
-    place.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
-    place.write_table("validation.parquet", validation)
+    folder.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
+    folder.write_table("validation.parquet", validation)
     short = train.model_copy(update={"steps": STEPS, "evaluations": EVALUATIONS, "patience": 0})
     (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])], lora)
-    outcome = fit(replace(job, train=short, data=place, key=FOLDER), place)
+    outcome = fit(replace(job, train=short, data=folder, key=FOLDER), folder)
     if measured := training_rates(outcome, int(lengths_of(validation).sum())):
         _keep_training(run, measured)
     run.folder.delete(FOLDER)

@@ -1,6 +1,6 @@
 """The arithmetic of a plan: how much there is to score and to train, how long that takes, and how far an estimate was off.
 
-Plain functions over numbers and arrays; no Ray and no files here.
+Plain functions over numbers and arrays; they call no Ray and open no files.
 """
 
 import math
@@ -45,13 +45,13 @@ def left_to_score(race: Race) -> int:
     """Adapter-samples that a race asks for at most: what its open rung lacks, and what the budget leaves to those after it."""
     if race.over:
         return 0
-    end, n_samples = race.plan.rungs[race.rung], race.plan.rungs[-1]
+    end, n_samples = race.schedule.rungs[race.rung], race.schedule.rungs[-1]
     unknown = np.isnan(race.nll_NS[(race.rungs_N == race.rung + 1) & ~race.aside_N])
     now, later = int(unknown[:, :end].sum()), int(unknown[:, end:].sum())
-    if race.plan.budget is None:
+    if race.schedule.budget is None:
         return now + later
-    finalists = (race.plan.keep + 1) * (n_samples - end)  # the base is one more; they go on whatever the budget
-    return now + min(later, max(int(race.plan.budget - race.seen_N().sum()), finalists))
+    finalists = (race.schedule.keep + 1) * (n_samples - end)  # the base is one more; they go on whatever the budget
+    return now + min(later, max(int(race.schedule.budget - race.seen_N().sum()), finalists))
 
 
 def arm_tokens(lengths: Indices, train: TrainConfig, seed: int, tokens: int) -> int:
@@ -70,9 +70,9 @@ def loads_at_most(race: Race) -> int:
     then."""
     if race.over:
         return 0
-    lacking_N = np.isnan(race.nll_NS[:, : race.plan.rungs[race.rung]]).sum(axis=1)
+    lacking_N = np.isnan(race.nll_NS[:, : race.schedule.rungs[race.rung]]).sum(axis=1)
     lacking_N[(race.rungs_N <= race.rung) | race.aside_N] = 0
-    later, steps = left_to_score(race) - int(lacking_N.sum()), np.diff(race.plan.rungs[race.rung :])
+    later, steps = left_to_score(race) - int(lacking_N.sum()), np.diff(race.schedule.rungs[race.rung :])
     lacking_N[BASE] = 0  # which is no adapter
     return int(np.count_nonzero(lacking_N)) + (later // int(steps.min()) if len(steps) else 0)
 

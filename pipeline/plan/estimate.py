@@ -96,8 +96,8 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     catalogue = run.folder.read_table("catalogue.parquet")
     valid, failures = valid_adapters(catalogue), run.folder.sub("failures")
     usable = servable(run, valid, failures)
-    work, plan = line_up(run, usable, drawn, failures)
-    race = Scoreboard(work, plan).race
+    work, schedule = line_up(run, usable, drawn, failures)
+    race = Scoreboard(work, schedule).race
     scoring, merging = _scoring(run, race, usable, drawn, merged)
     rates = rates_of(run)
     trained = rates.recent(training_kind(config.train))
@@ -190,7 +190,7 @@ def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
     notes = {
         "merging includes scoring the merges, not building them: no earlier run measured that": merge.tokens and not merging,
         "arms may end early: train.patience": config.train.patience,
-        "it is taken that the autoscaler brings all the nodes that are asked for": may_grow(),
+        "it is assumed that the autoscaler brings all nodes that are asked for": may_grow(),
     }
     return [note for note, holds in notes.items() if holds]
 
@@ -206,14 +206,14 @@ def to_fetch(work: Work, race: Race, usable: pa.Table) -> dict[str, int]:
 
 
 def memory_of_engine(name: str, engine: EngineConfig, resources: Resources) -> dict[str, int]:
-    """Bytes that an engine holds at least: the base's weights, places for adapters of the largest rank on every module that one
+    """Bytes that an engine holds at least: the base's weights, slots for adapters of the largest rank on every module that one
     of the pool has, and on CPUs vLLM's cache. On a GPU vLLM takes most of what is left for that."""
     width = fast_dtype(engine.dtype).itemsize
     shapes = linear_shapes(engine.base)[0].items()
     features = sum(sum(shape) for module, shape in shapes if module.rpartition(".")[2] in engine.target_modules)
-    places = engine.adapters_per_batch if name == "vllm" else 1
+    slots = engine.adapters_per_batch if name == "vllm" else 1
     cache = int(worker_env(resources)["env_vars"]["VLLM_CPU_KVCACHE_SPACE"]) << 30 if name == "vllm" and not resources.gpus else 0
-    weights, adapters = count_parameters(engine.base) * width, places * engine.max_rank * features * width
+    weights, adapters = count_parameters(engine.base) * width, slots * engine.max_rank * features * width
     return {"weights": weights, "adapters": adapters, "cache": cache, "total": weights + adapters + cache}
 
 

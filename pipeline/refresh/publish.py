@@ -27,28 +27,28 @@ CURRENT = "current.json"
 Json = dict[str, Any]
 
 
-def publish(run: Run, engines: Engines, place: Folder, threshold: float) -> tuple[str, Json]:
+def publish(run: Run, engines: Engines, published: Folder, threshold: float) -> tuple[str, Json]:
     """Publish what a run selected, if that is another selection than the published one, or better by `threshold`.
 
     Args:
-        place: of the target's published mashups.
+        published: the target's published mashups.
         threshold: nats a completion token on the run's hold-out samples.
 
     Returns:
         What was done (published; withdrawn, where a mashup was published and the base is better now; kept), and what now counts.
     """
-    current = place.read_json(CURRENT) if place.exists(CURRENT) else None
+    current = published.read_json(CURRENT) if published.exists(CURRENT) else None
     found = _describe(run)
     if current and not _is_news(run, engines, current, found, threshold):
         return "kept", current
     now = datetime.now(UTC)
     if found["verdict"] == "mashup":
-        found["uri"] = _copy(run.folder, place.sub(f"{now:%Y%m%dT%H%M%SZ}-{found['adapter_hash'][:8]}"))
+        found["uri"] = _copy(run.folder, published.sub(f"{now:%Y%m%dT%H%M%SZ}-{found['adapter_hash'][:8]}"))
         outcome = "published"
     else:
         outcome = "withdrawn" if current else "kept"
     found["time"] = f"{now:%Y-%m-%dT%H:%M:%SZ}"
-    place.write_json(CURRENT, found)
+    published.write_json(CURRENT, found)
     return outcome, found
 
 

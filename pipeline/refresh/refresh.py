@@ -70,16 +70,16 @@ class RefreshConfig(Section):
         if home and lies_in(home, value):
             raise ValueError(f"home {home} lies in the pool, so that its mashups would become donors; choose another home")
         ours = [f"{home.partition('?')[0]}/{name}" for name in HOME_FOLDERS] if home else []
-        if place := next((place for place in ours if lies_in(value, place)), None):
-            raise ValueError(f"{value} lies in {place}, where refreshes write; choose another pool")
+        if path := next((path for path in ours if lies_in(value, path)), None):
+            raise ValueError(f"{value} lies in {path}, where refreshes write; choose another pool")
         return value
 
     def run_of(self, target: str) -> Config:
         """A target's run. All share one store of scores."""
         home = Folder.at(self.home)
         search = self.search.model_copy(update={"store": self.search.store or home.sub("store").uri})
-        places = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
-        content = {**places, "target": self.targets[target], "search": search, "merge": self.merge}
+        paths = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
+        content = {**paths, "target": self.targets[target], "search": search, "merge": self.merge}
         return build_config(content, f"the run of target {target}")
 
 
@@ -147,7 +147,7 @@ def _data_state(target: TargetConfig) -> list[Any]:
 
 
 def _base_state(base: str) -> list[Any]:
-    """Of a local folder its files; of a Hub id the place of its config in the Hub's cache, which names the commit."""
+    """Of a local folder its files; of a Hub id the path of its config in the Hub's cache, which names the commit."""
     if Path(base).expanduser().is_dir():
         return Folder.at(base).state()
     try:
@@ -186,9 +186,9 @@ def _renew(config: RefreshConfig, name: str, pool: "Run", lock: Lock) -> dict[st
     from pipeline.refresh.target import renew
 
     started = time.perf_counter()
-    place = Folder.at(config.home).sub("published", name)
+    published = Folder.at(config.home).sub("published", name)
     try:
-        found = renew(config.run_of(name), pool, place, config.threshold, lock.check)
+        found = renew(config.run_of(name), pool, published, config.threshold, lock.check)
     except LockLostError:
         raise
     except InputError as error:

@@ -25,12 +25,12 @@ def index_pool(config: Config, folder: Folder) -> Run:
     return run
 
 
-def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
+def renew(config: Config, pool: Run, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
     """Score what is new for a target, select and merge anew where that may change, and publish what is worth it.
 
     Args:
         pool: the run that checked the pool.
-        place: of the target's published mashups.
+        published: the target's published mashups.
         threshold: see `publish`.
         check: raises where publishing is not allowed any more.
 
@@ -50,7 +50,7 @@ def renew(config: Config, pool: Run, place: Folder, threshold: float, check: Cal
     with engines.kept():
         search_and_merge(run, engines)
         check()
-        outcome, current = publish(run, engines, place, threshold)
+        outcome, current = publish(run, engines, published, threshold)
     key_now, spent = _searched(run)
     return _columns(run) | {
         "adapter_samples": spent - (before if key == key_now else 0),

@@ -239,14 +239,14 @@ def legend_above(figure: Figure, axes: Axes) -> None:
 
 def _draw_leaderboard(figure: Figure, rows: Sequence[Mapping[str, Any]], donors: Collection[str]) -> None:
     axes = figure.subplots()
-    places = range(len(rows))
+    bars = range(len(rows))
     colours = [MASHUP_COLOUR if row["adapter_id"] in donors else NEUTRAL for row in rows]
-    axes.barh(places, [row["nll_minus_base"] for row in rows], color=colours, height=0.68)
+    axes.barh(bars, [row["nll_minus_base"] for row in rows], color=colours, height=0.68)
     errors = [_finite(row["nll_minus_base_stderr"]) for row in rows]
     middle = [row["nll_minus_base"] for row in rows]
-    axes.errorbar(middle, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    axes.errorbar(middle, bars, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     axes.axvline(0, color=BASE_COLOUR, linewidth=1.4)
-    axes.set_yticks(places, [f"{shorten(row['adapter_id'], LABEL_LENGTH)}  {row['place']}" for row in rows])
+    axes.set_yticks(bars, [f"{shorten(row['adapter_id'], LABEL_LENGTH)}  {row['place']}" for row in rows])
     axes.set(xlabel="NLL minus base, nats a token", ylim=(len(rows) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -255,14 +255,14 @@ def _draw_leaderboard(figure: Figure, rows: Sequence[Mapping[str, Any]], donors:
 
 def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     axes = figure.subplots()
-    places, seconds = range(len(stages)), [float(stage["seconds"]) for stage in stages.values()]
+    bars, seconds = range(len(stages)), [float(stage["seconds"]) for stage in stages.values()]
     colours = [BASE_COLOUR if name == "compare" else MASHUP_COLOUR for name in stages]
-    axes.barh(places, seconds, color=colours, height=0.62)
+    axes.barh(bars, seconds, color=colours, height=0.62)
     starting = [start_up(stage) for stage in stages.values()]
-    axes.barh(places, starting, color="none", edgecolor=INK, hatch="////", linewidth=0, height=0.62)
-    for place, value in zip(places, seconds, strict=True):
-        axes.annotate(duration(value), (value, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=11)
-    axes.set_yticks(places, list(stages))
+    axes.barh(bars, starting, color="none", edgecolor=INK, hatch="////", linewidth=0, height=0.62)
+    for bar, value in zip(bars, seconds, strict=True):
+        axes.annotate(duration(value), (value, bar), xytext=(5, 0), textcoords="offset points", va="center", fontsize=11)
+    axes.set_yticks(bars, list(stages))
     axes.set(xlabel="seconds", ylim=(len(stages) - 0.4, -0.6), xlim=(0, 1.25 * max([1.0, *seconds])))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")

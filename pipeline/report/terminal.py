@@ -26,7 +26,7 @@ def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
     rows = leaderboard.to_pylist()
     shown = [row for row in rows if row["place"] <= TOP or row["adapter_id"] == BASE_ID]
     for row in shown:
-        table.add_row(*map(Text, _place(row)), style="bold" if row["adapter_id"] == BASE_ID else None)
+        table.add_row(*map(Text, _cells(row)), style="bold" if row["adapter_id"] == BASE_ID else None)
     left = len(rows) - len(shown)
     return Group(table, Text(f"{words.count(left, 'more place')} in leaderboard.parquet")) if left else table
 
@@ -86,7 +86,7 @@ def _costs(plan: Json) -> Table:
     return table
 
 
-def _place(row: Json) -> list[str]:
+def _cells(row: Json) -> list[str]:
     difference = f"{words.signed(row['nll_minus_base'])} ± {words.nll(row['nll_minus_base_stderr'])}"
     return [
         str(row["place"]),

@@ -38,7 +38,7 @@ class ScoringActor:
         self.adapters, self.ahead, self.indexed = AdapterCache(ahead=2 * self.batch), set[str](), IndexedAdapters()
         self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
         if not self._enter():
-            raise RuntimeError("the search was broken off before this engine came to it")
+            raise RuntimeError("the search ended before this engine started")
         self._tell(self.board.hello, self.name)
         self.scorer = self._start(engine, config)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
@@ -92,8 +92,8 @@ class ScoringActor:
     def _do(self, job: ScoringJob) -> None:
         samples = self.work.samples.take(job.samples)
         found = self._found(job, samples)
-        places = [place for place in job.candidates if place not in found]
-        rows = self.work.candidates.take(pa.array(places, pa.int64()))  # there may be none
+        missing = [row for row in job.candidates if row not in found]
+        rows = self.work.candidates.take(pa.array(missing, pa.int64()))  # there may be none
         with ExitStack() as leases:
             candidates, failures = self._fetch(rows, leases)
             self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
@@ -106,7 +106,7 @@ class ScoringActor:
         self._note(names, failures | failed, len(samples))
         if len(scores):
             self.news.skip(self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True))))
-        nll = _by_place(scores, dict(zip(names, places, strict=True)))
+        nll = _by_row(scores, dict(zip(names, missing, strict=True)))
         loaded = self.scorer.loaded.since(before)
         self._tell(self.board.report, self.name, nll | found, tokens, len(found), loaded, self.warm)
         self.warm = self.warm or any(candidate.folder for candidate in candidates)  # their kernels are compiled by now
@@ -127,10 +127,10 @@ class ScoringActor:
         return candidates, failures
 
     def _found(self, job: ScoringJob, samples: pa.Table) -> dict[int, list[float]]:
-        """Losses of the candidates, by their places, that another run has scored on these samples since the race began."""
+        """Losses of the candidates, by their rows, that another run has scored on these samples since the race began."""
         hashes = self.work.candidates["adapter_hash"].take(job.candidates).to_pylist()
         known = self.news.known(hashes, samples["sample_id"].to_pylist())
-        return {place: known[one] for place, one in zip(job.candidates, hashes, strict=True) if one in known}
+        return {row: known[one] for row, one in zip(job.candidates, hashes, strict=True) if one in known}
 
     def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
         """Bring the next adapters onto this node while these are scored; give up those that went to other engines."""
@@ -182,11 +182,11 @@ class ScoringActor:
         return worker_log(self.work.stage, ",".join(adapters) or "-")
 
 
-def _by_place(scores: pa.Table, places: dict[str, int]) -> dict[int, list[float]]:
-    """Candidate's place -> its losses, sample after sample."""
+def _by_row(scores: pa.Table, row_of: dict[str, int]) -> dict[int, list[float]]:
+    """Candidate's row -> its losses, sample after sample."""
     found: dict[int, list[float]] = {}
     for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
-        found.setdefault(places[name], []).append(nll)
+        found.setdefault(row_of[name], []).append(nll)
     return found
 
 

@@ -105,14 +105,14 @@ def overlaps(name: str, rows: Iterable[dict[str, Any]], ours: Ours) -> list[str]
         if len(shared) >= NEAR * len(shingles):  # or it is near to none
             distinct.add((shared, len(shingles)))
     others = list(distinct)
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, (shared, _) in enumerate(others):
+    holders: dict[tuple[int, ...], list[int]] = {}
+    for i, (shared, _) in enumerate(others):
         for shingle in shared:
-            places.setdefault(shingle, []).append(place)
+            holders.setdefault(shingle, []).append(i)
     found = []
     for split, part in ours.splits.items():
         exact = sum(sample in ids for sample, _ in part)
-        near = sum(_is_near(shingles, others, places) for sample, shingles in part if sample not in ids)
+        near = sum(_is_near(shingles, others, holders) for sample, shingles in part if sample not in ids)
         if exact or near:
             found.append(f"its card names {name}, which holds {exact} of {len(part)} {split} rows, and {near} others nearly")
     return found
@@ -139,10 +139,10 @@ def _compare_files(files: Iterable[Path], base: str, ours: Ours) -> Iterator[str
         left = max(0, left - size)
 
 
-def _is_near(shingles: Shingles, others: Sequence[tuple[Shingles, int]], places: dict[tuple[int, ...], list[int]]) -> bool:
+def _is_near(shingles: Shingles, others: Sequence[tuple[Shingles, int]], holders: dict[tuple[int, ...], list[int]]) -> bool:
     # A near duplicate shares most shingles, hence the rarest of any few of them: one such list has it.
-    few = sorted((places.get(shingle, []) for shingle in shingles), key=len)[: int((1 - NEAR) * len(shingles)) + 1]
-    return any(_are_near(shingles, *others[place]) for place in set().union(*few))
+    few = sorted((holders.get(shingle, []) for shingle in shingles), key=len)[: int((1 - NEAR) * len(shingles)) + 1]
+    return any(_are_near(shingles, *others[i]) for i in set().union(*few))
 
 
 def _are_near(shingles: Shingles, shared: Shingles, size: int) -> bool:

@@ -1,9 +1,9 @@
-"""The Ray Data plan of the search: a stream of tickets through a pool of actors, each with one scoring engine.
+"""The Ray Data pipeline of the search: a stream of tickets through a pool of actors, each with one scoring engine.
 
 A ticket is a request for one batch of work: the scoreboard picks the batch when the ticket is used, as it depends on the scores
 so far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
-grows and shrinks the pool with the cluster, and gives the ticket of an actor that died to another. An actor stores the scores
-of a batch, whole or not at all, before it reports them.
+grows and shrinks the pool with the cluster, and tries the ticket of an actor that died again when it is up once more. An actor
+stores the scores of a batch, whole or not at all, before it reports them.
 
 On a GPU vLLM's kernels add in an order that changes from call to call: a score that is made again may differ in its last bits. A
 search that is taken up again keeps all scores that are stored, and ends like one that ran through, but where two adapters are
@@ -31,7 +31,7 @@ from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.model.base_model import fast_dtype
 from pipeline.search.actor import ScoringActor
 from pipeline.search.lobby import Lobby, OpenRace
-from pipeline.search.race import Plan
+from pipeline.search.race import Schedule
 from pipeline.search.scoreboard import RaceProgress, Scoreboard, Work
 
 IN_FLIGHT = 2
@@ -104,10 +104,10 @@ def require_engine(search: SearchConfig) -> None:
 
 
 def score_stream(
-    work: Work, engine: EngineConfig, search: SearchConfig, plan: Plan, seconds: float | None = None
+    work: Work, engine: EngineConfig, search: SearchConfig, schedule: Schedule, seconds: float | None = None
 ) -> Iterator[RaceProgress]:
     """One race with engines of its own; as `Engines.race`."""
-    return Engines(search).race(work, engine, plan, seconds)
+    return Engines(search).race(work, engine, schedule, seconds)
 
 
 def warm_up(search: SearchConfig) -> None:
@@ -137,19 +137,19 @@ class Engines:
         self._races = 0
         self._idle = True
 
-    def race(self, work: Work, engine: EngineConfig, plan: Plan, seconds: float | None = None) -> Iterator[RaceProgress]:
+    def race(self, work: Work, engine: EngineConfig, schedule: Schedule, seconds: float | None = None) -> Iterator[RaceProgress]:
         """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
 
         Args:
             engine: what the race needs; engines that are up and can hold it serve it.
-            seconds: the time that it may take, engine start apart, in place of the plan's budget.
+            seconds: the time that it may take, engine start apart, in place of the schedule's budget.
 
         Raises:
             InputError: no node of the cluster can hold an engine.
             EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
         files = frozenset(work.store.files())
-        board = _on_this_node(Scoreboard).remote(work, plan, seconds)
+        board = _on_this_node(Scoreboard).remote(work, schedule, seconds)
         try:
             if not ray.get(board.progress.remote()).over:
                 running = self._up(engine, len(work.candidates))
@@ -202,11 +202,11 @@ class Engines:
             tickets = _tickets(engine, self._search, self._lobby, candidates)
             pool = ThreadPoolExecutor(max_workers=1)
             self._running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
-            pool.shutdown(wait=False)  # who is interrupted goes on to take the lobby away, which ends the plan
+            pool.shutdown(wait=False)  # who is interrupted goes on to take the lobby away, which ends the pipeline
         return self._running
 
     def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[RaceProgress]:
-        """Wait for the end of a race; what fails in the plan is raised here."""
+        """Wait for the end of a race; what fails in the pipeline is raised here."""
         self._races += 1
         self._idle = False
         while not (progress := ray.get(board.progress.remote())).over:
@@ -214,7 +214,7 @@ class Engines:
                 raise EngineFaultError(progress.fault)
             if running.done():
                 running.result()
-                raise RuntimeError("the engines ended before the race")
+                raise RuntimeError("all engines ended before the race did")
             ray.get(self._lobby.call.remote(self._races, [race]))  # again and again: a lobby that starts anew knows of none
             yield progress
             time.sleep(POLL)

@@ -22,8 +22,8 @@ def unsound(names: Sequence[str], known: Known, seen: Sequence[int]) -> dict[str
         ValueError: the base did.
     """
     counts = {
-        name: (int(np.isinf(known.nll_NS[place, :end]).sum()), end)
-        for place, (name, end) in enumerate(zip(names, seen, strict=True))
+        name: (int(np.isinf(known.nll_NS[candidate, :end]).sum()), end)
+        for candidate, (name, end) in enumerate(zip(names, seen, strict=True))
     }
     if counts[names[BASE]][0]:
         raise ValueError(
@@ -48,8 +48,8 @@ def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n
     if seen[BASE] < len(known.tokens_S):
         raise ValueError("the base model was not scored on every sample; run the search again")
     aside = unsound(names, known, seen)
-    sound = [(place, name, end) for place, (name, end) in enumerate(zip(names, seen, strict=True)) if end and name not in aside]
-    rows = [_row(name, known, place, end, n_search) for place, name, end in sound]
+    judged = enumerate(zip(names, seen, strict=True))
+    rows = [_row(name, known, candidate, end, n_search) for candidate, (name, end) in judged if end and name not in aside]
     ranked = sorted(rows, key=lambda row: (-row["n_samples"], row["nll"], row["adapter_id"]))
     return pa.Table.from_pylist([{"place": place, **row} for place, row in enumerate(ranked, start=1)], schema=LEADERBOARD)
 
@@ -73,12 +73,12 @@ def paired_difference(nll_S: Values, base_S: Values, tokens_S: Values) -> tuple[
     return estimate.mean, estimate.stderr
 
 
-def _row(name: str, known: Known, place: int, end: int, n_search: int) -> dict[str, Any]:
-    nll_S, base_S, tokens_S = known.nll_NS[place], known.nll_NS[BASE], known.tokens_S.astype(np.float64)
+def _row(name: str, known: Known, candidate: int, end: int, n_search: int) -> dict[str, Any]:
+    nll_S, base_S, tokens_S = known.nll_NS[candidate], known.nll_NS[BASE], known.tokens_S.astype(np.float64)
     search, holdout = slice(0, min(end, n_search)), slice(n_search, None)
     nll = mean_per_token(nll_S[search], tokens_S[search])
     difference, stderr = paired_difference(nll_S[search], base_S[search], tokens_S[search])
-    hits, finished = known.hits_NS[place, search].sum(), end == len(tokens_S)
+    hits, finished = known.hits_NS[candidate, search].sum(), end == len(tokens_S)
     return {
         "adapter_id": name,
         "nll": nll.mean,

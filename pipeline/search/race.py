@@ -3,9 +3,9 @@
 All candidates see the same samples in the same order. A rung is a number of samples. When all who entered a rung have been
 scored on its samples, it closes: the best go on to the next rung, the others stop. Who goes on depends on the scores alone,
 neither on the order in which these come nor on the number of workers, so that a race which was broken off and taken up again
-ends like one that ran through. Workers need not wait for a rung to close: a candidate that is sure to go on, however the
-missing scores turn out, is given out for the next rung at once. That is asynchronous successive halving (arXiv 1810.05934)
-without its promotions in error.
+ends like one that ran through, unless its budget is in seconds. Workers need not wait for a rung to close: a candidate that is
+sure to go on, however the missing scores turn out, is given out for the next rung at once. This is ASHA (arXiv 1810.05934), but
+that a candidate is promoted early only where the missing scores cannot change it.
 
 Shapes: N candidates, M some of them, S samples in the order in which they are scored.
 """
@@ -49,7 +49,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """The rungs (samples seen at the end of each, rising), the adapter-samples that the race may use (None: no limit), the
     one-sided confidence with which a candidate is out (1: none ever is), and how many go through to the end at least."""
 
@@ -64,21 +64,23 @@ def finalists(n_candidates: int) -> int:
     return min(KEEP, max(FEWEST, n_candidates // 4))
 
 
-def make_plan(n_candidates: int, n_search: int, n_holdout: int, share: float | None, confidence: float = CONFIDENCE) -> Plan:
+def make_schedule(
+    n_candidates: int, n_search: int, n_holdout: int, share: float | None, confidence: float = CONFIDENCE
+) -> Schedule:
     """Rungs of 4, 8, 16, ... samples up to the search split, and the hold-out split as the last.
 
     Args:
         share: adapter-samples allowed, as a share of scoring every candidate on every sample; None: no limit.
-        confidence: as in `Plan`.
+        confidence: as in `Schedule`.
     """
     n_samples = n_search + n_holdout
     keep = finalists(n_candidates)
     if share == 1 or n_candidates <= SMALL_POOL * keep:
-        return Plan((n_samples,), None, 1.0)
+        return Schedule((n_samples,), None, 1.0)
     first = FIRST_RUNG if share is None else int(np.clip(share * n_samples / 3, 2, FIRST_RUNG))
     doubling = [first * 2**power for power in range(n_search) if first * 2**power < n_search]
     budget = None if share is None else max(share * n_candidates, SMALL_POOL * keep) * n_samples
-    return Plan((*doubling, n_search, n_samples), budget, confidence, keep)
+    return Schedule((*doubling, n_search, n_samples), budget, confidence, keep)
 
 
 def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confidence: float) -> NDArray[np.bool_]:
@@ -104,15 +106,17 @@ def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confiden
 class Race:
     """The state of a race; what is known of it before it starts goes into `nll_NS` (NaN: unknown)."""
 
-    def __init__(self, plan: Plan, tokens_S: Sequence[int], nll_NS: Floats, left: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, tokens_S: Sequence[int], nll_NS: Floats, left: Callable[[], float] | None = None
+    ) -> None:
         """
         Args:
             tokens_S: completion tokens of each sample.
             nll_NS: nats summed over each sample's completion, candidates in the order in which they shall be scored.
-            left: gives the adapter-samples that can still be afforded, in place of the plan's budget.
+            left: gives the adapter-samples that can still be afforded, in place of the schedule's budget.
         """
         self._left = left or self._left_of_budget
-        self.plan = plan
+        self.schedule = schedule
         self.tokens_S = np.asarray(tokens_S, np.float32)
         self.nll_NS = nll_NS
         self.aside_N = np.zeros(len(nll_NS), bool)
@@ -128,7 +132,7 @@ class Race:
 
     @property
     def over(self) -> bool:
-        return self.rung == len(self.plan.rungs)
+        return self.rung == len(self.schedule.rungs)
 
     @property
     def entrants(self) -> int:
@@ -142,7 +146,7 @@ class Race:
 
     def seen_N(self) -> Indices:
         """Samples that count for each candidate: those of the rungs that it entered."""
-        ends: Indices = np.array([0, *self.plan.rungs])[self.rungs_N]
+        ends: Indices = np.array([0, *self.schedule.rungs])[self.rungs_N]
         return ends
 
     def take(self, count: int) -> tuple[list[int], Indices]:
@@ -164,7 +168,7 @@ class Race:
         """Who will be taken next, as far as that is known."""
         while self._pending and self.aside_N[self._pending[0]]:
             self._pending.popleft()
-        return [self._pending[place] for place in range(min(count, len(self._pending)))]
+        return [self._pending[i] for i in range(min(count, len(self._pending)))]
 
     def give_back(self, candidates: Iterable[int]) -> None:
         """Candidates that were taken and for which no scores came: they are taken again before the others."""
@@ -176,7 +180,7 @@ class Race:
         """Scores of a candidate, in nats summed over each sample's completion. NaN is the worst that there is."""
         self.nll_NS[candidate, samples] = np.nan_to_num(np.asarray(nll_S, np.float32), nan=np.inf, posinf=np.inf)
         self._taken.discard(candidate)
-        if candidate in self._lacking and not len(self._unknown(candidate, self.plan.rungs[self.rung])):
+        if candidate in self._lacking and not len(self._unknown(candidate, self.schedule.rungs[self.rung])):
             self._done(candidate)
 
     def set_aside(self, candidate: int) -> None:
@@ -208,7 +212,7 @@ class Race:
         self._looked_at = math.inf
         if self.over:
             return
-        start, end = list(pairwise((0, *self.plan.rungs)))[self.rung]
+        start, end = list(pairwise((0, *self.schedule.rungs)))[self.rung]
         self._spent += len(entrants) * (end - start)
         self.rungs_N[entrants] += 1
         unknown = np.isnan(self.nll_NS[entrants, :end]).any(axis=1) & ~self.aside_N[entrants]
@@ -222,28 +226,28 @@ class Race:
     def _advance(self) -> None:
         """Close the open rung once nobody lacks scores, and open the next: several, where the scores are known already."""
         while not (self._lacking or self.over):
-            is_last = self.rung + 1 == len(self.plan.rungs)
+            is_last = self.rung + 1 == len(self.schedule.rungs)
             self._open(np.empty(0, np.int64) if is_last else self.survivors())
 
     def _quota(self) -> int:
         """How many may enter the next rung: the rungs to come shrink by one factor, the largest that can be afforded."""
-        entrants, lengths, left = len(self._entrants), np.diff((0, *self.plan.rungs))[self.rung + 1 :], self._left()
+        entrants, lengths, left = len(self._entrants), np.diff((0, *self.schedule.rungs))[self.rung + 1 :], self._left()
         if math.isinf(left) or not len(lengths):
             return entrants
         powers = np.arange(1, len(lengths) + 1)
         low, high = 0.0, 1.0
         for _ in range(40):
             factor = (low + high) / 2
-            cost = ((np.maximum(entrants * factor**powers, self.plan.keep) + 1) * lengths).sum()  # the base is one more
+            cost = ((np.maximum(entrants * factor**powers, self.schedule.keep) + 1) * lengths).sum()  # the base is one more
             low, high = (factor, high) if cost <= left else (low, factor)
-        return max(self.plan.keep, int(entrants * low))
+        return max(self.schedule.keep, int(entrants * low))
 
     def _left_of_budget(self) -> float:
-        return math.inf if self.plan.budget is None else self.plan.budget - self._spent
+        return math.inf if self.schedule.budget is None else self.schedule.budget - self._spent
 
     def _ranked(self) -> Indices:
         """Entrants of the open rung whose scores are all there, without the base, the lowest mean first."""
-        end = self.plan.rungs[self.rung]
+        end = self.schedule.rungs[self.rung]
         known_N = ~self.aside_N
         known_N[[BASE, *self._lacking]] = False
         rivals = self._entrants[known_N[self._entrants]]
@@ -252,27 +256,27 @@ class Race:
 
     def _not_out(self, best: Indices) -> Indices:
         """Without those that are surely above the last of the best that are kept; `best` is in the order of means."""
-        keep = self.plan.keep
+        keep = self.schedule.keep
         if len(best) <= keep:
             return best
-        end = self.plan.rungs[self.rung]
+        end = self.schedule.rungs[self.rung]
         losses_MS, reference_S = self.nll_NS[best, :end], self.nll_NS[best[keep - 1], :end]
-        above = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.plan.confidence)
+        above = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.schedule.confidence)
         return best[~above | (np.arange(len(best)) < keep)]
 
     def _sure(self) -> list[int]:
         """Who goes on whatever the missing scores turn out to be, and is not yet at it."""
-        if self.over or self.rung + 1 == len(self.plan.rungs) or self.outstanding > FEWER * self._looked_at:
+        if self.over or self.rung + 1 == len(self.schedule.rungs) or self.outstanding > FEWER * self._looked_at:
             return []
         self._looked_at = self.outstanding
-        certain = (self.plan.keep if math.isinf(self._left()) else self._quota()) - self.outstanding
-        end = self.plan.rungs[self.rung + 1]
+        certain = (self.schedule.keep if math.isinf(self._left()) else self._quota()) - self.outstanding
+        end = self.schedule.rungs[self.rung + 1]
         ranked = self._not_out(self._ranked()[: max(0, certain)]).tolist()
         return [c for c in ranked if c not in self._taken and len(self._unknown(c, end))]
 
     def _lacks(self, candidate: int) -> Indices:
         ahead = candidate not in self._lacking
-        return self._unknown(candidate, self.plan.rungs[self.rung + ahead])
+        return self._unknown(candidate, self.schedule.rungs[self.rung + ahead])
 
     def _unknown(self, candidate: int, end: int) -> Indices:
         unknown: Indices = np.flatnonzero(np.isnan(self.nll_NS[candidate, :end]))

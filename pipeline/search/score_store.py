@@ -78,9 +78,9 @@ class ScoreStore:
         def read(stored: pads.Dataset) -> None:
             for batch in stored.to_batches(filter=wanted):
                 rows, columns = pc.index_in(batch["adapter_hash"], adapters), pc.index_in(batch["sample_id"], ids)
-                place = rows.to_numpy(), columns.to_numpy()
-                known.nll_NS[place] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
-                known.hits_NS[place] = batch["n_correct"].to_numpy(zero_copy_only=False)
+                cells = rows.to_numpy(), columns.to_numpy()
+                known.nll_NS[cells] = np.nan_to_num(batch["nll_sum"].to_numpy(), nan=np.inf, posinf=np.inf)
+                known.hits_NS[cells] = batch["n_correct"].to_numpy(zero_copy_only=False)
 
         self._read(read)
         return known

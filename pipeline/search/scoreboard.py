@@ -1,7 +1,7 @@
 """The scoreboard of a search: an actor that knows the race, hands out work to the engines and takes their scores in.
 
-It holds nothing that is not on disk: the engines store scores before they report them, and a scoreboard that starts anew
-begins with what the store knows.
+Engines store scores before they report them, and a scoreboard that starts anew begins with what the store knows. Counts of
+deaths, leases and times are in memory alone and are lost then.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.core.storage import Folder
 from pipeline.engines.scorer import Loaded
-from pipeline.search.race import BASE, Plan, Race
+from pipeline.search.race import BASE, Race, Schedule
 from pipeline.search.score_store import ScoreStore, read_failures, record_failures
 
 MAX_DEATHS = 3
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Candidates to be scored on samples, by their places in the tables of `Work`; `upcoming`: adapters that follow."""
+    """Candidates to be scored on samples, by their rows in the tables of `Work`; `upcoming`: adapters that follow."""
 
     candidates: list[int]
     samples: list[int]
@@ -94,21 +94,22 @@ class _Lease:
 class Scoreboard:
     """Runs as a Ray actor; knows no Ray itself."""
 
-    def __init__(self, work: Work, plan: Plan, seconds: float | None = None) -> None:
+    def __init__(self, work: Work, schedule: Schedule, seconds: float | None = None) -> None:
         self.work = work
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
-        self._tell = RaceProgress(rungs=len(plan.rungs))
+        self._tell = RaceProgress(rungs=len(schedule.rungs))
         self._limit = math.inf if seconds is None else seconds
         self._deadline = self._first_rung_ends = math.inf  # the time runs from the first engine that is up
         self._held: dict[str, _Lease] = {}
         self._deaths: Counter[int] = Counter()
         self._jobs = 0
         self._changed = asyncio.Condition()
-        self.race = Race(plan, known.tokens_S.tolist(), known.nll_NS.astype(np.float32), self._affordable if seconds else None)
-        names = {name: place for place, name in enumerate(work.candidates["adapter_id"].to_pylist())}
+        left = self._affordable if seconds else None
+        self.race = Race(schedule, known.tokens_S.tolist(), known.nll_NS.astype(np.float32), left)
+        rows = {name: row for row, name in enumerate(work.candidates["adapter_id"].to_pylist())}
         for name in read_failures(work.failures):
-            if name in names:
-                self.race.set_aside(names[name])
+            if name in rows:
+                self.race.set_aside(rows[name])
 
     async def hello(self, engine: str) -> None:
         """An engine's process begins. What an earlier process of the same engine held is lost: it is given out again."""
@@ -204,11 +205,11 @@ class Scoreboard:
             self.race.set_aside(head[0])
         # What an engine died of is found by trying one at a time; the base keeps to itself.
         alone = head and (self._deaths[head[0]] or head[0] == BASE)
-        places, samples = self.race.take(1 if alone else count)
-        if not places:
+        candidates, samples = self.race.take(1 if alone else count)
+        if not candidates:
             return None
         upcoming = self.work.candidates["uri"].take(pa.array(self.race.upcoming(count), pa.int64())).to_pylist()
-        return ScoringJob(places, samples.tolist(), [uri for uri in upcoming if uri])
+        return ScoringJob(candidates, samples.tolist(), [uri for uri in upcoming if uri])
 
     def _reclaim(self) -> None:
         """Take back what somebody has held for too long; whoever reports first counts."""

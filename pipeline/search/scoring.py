@@ -18,7 +18,7 @@ from pipeline.engines.scorer import EngineConfig, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
-from pipeline.search.race import CONFIDENCE, Plan, make_plan
+from pipeline.search.race import CONFIDENCE, Schedule, make_schedule
 from pipeline.search.rates import Rates
 from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.scoreboard import RaceProgress, Work
@@ -30,7 +30,7 @@ OUTLIERS = 0.02
 
 FAR, LARGE = 4, 64
 """An outlier has at least so many times the largest rank of the others, and a rank above LARGE: up to there the products with A
-and B are a few percent of the base's, and the places for adapters of an 8B model take some 0.3 GB each. By arithmetic; not
+and B are a few percent of the base's, and the slots for adapters of an 8B model take some 0.3 GB each. By arithmetic; not
 measured."""
 
 
@@ -56,8 +56,8 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
     known = _store(run).mean_losses(drawn)
     start = int(digest(run.folder.uri), 16) % max(1, len(catalogue))
     catalogue = pa.concat_tables([catalogue.slice(start), catalogue.slice(0, start)])
-    place = pc.index_in(catalogue["adapter_hash"], known["adapter_hash"].combine_chunks())
-    losses = known["known_nll"].take(place)
+    rows = pc.index_in(catalogue["adapter_hash"], known["adapter_hash"].combine_chunks())
+    losses = known["known_nll"].take(rows)
     keyed = pa.table([catalogue["rank"], losses], ["rank", "known_nll"])
     return catalogue.take(pc.sort_indices(keyed, [("rank", "ascending"), ("known_nll", "ascending")]))
 
@@ -68,12 +68,12 @@ def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder)
     return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures, run.ledger.running or "search")
 
 
-def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Plan]:
+def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
     """The race that the search runs: the base and these adapters on these samples, within the budget."""
     work = make_work(run, in_order(run, catalogue, drawn).select(CANDIDATE), drawn, failures)
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
     level = budget.confidence or CONFIDENCE
-    return work, make_plan(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+    return work, make_schedule(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
 
 
 def largest_rank(run: Run, catalogue: pa.Table, merged: int = 0) -> int:
@@ -83,7 +83,7 @@ def largest_rank(run: Run, catalogue: pa.Table, merged: int = 0) -> int:
 
 def are_outliers(ranks: Sequence[int]) -> list[bool]:
     """Of each adapter of a pool, whether its rank is an outlier, which would make scoring slower for all others: on GPUs vLLM
-    computes with the largest rank that an engine may hold, and keeps places of it."""
+    computes with the largest rank that an engine may hold, and keeps slots of it."""
     allowed = math.ceil(OUTLIERS * len(ranks))
     if len(ranks) <= allowed:
         return [False] * len(ranks)
@@ -111,8 +111,8 @@ def score_outliers(
         return
     run.progress.say(f"{len(outliers)} adapters of rank {max(outliers['rank'].to_pylist())} at most are scored apart")
     work = make_work(run, outliers.select(CANDIDATE), drawn, failures)
-    plan = make_plan(len(work.candidates), len(drawn), 0, share=1)
-    race(run, engines, work, make_engine(run, outliers, largest_rank(run, outliers)), plan, details)
+    schedule = make_schedule(len(work.candidates), len(drawn), 0, share=1)
+    race(run, engines, work, make_engine(run, outliers, largest_rank(run, outliers)), schedule, details)
     engines.close()  # else they serve the race, too
 
 
@@ -126,13 +126,13 @@ def race(
     engines: Engines,
     work: Work,
     engine: EngineConfig,
-    plan: Plan,
+    schedule: Schedule,
     details: dict[str, Any],
     limit: float | None = None,
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
     board, began = RaceProgress(), time.perf_counter()
-    for board in engines.race(work, engine, plan, limit):
+    for board in engines.race(work, engine, schedule, limit):
         _measure(board)
         _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()
@@ -163,8 +163,8 @@ def race_holdout(
     """Score the base and these adapters (columns CANDIDATE) on every hold-out sample of those drawn, as `race` does."""
     holdout = split_of(drawn, "holdout")
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
-    plan = make_plan(len(work.candidates), len(holdout), 0, share=1)
-    return race(run, engines, work, make_engine(run, catalogue, max_rank), plan, details)
+    schedule = make_schedule(len(work.candidates), len(holdout), 0, share=1)
+    return race(run, engines, work, make_engine(run, catalogue, max_rank), schedule, details)
 
 
 def rates_of(run: Run) -> Rates:

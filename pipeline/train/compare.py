@@ -1,8 +1,8 @@
 """What the curves of the arms come to, base against mashup at the same budget: validation picks, test reports.
 
-An arm is an init at a learning rate and a seed. All arms see the same rows in the same order for the same number of steps. The
-learning rate of an init, and the checkpoint of an arm, are those of the lowest validation NLL; the test split is touched once,
-by the chosen checkpoints alone.
+An arm is an init at a learning rate and a seed. Arms of one seed see the same rows in the same order; patience may end some
+early. The learning rate of an init, and the checkpoint of an arm, are those of the lowest validation NLL; the test split is
+touched once, by the chosen checkpoints alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ from pipeline.train.starts import list_arms, make_jobs
 from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
 
 OVERHEAD = ("index", "samples", "search", "merge")
-"""Stages that a start from the base does without."""
+"""Stages whose time is charged to the mashup."""
 
 Settle = Callable[[Run, list[Outcome]], dict[str, Any]]
 

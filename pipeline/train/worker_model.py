@@ -212,8 +212,8 @@ def _start(job: Job) -> Iterator[Path | None]:
 
 def _build(job: Job, start: Path | None) -> Any:
     """The model with what is trained of it, from the base or from the adapter at `start`."""
-    place = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
-    model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), place)
+    on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
+    model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), on)
     if start and not job.folded:
         return PeftModel.from_pretrained(model, str(start), is_trainable=True)
     if start:

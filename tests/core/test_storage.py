@@ -246,7 +246,7 @@ def test_credentials_are_told_from_the_name_of_a_public_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "folder", "inside"),
+    ("path", "folder", "inside"),
     [
         ("a/b", "a", True),
         ("a", "a/", True),
@@ -255,8 +255,8 @@ def test_credentials_are_told_from_the_name_of_a_public_bucket() -> None:
         ("s3://b/a/x", "s3://b/a?region=x", True),
     ],
 )
-def test_what_lies_in_a_folder(place: str, folder: str, inside: bool) -> None:
-    assert lies_in(place, folder) == inside
+def test_what_lies_in_a_folder(path: str, folder: str, inside: bool) -> None:
+    assert lies_in(path, folder) == inside
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])

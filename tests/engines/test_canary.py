@@ -83,7 +83,8 @@ FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_engine_that_is_wrong_is_named_with_what_to_do(fault: str, engine_config: EngineConfig, made: Canary) -> None:
     bend, message = FAULTS[fault]
-    with pytest.raises(EngineFaultError, match=f"vllm cannot be believed on this base: .*{message}.*VLLM_USE_V2_MODEL_RUNNER=0"):
+    said = f"vllm failed its self-check on this base: .*{message}.*VLLM_USE_V2_MODEL_RUNNER=0"
+    with pytest.raises(EngineFaultError, match=said):
         prove("vllm", Faulty(engine_config, bend), engine_config, made)
 
 

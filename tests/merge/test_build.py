@@ -18,8 +18,8 @@ def test_recipes_become_folders_and_refusals_reasons(tmp_path: Path, tiny_base: 
     folders = {name: make_adapter(tmp_path / name, tiny_base, rank=rank, seed=rank) for name, rank in (("a", 2), ("b", 3))}
     both = ("a", "b"), (0.5, 0.5)
     recipes = {"mean": Recipe(*both, "exact", 5), "apart": Recipe(*both, "ab_mean", 3)}
-    places = {name: Indexed(str(folder), hash_of(folder)) for name, folder in folders.items()}
-    built, refused = build(recipes, places, tiny_base, Folder.at(tmp_path / "built"), alpha=7)
+    indexed = {name: Indexed(str(folder), hash_of(folder)) for name, folder in folders.items()}
+    built, refused = build(recipes, indexed, tiny_base, Folder.at(tmp_path / "built"), alpha=7)
     assert refused == {"apart": "ab_mean needs donors of one rank, alpha and set of target modules; use method: exact"}
     assert list(built) == ["mean"]
     assert built["mean"].kept == pytest.approx(1)
@@ -38,10 +38,10 @@ def test_a_donor_that_changed_since_it_was_indexed_is_not_merged(
     tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
 ) -> None:
     folder = make_adapter(tmp_path / "a", tiny_base, rank=2)
-    places = {"a": Indexed(str(folder), hash_of(folder))}
+    indexed = {"a": Indexed(str(folder), hash_of(folder))}
     make_adapter(folder, tiny_base, rank=2, seed=9)
     with pytest.raises(AdapterError, match=f"{folder}: it changed since the pool was indexed"):
-        build({"mean": Recipe(("a",), (1.0,), "exact", 2)}, places, tiny_base, Folder.at(tmp_path / "built"))
+        build({"mean": Recipe(("a",), (1.0,), "exact", 2)}, indexed, tiny_base, Folder.at(tmp_path / "built"))
     assert not (tmp_path / "built").exists()
 
 

@@ -94,14 +94,14 @@ def test_learned_weights_are_better_than_equal_ones_and_may_be_negative(
 ) -> None:
     """Random donors harm: the weights fall."""
     samples = random_samples([12, 20, 31])
-    places = [Indexed(str(donor), hash_of(donor)) for donor in donors]
-    learned, none = learn_weights(tiny_base, places, samples, dtype="float32")
+    indexed = [Indexed(str(donor), hash_of(donor)) for donor in donors]
+    learned, none = learn_weights(tiny_base, indexed, samples, dtype="float32")
     equal = merged_loss(tiny_base, donors, (1 / 3,) * 3, samples, tmp_path / "equal")
     found = merged_loss(tiny_base, donors, learned, samples, tmp_path / "learned")
     assert found < equal
     assert min(learned) < 1 / 3
     assert none is None
-    again, by_module = learn_weights(tiny_base, places, samples, by_module=True, dtype="float32")
+    again, by_module = learn_weights(tiny_base, indexed, samples, by_module=True, dtype="float32")
     assert again == learned
     assert by_module is not None
     assert len(set(by_module.values())) > 1

@@ -195,7 +195,7 @@ def test_a_merge_learns_as_fast_as_its_first_donor(tiny_base: str, donors_of: Ca
 
 
 @pytest.mark.parametrize("method", ["exact", "dare"])
-def test_a_merge_is_computed_on_its_place_and_comes_back(
+def test_a_merge_is_computed_on_its_device_and_comes_back(
     method: str, tiny_base: str, donors_of: Callable[..., list[Adapter]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device that stands in for a GPU: what is moved there is computed with, and what comes back is from there."""
@@ -203,12 +203,12 @@ def test_a_merge_is_computed_on_its_place_and_comes_back(
     recipe, shapes = Recipe(("a", "b"), (0.5, 0.5), method, 4), linear_shapes(tiny_base)[0]
     here = merge(recipe, donors, tiny_base, shapes).adapter
 
-    def to(self: Factors, place: torch.device) -> Factors:
-        moves.append(place.type)
+    def to(self: Factors, device: torch.device) -> Factors:
+        moves.append(device.type)
         return Factors(self.a_RI.clone(), self.b_OR.clone())
 
     monkeypatch.setattr(Factors, "to", to)
-    there = merge(recipe, donors, tiny_base, shapes, place=torch.device("cuda")).adapter
+    there = merge(recipe, donors, tiny_base, shapes, on=torch.device("cuda")).adapter
     assert moves == ["cuda", "cuda", "cpu"] * len(here.modules)
     for module in here.modules:
         torch.testing.assert_close(there.factors(module).dense(), here.factors(module).dense())

@@ -22,7 +22,7 @@ from pipeline.plan.costs import (
     training_rates,
     training_seconds,
 )
-from pipeline.search.race import Race, make_plan
+from pipeline.search.race import Race, make_schedule
 from pipeline.train.batches import batch_places
 
 N_SEARCH, N_HOLDOUT = 24, 8
@@ -32,7 +32,7 @@ RATES = {"start_seconds": 10.0, "tokens_per_second": 50.0, "evaluation_tokens_pe
 
 def new_race(n: int, share: float | None, nll_NS: Any = None) -> Race:
     unknown = np.full((n, S), np.nan, np.float32)
-    return Race(make_plan(n, N_SEARCH, N_HOLDOUT, share), [3] * S, unknown if nll_NS is None else nll_NS)
+    return Race(make_schedule(n, N_SEARCH, N_HOLDOUT, share), [3] * S, unknown if nll_NS is None else nll_NS)
 
 
 def run_through(race: Race, truth_NS: Any) -> int:

@@ -20,7 +20,7 @@ from pipeline.plan import estimate as planning
 from pipeline.plan.estimate import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.run import plan_run, run_all
 from pipeline.run_folder import Run
-from pipeline.search.race import Race, make_plan
+from pipeline.search.race import Race, make_schedule
 from pipeline.search.scoreboard import Work
 from pipeline.search.scoring import CANDIDATE
 
@@ -49,8 +49,8 @@ def config(tiny_base: str, make_adapter: Callable[..., Path], write_jsonl: Any, 
     )
 
 
-def test_an_engine_holds_the_base_and_its_places_for_adapters(tiny_base: str) -> None:
-    """Two layers of q_proj (128 and 128 features) and down_proj (256 and 128), rank 8, three places, two bytes a weight."""
+def test_an_engine_holds_the_base_and_its_slots_for_adapters(tiny_base: str) -> None:
+    """Two layers of q_proj (128 and 128 features) and down_proj (256 and 128), rank 8, three slots, two bytes a weight."""
     engine = EngineConfig(tiny_base, "bfloat16", 8, ("down_proj", "q_proj"), 64, adapters_per_batch=3)
     on_cpus = memory_of_engine("vllm", engine, Resources(1.0, 0, 2))
     assert on_cpus["adapters"] == 3 * 8 * 2 * (256 + 384) * 2
@@ -70,12 +70,12 @@ def test_only_adapters_that_are_elsewhere_and_lack_scores_are_fetched(monkeypatc
     nll_NS[[0, 2]] = 1.0
     run = Run(build_config({"run": str(tmp_path), "base": "b", "pool": "p", "target": {"train": "t"}}, "test"))
     work = Work(candidates, pa.table({}), None, run.folder)  # type: ignore[arg-type]
-    race = Race(make_plan(5, 3, 1, 1.0), [1] * 4, nll_NS)
+    race = Race(make_schedule(5, 3, 1, 1.0), [1] * 4, nll_NS)
     assert to_fetch(work, race, catalogue) == {"adapters": 2, "bytes": 1100, "bytes_at_most": 2200}
     race.set_aside(4)
     assert to_fetch(work, race, catalogue)["bytes"] == 100
     nll_NS[:] = 1.0
-    assert to_fetch(work, Race(race.plan, [1] * 4, nll_NS), catalogue) == {"adapters": 0, "bytes": 0, "bytes_at_most": 0}
+    assert to_fetch(work, Race(race.schedule, [1] * 4, nll_NS), catalogue) == {"adapters": 0, "bytes": 0, "bytes_at_most": 0}
 
 
 @pytest.mark.long

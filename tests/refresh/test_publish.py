@@ -23,7 +23,7 @@ class Target:
 
     def __init__(self, base: str, tmp_path: Path, make_adapter: Callable[..., Path]):
         self.base, self.path, self.make_adapter = base, tmp_path, make_adapter
-        self.place = Folder.at(tmp_path / "published")
+        self.published = Folder.at(tmp_path / "published")
 
     def select(self, donors: dict[str, str], nll: float = 1.0, seed: int = 0) -> None:
         """`donors`: their ids and hashes; none: the verdict is for the base. `seed` makes the mashup's weights."""
@@ -44,13 +44,13 @@ class Target:
     def publish(self) -> str:
         config = {"run": str(self.path / "run"), "base": self.base, "pool": "pool", "target": {"train": "train.jsonl"}}
         run = Run(Config.model_validate(config))
-        outcome, current = publish(run, Engines(run.config.search), self.place, THRESHOLD)
+        outcome, current = publish(run, Engines(run.config.search), self.published, THRESHOLD)
         assert current == self.current
         return outcome
 
     @property
     def current(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.place.read_json(CURRENT)
+        found: dict[str, Any] = self.published.read_json(CURRENT)
         return found
 
     @property

@@ -39,7 +39,7 @@ def renewed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """In place of scoring and merging: what comes of each target, an exception or columns of the history."""
     comes: dict[str, Any] = {}
 
-    def renew(config: Any, pool: Any, place: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
+    def renew(config: Any, pool: Any, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
         outcome = comes.get(Folder.at(config.run).path.rpartition("/")[2])
         if isinstance(outcome, Exception):
             raise outcome

@@ -20,7 +20,7 @@ from pipeline.search.engine_pool import (
     engine_config,
     score_stream,
 )
-from pipeline.search.race import Plan, make_plan
+from pipeline.search.race import Schedule, make_schedule
 from pipeline.search.score_store import ScoreStore
 from pipeline.search.scoreboard import RaceProgress, Work
 
@@ -33,18 +33,20 @@ def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
 
 
-def start(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> Iterator[RaceProgress]:
-    """A race, which scores everything unless there is a plan."""
+def start(
+    base: str, work: Work, schedule: Schedule | None = None, seconds: float | None = None, **search: Any
+) -> Iterator[RaceProgress]:
+    """A race, which scores everything unless there is a schedule."""
     asked = {"engine": "transformers", "dtype": "float32", "adapters_per_batch": 2, "cpus_per_actor": 1, "actors": 1}
     config = SearchConfig(**(asked | search))
-    everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
+    everything = make_schedule(len(work.candidates), len(work.samples), 0, share=1)
     engine = engine_config(base, 5, ["q_proj", "v_proj"], config, max_tokens=64)
-    return score_stream(work, engine, config, plan or everything, seconds)
+    return score_stream(work, engine, config, schedule or everything, seconds)
 
 
-def run(base: str, work: Work, plan: Plan | None = None, seconds: float | None = None, **search: Any) -> RaceProgress:
+def run(base: str, work: Work, schedule: Schedule | None = None, seconds: float | None = None, **search: Any) -> RaceProgress:
     """Run a race to its end."""
-    *_, last = start(base, work, plan, seconds, **search)
+    *_, last = start(base, work, schedule, seconds, **search)
     assert last.over
     return last
 

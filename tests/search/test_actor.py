@@ -67,7 +67,7 @@ def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_asi
 
     monkeypatch.setattr(engine_pool, "ScoringActor", WithDeafEngine)
     work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
-    with pytest.raises(EngineFaultError, match=r"transformers cannot be believed on this base: .* changes nothing"):
+    with pytest.raises(EngineFaultError, match=r"transformers failed its self-check on this base: .* changes nothing"):
         run(tiny_base, work)
     assert not work.store.files()
     assert read_failures(work.failures) == {}

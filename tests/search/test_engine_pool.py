@@ -27,7 +27,7 @@ from pipeline.search.engine_pool import (
     require_engine,
     scoring_dtype,
 )
-from pipeline.search.race import Plan, make_plan
+from pipeline.search.race import Schedule, make_schedule
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import RaceProgress, Work
 
@@ -104,14 +104,14 @@ def test_who_is_out_of_the_race_is_not_scored_further(
 ) -> None:
     """20 candidates under a budget: the first rung for all, the rest for the best; two engines, and the same result again."""
     uris = copies(pool, 5, tmp_path / "pool")
-    plan = Plan(rungs=(2, 4), budget=2 * 21 + 2 * 10, confidence=0.99)
+    schedule = Schedule(rungs=(2, 4), budget=2 * 21 + 2 * 10, confidence=0.99)
     work = work_on(uris, samples, Folder.at(tmp_path))
-    last = run(tiny_base, work, plan, actors=2)
+    last = run(tiny_base, work, schedule, actors=2)
     assert last.seen is not None
     assert last.seen[0] == 4
     assert set(last.seen) == {2, 4}
     assert last.adapter_samples == sum(last.seen)
-    again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), plan)
+    again = run(tiny_base, work_on(uris, samples, Folder.at(tmp_path / "again")), schedule)
     assert again.seen == last.seen
 
 
@@ -173,7 +173,7 @@ def test_engines_that_are_kept_serve_the_next_race(
 
     def race(names: dict[str, str], place: str, max_rank: int) -> tuple[Work, RaceProgress]:
         work = work_on(names, samples, Folder.at(tmp_path / place))
-        everything = make_plan(len(work.candidates), len(work.samples), 0, share=1)
+        everything = make_schedule(len(work.candidates), len(work.samples), 0, share=1)
         *_, last = engines.race(work, engine_config(tiny_base, max_rank, ["q_proj", "v_proj"], search, 64), everything)
         return work, last
 
@@ -203,7 +203,7 @@ def test_a_budget_in_seconds_ends_the_race(tmp_path: Path, tiny_base: str, sampl
     """Far more than can be scored in the time; the time runs from the engine's start, so that something is."""
     uris = copies(pool, 500, tmp_path / "pool")
     last = run(
-        tiny_base, work_on(uris, samples, Folder.at(tmp_path)), Plan(rungs=(2, 4), budget=None, confidence=0.99), seconds=2
+        tiny_base, work_on(uris, samples, Folder.at(tmp_path)), Schedule(rungs=(2, 4), budget=None, confidence=0.99), seconds=2
     )
     assert last.seen is not None
     assert last.seen[0] == 4

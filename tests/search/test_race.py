@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.search.race import BASE, FIRST_RUNG, KEEP, SMALL_POOL, Floats, Plan, Race, finalists, make_plan, surely_above
+from pipeline.search.race import (
+    BASE,
+    FIRST_RUNG,
+    KEEP,
+    SMALL_POOL,
+    Floats,
+    Race,
+    Schedule,
+    finalists,
+    make_schedule,
+    surely_above,
+)
 
 N_SEARCH, N_HOLDOUT = 24, 8
 S = N_SEARCH + N_HOLDOUT
@@ -55,24 +66,24 @@ def best(nll: Floats, tokens: list[int], count: int) -> set[int]:
 
 @given(n=st.integers(2, 200), share=st.floats(0.02, 1), n_search=st.integers(5, 200), n_holdout=st.integers(1, 80))
 def test_a_plan_rises_to_every_sample(n: int, share: float, n_search: int, n_holdout: int) -> None:
-    plan = make_plan(n, n_search, n_holdout, share)
-    assert plan.rungs == tuple(sorted(set(plan.rungs)))
-    assert plan.rungs[-1] == n_search + n_holdout
+    schedule = make_schedule(n, n_search, n_holdout, share)
+    assert schedule.rungs == tuple(sorted(set(schedule.rungs)))
+    assert schedule.rungs[-1] == n_search + n_holdout
     if n <= SMALL_POOL * finalists(n) or share == 1:
-        assert len(plan.rungs) == 1
+        assert len(schedule.rungs) == 1
     else:
-        assert 2 <= plan.rungs[0] <= FIRST_RUNG
-        assert plan.rungs[-2] == n_search
-        assert plan.budget is not None
-        assert plan.budget >= share * n * (n_search + n_holdout) * (1 - 1e-9)
+        assert 2 <= schedule.rungs[0] <= FIRST_RUNG
+        assert schedule.rungs[-2] == n_search
+        assert schedule.budget is not None
+        assert schedule.budget >= share * n * (n_search + n_holdout) * (1 - 1e-9)
 
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 120), share=st.floats(0.03, 1), workers=st.integers(1, 40))
 def test_the_result_does_not_depend_on_workers_or_on_the_order_of_scores(seed: int, n: int, share: float, workers: int) -> None:
     nll, tokens = losses(seed, n)
-    plan = make_plan(n, N_SEARCH, N_HOLDOUT, share)
-    one, many = Race(plan, tokens, empty(nll)), Race(plan, tokens, empty(nll))
+    schedule = make_schedule(n, N_SEARCH, N_HOLDOUT, share)
+    one, many = Race(schedule, tokens, empty(nll)), Race(schedule, tokens, empty(nll))
     finish(one, nll)
     scored = finish(many, nll, np.random.default_rng(seed), workers)
     assert one.seen_N().tolist() == many.seen_N().tolist()
@@ -84,19 +95,19 @@ def test_the_result_does_not_depend_on_workers_or_on_the_order_of_scores(seed: i
 @given(seed=st.integers(0, 10**6), n=st.integers(17, 150), share=st.floats(0.03, 0.9))
 def test_the_budget_holds(seed: int, n: int, share: float) -> None:
     nll, tokens = losses(seed, n)
-    plan = make_plan(n, N_SEARCH, N_HOLDOUT, share)
-    scored = finish(Race(plan, tokens, empty(nll)), nll)
-    assert plan.budget is not None
-    assert len(scored) <= max(plan.budget, n * plan.rungs[0] + (finalists(n) + 1) * S)
+    schedule = make_schedule(n, N_SEARCH, N_HOLDOUT, share)
+    scored = finish(Race(schedule, tokens, empty(nll)), nll)
+    assert schedule.budget is not None
+    assert len(scored) <= max(schedule.budget, n * schedule.rungs[0] + (finalists(n) + 1) * S)
 
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), cut=st.integers(0, 400))
 def test_a_race_that_is_taken_up_again_ends_alike_and_scores_nothing_twice(seed: int, cut: int) -> None:
     nll, tokens = losses(seed, 60)
-    plan = make_plan(60, N_SEARCH, N_HOLDOUT, 0.3)
-    whole = Race(plan, tokens, empty(nll))
-    first = Race(plan, tokens, empty(nll))
+    schedule = make_schedule(60, N_SEARCH, N_HOLDOUT, 0.3)
+    whole = Race(schedule, tokens, empty(nll))
+    first = Race(schedule, tokens, empty(nll))
     kept: Counter[tuple[int, int]] = Counter()
     for _ in range(cut):
         candidates, samples = first.take(1)
@@ -104,7 +115,7 @@ def test_a_race_that_is_taken_up_again_ends_alike_and_scores_nothing_twice(seed:
             break
         kept.update((candidates[0], int(s)) for s in samples)
         first.report(candidates[0], samples, nll[candidates[0], samples])
-    second = Race(plan, tokens, first.nll_NS.copy())
+    second = Race(schedule, tokens, first.nll_NS.copy())
     again = finish(second, nll)
     assert finish(whole, nll).keys() == (kept + again).keys()
     assert not kept.keys() & again.keys()
@@ -115,14 +126,14 @@ def test_a_race_that_is_taken_up_again_ends_alike_and_scores_nothing_twice(seed:
 @given(seed=st.integers(0, 10**6), share=st.floats(0.2, 0.9))
 def test_without_noise_the_best_go_through_to_the_end(seed: int, share: float) -> None:
     nll, tokens = losses(seed, 80, noise=0)
-    race = Race(make_plan(80, N_SEARCH, N_HOLDOUT, share), tokens, empty(nll))
+    race = Race(make_schedule(80, N_SEARCH, N_HOLDOUT, share), tokens, empty(nll))
     finish(race, nll)
     assert best(nll, tokens, KEEP) <= set(np.flatnonzero(race.seen_N() == S).tolist())
 
 
 def test_a_race_by_confidence_drops_who_is_out_and_keeps_who_is_merely_unlucky() -> None:
     nll, tokens = losses(0, 100)
-    sharp, kind = (Race(make_plan(100, N_SEARCH, N_HOLDOUT, None, level), tokens, empty(nll)) for level in (0.8, 0.9999))
+    sharp, kind = (Race(make_schedule(100, N_SEARCH, N_HOLDOUT, None, level), tokens, empty(nll)) for level in (0.8, 0.9999))
     few, many = finish(sharp, nll), finish(kind, nll)
     assert len(few) < len(many) < 100 * S
     assert best(nll, tokens, KEEP) <= set(np.flatnonzero(kind.seen_N() == S).tolist())
@@ -130,14 +141,14 @@ def test_a_race_by_confidence_drops_who_is_out_and_keeps_who_is_merely_unlucky()
 
 def test_everything_is_scored_where_the_budget_is_whole_or_the_pool_small() -> None:
     nll, tokens = losses(1, 40)
-    assert len(finish(Race(make_plan(40, N_SEARCH, N_HOLDOUT, 1), tokens, empty(nll)), nll)) == 40 * S
-    assert len(finish(Race(make_plan(10, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:10])), nll)) == 10 * S
+    assert len(finish(Race(make_schedule(40, N_SEARCH, N_HOLDOUT, 1), tokens, empty(nll)), nll)) == 40 * S
+    assert len(finish(Race(make_schedule(10, N_SEARCH, N_HOLDOUT, 0.1), tokens, empty(nll[:10])), nll)) == 10 * S
 
 
 def test_a_worker_gets_work_of_the_next_rung_while_another_is_slow() -> None:
     """One candidate's scores are missing; those that go on whatever these are may start."""
     nll, tokens = losses(2, 60)
-    race = Race(make_plan(60, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
+    race = Race(make_schedule(60, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
     slow = race.take(1)[0]
     for _ in range(59):
         (candidate,), samples = race.take(1)
@@ -153,7 +164,7 @@ def test_a_worker_gets_work_of_the_next_rung_while_another_is_slow() -> None:
 
 def drops() -> Iterator[Race]:
     nll, tokens = losses(3, 30)
-    yield Race(make_plan(30, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
+    yield Race(make_schedule(30, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
 
 
 def test_work_that_came_to_nothing_is_given_out_before_other_work() -> None:
@@ -168,7 +179,7 @@ def test_work_that_came_to_nothing_is_given_out_before_other_work() -> None:
 
 def test_who_is_set_aside_stops_nothing() -> None:
     nll, tokens = losses(4, 30)
-    race = Race(make_plan(30, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
+    race = Race(make_schedule(30, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
     worst_luck = sorted(best(nll, tokens, 2))
     race.set_aside(worst_luck[0])
     race.take(30)
@@ -181,15 +192,15 @@ def test_who_is_set_aside_stops_nothing() -> None:
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
     nll, tokens = losses(5, 40)
     nll[7], nll[9] = np.nan, np.inf
-    race = Race(make_plan(40, N_SEARCH, N_HOLDOUT, 0.4), tokens, empty(nll))
+    race = Race(make_schedule(40, N_SEARCH, N_HOLDOUT, 0.4), tokens, empty(nll))
     finish(race, nll)
-    assert race.seen_N()[7] == race.seen_N()[9] == race.plan.rungs[0]
+    assert race.seen_N()[7] == race.seen_N()[9] == race.schedule.rungs[0]
 
 
 def test_when_time_is_over_who_was_not_reached_is_left_out() -> None:
     nll, tokens = losses(6, 50)
     left = math.inf
-    race = Race(make_plan(50, N_SEARCH, N_HOLDOUT, None), tokens, empty(nll), lambda: left)
+    race = Race(make_schedule(50, N_SEARCH, N_HOLDOUT, None), tokens, empty(nll), lambda: left)
     for _ in range(30):
         (candidate,), samples = race.take(1)
         race.report(candidate, samples, nll[candidate, samples])
@@ -215,10 +226,11 @@ def test_a_bound_is_on_the_paired_difference() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
 def test_rungs_shrink_evenly_so_that_no_rung_eats_the_budget(share: float) -> None:
     nll, tokens = losses(7, 400)
-    plan = Plan(make_plan(400, N_SEARCH, N_HOLDOUT, share).rungs, make_plan(400, N_SEARCH, N_HOLDOUT, share).budget, 1 - 1e-12)
-    race = Race(plan, tokens, empty(nll))
+    usual = make_schedule(400, N_SEARCH, N_HOLDOUT, share)
+    schedule = Schedule(usual.rungs, usual.budget, 1 - 1e-12)
+    race = Race(schedule, tokens, empty(nll))
     finish(race, nll)
-    entrants = [int((race.rungs_N >= rung + 1).sum()) for rung in range(len(plan.rungs))]
+    entrants = [int((race.rungs_N >= rung + 1).sum()) for rung in range(len(schedule.rungs))]
     assert entrants[0] == 400
     assert entrants == sorted(entrants, reverse=True)
     assert min(entrants) >= KEEP + 1

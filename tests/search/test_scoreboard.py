@@ -9,11 +9,11 @@ import pytest
 from pipeline.core.storage import Folder
 from pipeline.engines.scorer import Loaded
 from pipeline.search import scoreboard as board_module
-from pipeline.search.race import Plan
+from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore, read_failures, record_failures
 from pipeline.search.scoreboard import Scoreboard, Work
 
-EVERYTHING = Plan((4,), None, 1.0)
+EVERYTHING = Schedule((4,), None, 1.0)
 
 
 def work_on(folder: Path, names: list[str]) -> Work:
@@ -185,7 +185,7 @@ def test_a_base_that_cannot_be_scored_ends_the_race(tmp_path: Path) -> None:
 def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> None:
     """With no time at all, only the base is scored."""
     names = [f"a{n}" for n in range(20)]
-    board = Scoreboard(work_on(tmp_path, names), Plan((2, 4), None, 0.99), seconds=1e-9)
+    board = Scoreboard(work_on(tmp_path, names), Schedule((2, 4), None, 0.99), seconds=1e-9)
     board.ready(startup=0)
     assert asyncio.run(finish(board)) == [[0], [0]]
     progress = board.progress()

@@ -16,7 +16,7 @@ from pipeline.engines.scorer import Loaded
 from pipeline.run_folder import Run
 from pipeline.search import scoring
 from pipeline.search.engine_pool import Engines
-from pipeline.search.race import Race, make_plan
+from pipeline.search.race import Race, make_schedule
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import RaceProgress
 
@@ -116,7 +116,7 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}])
     monkeypatch.setattr(scoring, "fingerprint", lambda base: "f")
-    monkeypatch.setattr(scoring, "race", lambda run, engines, work, engine, plan, details: events.append((work, engine, plan)))
+    monkeypatch.setattr(scoring, "race", lambda run, engines, work, engine, rungs, details: events.append((work, engine, rungs)))
     monkeypatch.setattr(Engines, "close", lambda self: events.append("closed"))
     usual, outliers = scoring.by_rank(run, catalogue)
     assert outliers["adapter_id"].to_pylist() == apart
@@ -124,9 +124,9 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
     assert scoring.largest_rank(run, usual) == (8 if apart else 256)
     scoring.score_outliers(run, Engines(run.config.search), outliers, drawn, run.folder.sub("failures"), {})
     if apart:
-        (work, config, plan), closed = events
+        (work, config, schedule), closed = events
         assert work.candidates["adapter_id"].to_pylist() == ["base", "huge"]
-        assert (work.samples.equals(drawn), plan.rungs, plan.budget) == (True, (2,), None)
+        assert (work.samples.equals(drawn), schedule.rungs, schedule.budget) == (True, (2,), None)
         assert (config.max_rank, closed) == (256, "closed")
     else:
         assert not events
@@ -137,12 +137,12 @@ def test_a_race_judges_those_that_were_scored_apart_as_if_it_had_scored_them() -
     n, samples = 40, 32
     generator = np.random.default_rng(0)
     nll_NS = generator.uniform(1, 3, (n, samples)).astype(np.float32) + np.linspace(0, 1, n, dtype=np.float32)[:, None]
-    plan, tokens = make_plan(n, 24, 8, share=0.3), [5] * samples
+    schedule, tokens = make_schedule(n, 24, 8, share=0.3), [5] * samples
 
     def seen(apart: list[int]) -> list[int]:
         known_NS = np.full((n, samples), np.nan, np.float32)
         known_NS[apart] = nll_NS[apart]
-        contest, given = Race(plan, tokens, known_NS), set()
+        contest, given = Race(schedule, tokens, known_NS), set()
         while not contest.over:
             taken, places = contest.take(4)
             given.update(taken)

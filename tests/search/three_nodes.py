@@ -20,11 +20,11 @@ from pipeline.adapters.adapter import hash_of
 from pipeline.config import SearchConfig
 from pipeline.core.storage import Folder
 from pipeline.search import engine_pool
-from pipeline.search.race import Plan
+from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore
 from pipeline.search.scoreboard import Work
 
-PLAN = Plan(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
+SCHEDULE = Schedule(rungs=(2, 4, 6), budget=25 * 2 + 14 * 2 + 9 * 2, confidence=0.99)
 
 
 def work_in(folder: Path) -> Work:
@@ -61,7 +61,7 @@ def main() -> None:
         engine_pool.ScoringActor = Waiting  # type: ignore[misc]
     done = False
     engine = engine_pool.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
-    for progress in engine_pool.score_stream(work, engine, search, PLAN):
+    for progress in engine_pool.score_stream(work, engine, search, SCHEDULE):
         if done or not 4 <= progress.adapter_samples < 50:
             continue
         done = True
