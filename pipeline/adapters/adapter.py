@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -160,6 +160,12 @@ def read_indexed(one: Indexed, cache: Path) -> Adapter:
     except AdapterError as error:
         raise AdapterError(f"{one.uri}: {error}") from error
     return adapter
+
+
+def put_on(model: Any, folder: Path, **settings: Any) -> PeftModel:
+    """The base model with the adapter of a local folder on its layers. PEFT alone would read the weights to the first GPU that it
+    sees, which is another worker's where several share a node."""
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
 
 
 def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:

@@ -23,10 +23,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from pipeline.adapters.adapter import Adapter, from_factors, write_adapter
+from pipeline.adapters.adapter import Adapter, from_factors, put_on, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
@@ -136,16 +135,15 @@ def make_canary(config: EngineConfig, samples: pa.Table, scratch: Path) -> Canar
 
     None: rows hold tokens that the base does not know. The race itself says so then, and a GPU would not survive them.
     """
-    # The weights of a base that takes several devices fit none: it is then computed in the host's memory.
-    on = torch.device("cpu") if config.tensor_parallel_size > 1 else device()
-    model = load_model(config.base, fast_dtype(config.dtype), on)
+    # A base that takes several devices fits none of them alone.
+    model = load_model(config.base, fast_dtype(config.dtype), shared_out=config.tensor_parallel_size > 1)
     known = model.get_input_embeddings().weight.shape[0]
     try:
         return _with_model(model, config, samples, scratch) if max(map(max, samples["input_ids"].to_pylist())) < known else None
     finally:
         del model
         gc.collect()
-        if on.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
@@ -171,16 +169,15 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
     for name, (outputs, inputs) in shapes.items():
         if name != head and name.rpartition(".")[2] in config.target_modules:
             norm = float(model.get_submodule(name).weight.detach().float().norm())
-            a_RI, b_OR = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
-            # The squared norm of b @ a is the trace of (b.T @ b) @ (a @ a.T), which are small.
-            size = (norm / float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().sqrt())) ** 0.5
-            deltas[name] = Factors(size * a_RI, size * b_OR)
+            drawn = Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))
+            size = (norm / drawn.norm()) ** 0.5
+            deltas[name] = Factors(size * drawn.a_RI, size * drawn.b_OR)
     return from_factors(config.base, deltas, rank, float(rank), shapes, seed)
 
 
 def _with_effect(model: Any, folder: Path, samples: pa.Table, base_S: Losses) -> tuple[float, Losses]:
     """The first strength that has the effect, and the losses at it; PEFT puts the adapter into the model once for all."""
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    adapted = put_on(model, folder).eval()
     try:
         for strength in STRENGTHS:
             for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
@@ -253,4 +250,6 @@ def _about(engine: str, config: EngineConfig) -> dict[str, Any]:
     settings = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")} if engine == "vllm" else {}
     name = torch.cuda.get_device_name() if config.tensor_parallel_size == 1 and torch.cuda.is_available() else device().type
     asked = {"modules": config.target_modules if config.max_rank else (), "tensor_parallel_size": config.tensor_parallel_size}
-    return {"versions": versions, "settings": settings, "device": name, **asked}
+    # vLLM picks its kernels by the rank that there is room for, near a power of two, and by the adapters of a batch.
+    kernels = {"rank": 1 << (config.max_rank - 1).bit_length(), "adapters_per_batch": config.adapters_per_batch}
+    return {"versions": versions, "settings": settings, "device": name, **asked, **(kernels if engine == "vllm" else {})}

@@ -5,9 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
-from peft import PeftModel
 
-from pipeline.adapters.adapter import for_engine
+from pipeline.adapters.adapter import for_engine, put_on
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
@@ -40,7 +39,7 @@ class TransformersScorer:
                 self.loaded.reading(candidate.folder / WEIGHTS_FILE),
                 TemporaryDirectory(prefix="mashup-plain-") as scratch,
             ):
-                adapted = PeftModel.from_pretrained(self.model, str(for_engine(candidate.folder, Path(scratch)))).eval()
+                adapted = put_on(self.model, for_engine(candidate.folder, Path(scratch))).eval()
         except Exception:
             self._load()  # what PEFT had put into the layers before it failed would be scored with the next one
             raise

@@ -80,12 +80,12 @@ def _found_on_samples(run: Run, engines: Engines, recipe: Recipe, catalogue: pa.
         known = indexed_by_id(catalogue)
         donors = [known[donor] for donor in recipe.donors]
         run.progress.say(f"{recipe.name}: running {len(donors)} donors together on {len(search)} samples")
-        held = engines.leave_room()
+        resources, held = _resources(run), engines.leave_room()
         if greedy:
-            task = compute_task(greedy_donors, on_held_cpus=held).remote(run.config.base, donors, search)
+            task = compute_task(greedy_donors, **resources, on_held_cpus=held).remote(run.config.base, donors, search)
         else:
             by_module = recipe.weighting == "learned_by_module"
-            task = compute_task(learn_weights, on_held_cpus=held).remote(run.config.base, donors, search, by_module)
+            task = compute_task(learn_weights, **resources, on_held_cpus=held).remote(run.config.base, donors, search, by_module)
         candidates.write_json(file, {"found": ray.get(task)})
     found = candidates.read_json(file)["found"]
     if greedy:
@@ -143,8 +143,15 @@ def _merged(
     hold-out race with the GPUs in their hands are not ended; for dense ones they are."""
     given = recipes, indexed, run.config.base, run.folder.sub("candidates")
     dense = any(METHODS[recipe.method].dense for recipe in recipes.values())
-    if not worker_resources("auto", "auto").gpus or (engines.up and not dense):
+    resources = _resources(run)
+    if not worker_resources(**resources).gpus or (engines.up and not dense):
         return build(*given)
-    held = engines.leave_room()
-    made: tuple[dict[str, Built], dict[str, str]] = ray.get(compute_task(build_on_device, on_held_cpus=held).remote(*given))
+    task = compute_task(build_on_device, **resources, on_held_cpus=engines.leave_room())
+    made: tuple[dict[str, Built], dict[str, str]] = ray.get(task.remote(*given))
     return made
+
+
+def _resources(run: Run) -> dict[str, Any]:
+    """What a task that computes with the base or with donors asks for: what an engine does, so that it waits for a GPU where none
+    is up yet."""
+    return {"cpus": run.config.search.cpus_per_actor, "gpus": run.config.search.gpus_per_actor}

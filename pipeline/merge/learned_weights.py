@@ -4,9 +4,10 @@ Shapes: K donors, M modules that any of them adapts, in the order of their names
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -20,8 +21,10 @@ from pipeline.model.length_batches import length_batches
 STEPS, ROWS, RATE = 24, 4, 0.1
 """Of Adam: steps, samples a step, and its rate. More samples a step found no better weights."""
 
-BATCH_TOKENS = 2048
-"""Padded tokens in one forward and backward pass."""
+BATCH_TOKENS, FEWEST_TOKENS = 2048, 128
+"""Padded tokens in one forward and backward pass, and of the smallest that is tried where memory is short."""
+
+Found = TypeVar("Found")
 
 
 def learn_weights(
@@ -44,13 +47,13 @@ def learn_weights(
         AdapterError: a donor cannot be read.
     """
     model, weights_MK, modules = _model_with_donors(base, donors, dtype)
-    shared_K = weights_MK[0].clone().requires_grad_()
-    found_K = _descend(model, samples, shared_K, weights_MK)
+    equal_K = weights_MK[0].clone()
+    found_K = _in_fitting_passes(lambda tokens: _descend(model, samples, equal_K, weights_MK, tokens))
     weights = tuple(found_K.tolist())
     if not by_module:
         return weights, None
-    free_MK = found_K.expand_as(weights_MK).clone().requires_grad_()
-    found_MK = _descend(model, samples, free_MK, weights_MK)
+    shared_MK = found_K.expand_as(weights_MK)
+    found_MK = _in_fitting_passes(lambda tokens: _descend(model, samples, shared_MK, weights_MK, tokens))
     return weights, {module: tuple(row) for module, row in zip(modules, found_MK.tolist(), strict=True)}
 
 
@@ -68,7 +71,8 @@ def greedy_donors(base: str, donors: Sequence[Indexed], samples: pa.Table, dtype
         with torch.no_grad():
             weights_MK.zero_()
             weights_MK[:, columns] = 1 / len(columns)
-            return float(sum(_losses(model, samples), torch.zeros((), dtype=torch.float64, device=device())))
+            nothing = torch.zeros((), dtype=torch.float64, device=device())
+            return float(_in_fitting_passes(lambda tokens: sum(_losses(model, samples, tokens), nothing)))
 
     kept: tuple[int, ...] = (0,)
     best = loss(kept)
@@ -119,25 +123,36 @@ def _model_with_donors(base: str, indexed: Sequence[Indexed], dtype: str) -> tup
     return model, weights_MK, add_donors(model, donors, weights_MK)
 
 
-def _descend(model: Any, samples: pa.Table, free: Tensor, weights_MK: Tensor) -> Tensor:
-    """Adam on `free`, which is broadcast to the weights that the model uses, on a few samples a step, round after round. Gives
-    the mean over the last quarter of the steps, as single ones are noisy (Polyak and Juditsky, 1992)."""
+def _in_fitting_passes(compute: Callable[[int], Found]) -> Found:
+    """What `compute` gives for so many tokens a pass as the device's memory holds."""
+    tokens = BATCH_TOKENS
+    while True:
+        with suppress(torch.OutOfMemoryError) if tokens > FEWEST_TOKENS else nullcontext():
+            return compute(tokens)
+        torch.cuda.empty_cache()
+        tokens //= 2
+
+
+def _descend(model: Any, samples: pa.Table, start: Tensor, weights_MK: Tensor, tokens: int) -> Tensor:
+    """Adam from `start` on, which is broadcast to the weights that the model uses, on a few samples a step, round after round.
+    Gives the mean over the last quarter of the steps, as single ones are noisy (Polyak and Juditsky, 1992)."""
+    free = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([free], lr=RATE)
     rows, found = min(ROWS, len(samples)), []
     for step in range(STEPS):
         optimizer.zero_grad()
         weights_MK.detach_().copy_(free.expand_as(weights_MK))
-        for nll in _losses(model, samples.take([row % len(samples) for row in range(step * rows, (step + 1) * rows)])):
+        for nll in _losses(model, samples.take([row % len(samples) for row in range(step * rows, (step + 1) * rows)]), tokens):
             nll.backward()
         optimizer.step()
         found.append(free.detach().clone())
     return torch.stack(found[-STEPS // 4 :]).mean(dim=0)
 
 
-def _losses(model: Any, samples: pa.Table) -> Iterator[Tensor]:
-    """Batch after batch, its share of the mean NLL of all completion tokens."""
+def _losses(model: Any, samples: pa.Table, tokens: int = BATCH_TOKENS) -> Iterator[Tensor]:
+    """Batch of so many padded tokens after batch, its share of the mean NLL of all completion tokens."""
     ids, masks = samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist()
     n_tokens = sum(sum(mask[1:]) for mask in masks)
-    for rows in length_batches([len(row) for row in ids], BATCH_TOKENS):
+    for rows in length_batches([len(row) for row in ids], tokens):
         batch = collate([ids[row] for row in rows], [masks[row] for row in rows], device())
         yield completion_nll(model, batch).sum() / n_tokens

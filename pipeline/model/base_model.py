@@ -63,10 +63,17 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(base: str, dtype: torch.dtype, on: torch.device | None = None) -> Any:
-    """The base model with weights in `dtype` on a device, by default this process', in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    return model.to(on or device()).eval()
+def load_model(base: str, dtype: torch.dtype, on: torch.device | None = None, shared_out: bool = False) -> Any:
+    """The base model with weights in `dtype` on a device, by default this process', in evaluation mode. Weights are read straight
+    to where they belong: a node may have less memory than its GPUs.
+
+    Args:
+        shared_out: in place of one device, its layers over all the GPUs of this process.
+    """
+    device_map = "auto" if shared_out else {"": on or device()}
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device_map
+    ).eval()
 
 
 def weights_folder(base: str) -> Path:
@@ -129,7 +136,12 @@ def fast_dtype(wish: str) -> torch.dtype:
     """
     if wish != "auto":
         return getattr(torch, wish)
-    hardware = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.cuda.is_available() else cpu_dtype()
+
+
+def cpu_dtype() -> torch.dtype:
+    """What this machine's CPUs are fast at."""
+    hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if hardware else torch.float32
 
 

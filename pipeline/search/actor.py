@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import torch
 from ray.exceptions import RayActorError
 
 from pipeline.adapters.cache import AdapterCache
@@ -60,9 +61,12 @@ class ScoringActor:
         try:
             return proven_scorer(engine, config, self.work.samples, self.work.store.folder.sub("canary"))
         except EngineFaultError as fault:
-            self._log().error("%s", fault)
-            self._tell(self.board.refuse, str(fault))
+            self._refuse(fault)
             raise
+
+    def _refuse(self, fault: EngineFaultError) -> None:
+        self._log().error("%s", fault)
+        self._tell(self.board.refuse, str(fault))
 
     def _next_job(self) -> ScoringJob | None:
         """Of this race, or where it is over of the next one; None: there is none to come."""
@@ -150,19 +154,40 @@ class ScoringActor:
             self.token_seconds = (time.perf_counter() - started) / max(1, tokens)
 
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-        """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other."""
+        """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other; if the engine's memory is
+        too small for it, which says nothing of any adapter, in two parts."""
         if not candidates:
             return SCORES.empty_table(), {}
         try:
             return self.scorer.score(candidates, samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept
             self._log(*(candidate.adapter_id for candidate in candidates)).warning("scoring failed", exc_info=True)
-            if len(candidates) == 1:
-                self._require_engine(samples)
-                return SCORES.empty_table(), {candidates[0].adapter_id: _first_line(error)}
-        parts = [self._score([candidate], samples) for candidate in candidates]
+            reason, too_large = _first_line(error), _is_out_of_memory(error)
+        if len(candidates) == 1 and not too_large:
+            self._require_engine(samples)
+            return SCORES.empty_table(), {candidates[0].adapter_id: reason}
+        batches = self._halves(candidates, samples) if too_large else [([candidate], samples) for candidate in candidates]
+        parts = [self._score(*batch) for batch in batches]
         failures = {name: reason for _, failed in parts for name, reason in failed.items()}
         return pa.concat_tables([table for table, _ in parts]), failures
+
+    def _halves(self, candidates: Sequence[Candidate], samples: pa.Table) -> list[tuple[Sequence[Candidate], pa.Table]]:
+        """A batch as two: each has half of its samples, or of its candidates where it has one sample.
+
+        Raises:
+            EngineFaultError: it is one candidate on one sample; the race is told.
+        """
+        if middle := len(samples) // 2:
+            return [(candidates, samples.slice(0, middle)), (candidates, samples.slice(middle))]
+        if middle := len(candidates) // 2:
+            return [(candidates[:middle], samples), (candidates[middle:], samples)]
+        length = len(samples["input_ids"][0])
+        fault = EngineFaultError(
+            f"the engine's memory is too small for one adapter on one sample of {length} tokens; set a smaller "
+            "target.max_tokens, or more GPUs for each engine (search.gpus_per_actor)"
+        )
+        self._refuse(fault)
+        raise fault
 
     def _require_engine(self, samples: pa.Table) -> None:
         """An engine that cannot score the base any more is dead, whatever killed it; Ray starts another process."""
@@ -188,6 +213,11 @@ def _by_row(scores: pa.Table, row_of: dict[str, int]) -> dict[int, list[float]]:
     for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
         found.setdefault(row_of[name], []).append(nll)
     return found
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also of an engine's worker process, of which the text alone comes through."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def _first_line(error: Exception) -> str:

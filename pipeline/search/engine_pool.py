@@ -28,7 +28,7 @@ from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
-from pipeline.model.base_model import fast_dtype
+from pipeline.model.base_model import cpu_dtype
 from pipeline.search.actor import ScoringActor
 from pipeline.search.lobby import Lobby, OpenRace
 from pipeline.search.race import Schedule
@@ -67,7 +67,7 @@ def scoring_dtype(search: SearchConfig) -> str:
     this machine is fast at."""
     if search.dtype != "auto":
         return search.dtype
-    return "bfloat16" if scoring_resources(search).gpus else str(fast_dtype("auto")).removeprefix("torch.")
+    return "bfloat16" if scoring_resources(search).gpus else str(cpu_dtype()).removeprefix("torch.")
 
 
 def scoring_resources(search: SearchConfig) -> Resources:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
+from pipeline.adapters.adapter import put_on
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.storage import Folder
@@ -131,8 +132,6 @@ def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
     """A whole model, or the base with an adapter."""
     with tempfile.TemporaryDirectory() as cache:
         if checkpoint.exists(CONFIG_FILE):
-            return causal(
-                PeftModel.from_pretrained(load_model(base, dtype), str(fetch_adapter(checkpoint.uri, Path(cache)))).eval()
-            )
+            return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, Path(cache))).eval())
         download_model(checkpoint, Path(cache))
         return load_model(cache, dtype)

@@ -29,6 +29,8 @@ from pipeline.train.arm import CURVE_FILE, Job
 from pipeline.train.feed import stream_steps
 
 MAX_FAILURES = 2
+HALVINGS = 6
+"""Of a pass, from the largest that is chosen to the smallest: each costs workers that share the weights out a start."""
 SIZES_FILE = "tokens_per_pass.json"
 """Beside an arm's checkpoints: what `PassTooLargeError` says, for the next attempt."""
 TUNE_STEP = "timesteps_total"
@@ -164,7 +166,7 @@ def _trainer(
             name=name,
             storage_path=storage.path,
             storage_filesystem=storage.files,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES + HALVINGS * train.shard),
             worker_runtime_env=torch_env(resources),
             **settings,
         ),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, read_adapter, write_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
 from pipeline.core.storage import Folder
@@ -215,9 +215,9 @@ def _build(job: Job, start: Path | None) -> Any:
     on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
     model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), on)
     if start and not job.folded:
-        return PeftModel.from_pretrained(model, str(start), is_trainable=True)
+        return put_on(model, start, is_trainable=True)
     if start:
-        model = PeftModel.from_pretrained(model, str(start)).merge_and_unload()
+        model = put_on(model, start).merge_and_unload()
     if job.full:
         return model.requires_grad_(True)
     fresh = LoraConfig(

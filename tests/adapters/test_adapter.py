@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.adapter import alpha_at, from_factors, plain, read_adapter, write_adapter
+from pipeline.adapters.adapter import alpha_at, from_factors, plain, put_on, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
@@ -332,3 +332,11 @@ def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
     assert alpha_at(8, 8, 2.0) == 16
     assert alpha_at(32, 8, 2.0) == 32
     assert alpha_at(2, 8, 2.0) == pytest.approx(8)
+
+
+def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT by itself takes the first GPU that a process sees."""
+    asked: list[str] = []
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda model, folder, torch_device: asked.append(torch_device))
+    put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good)
+    assert asked == ["meta"]

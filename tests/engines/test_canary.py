@@ -161,6 +161,13 @@ def test_a_proof_is_kept_for_engines_of_its_kind(
     assert len(made) == 3
 
 
+def test_a_proof_of_vllm_holds_for_the_kernels_that_it_picks(engine_config: EngineConfig) -> None:
+    about = lambda **changes: canary._about("vllm", replace(engine_config, **changes))  # noqa: E731
+    assert about(max_rank=9) == about(max_rank=16)
+    assert about(max_rank=9) != about(max_rank=17)
+    assert about(adapters_per_batch=2) != about(adapters_per_batch=4)
+
+
 def test_an_engine_that_failed_is_asked_again(
     engine_config: EngineConfig, samples: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

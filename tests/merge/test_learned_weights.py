@@ -18,7 +18,7 @@ from pipeline.merge import learned_weights
 from pipeline.merge.learned_weights import add_donors, greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe, merge
 from pipeline.model.base_model import linear_shapes
-from pipeline.model.completion_loss import collate, completion_logits, completion_targets
+from pipeline.model.completion_loss import collate, completion_logits, completion_nll, completion_targets
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,29 @@ def test_learned_weights_are_better_than_equal_ones_and_may_be_negative(
     assert by_module is not None
     assert len(set(by_module.values())) > 1
     assert merged_loss(tiny_base, donors, learned, samples, tmp_path / "modules", by_module) < found
+
+
+def test_where_memory_is_short_passes_are_smaller_and_weights_and_donors_the_same(
+    tiny_base: str, donors: list[Path], random_samples: Callable[..., pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, indexed = random_samples([60, 70, 80, 90]), [Indexed(str(donor), hash_of(donor)) for donor in donors]
+    expected, chosen = (of(tiny_base, indexed, samples, dtype="float32") for of in (learn_weights, greedy_donors))
+    tokens: list[int] = []
+
+    def short_of_memory(model: Any, batch: Any) -> torch.Tensor:
+        tokens.append(batch.ids_BT.numel())
+        if tokens[-1] > 100:
+            raise torch.OutOfMemoryError
+        return completion_nll(model, batch)
+
+    monkeypatch.setattr(learned_weights, "completion_nll", short_of_memory)
+    (weights, none), same = (of(tiny_base, indexed, samples, dtype="float32") for of in (learn_weights, greedy_donors))
+    assert max(tokens) > 100
+    assert (weights, none) == (pytest.approx(expected[0], abs=1e-4), None)
+    assert same == chosen
+    monkeypatch.setattr(learned_weights, "FEWEST_TOKENS", 1024)
+    with pytest.raises(torch.OutOfMemoryError):
+        learn_weights(tiny_base, indexed, samples)
 
 
 def test_greedy_takes_a_donor_only_if_the_loss_falls(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_model_is_loaded_in_evaluation_mode_and_in_the_wished_dtype(tiny_base: s
     model = load_model(tiny_base, torch.bfloat16)
     assert not model.training
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shared_out", [False, True])
+def test_weights_are_read_straight_to_where_they_go(tiny_base: str, monkeypatch: pytest.MonkeyPatch, shared_out: bool) -> None:
+    given: list[Any] = []
+
+    class Model:
+        def eval(self) -> "Model":
+            return self
+
+    monkeypatch.setattr(base_model, "device", lambda: torch.device("cuda"))
+    loaded = lambda base, **settings: given.append(settings["device_map"]) or Model()  # noqa: E731
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", loaded)
+    load_model(tiny_base, torch.bfloat16, shared_out=shared_out)
+    assert given == ["auto" if shared_out else {"": torch.device("cuda")}]
 
 
 def test_dtype_auto_is_one_that_the_hardware_multiplies() -> None:

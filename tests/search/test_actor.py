@@ -4,13 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import torch
 from races import run, start, work_on
 
 from pipeline.core.storage import Folder
+from pipeline.core.tables import SCORES
 from pipeline.engines import canary
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
@@ -29,6 +33,38 @@ def test_a_search_that_is_broken_off_can_be_taken_up_again(
     assert not next(broken_off).over
     broken_off.close()
     assert run(tiny_base, work).seen == [4] * 5
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("CUDA out of memory. Tried to allocate")])
+def test_a_batch_that_an_engines_memory_does_not_hold_is_scored_in_parts_and_no_adapter_is_blamed(
+    samples: pa.Table, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    candidates, told = [Candidate(name, Path(name)) for name in ("a", "b", "c")], list[str]()
+
+    class Small:
+        def __init__(self, most: int):
+            self.most = most
+
+        def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
+            if len(candidates) * len(samples) > self.most:
+                raise error
+            pairs = [(one.adapter_id, sample, 1.0, 1, None) for one in candidates for sample in samples["sample_id"].to_pylist()]
+            return pa.Table.from_arrays([pa.array(column) for column in zip(*pairs, strict=True)], SCORES.names).cast(SCORES)
+
+    actor: Any = object.__new__(engine_pool.ScoringActor)
+    actor.work, actor.board = SimpleNamespace(stage="search"), SimpleNamespace(refuse="refuse")
+    monkeypatch.setattr(actor, "_tell", lambda method, fault: told.append(fault))
+    for most in (7, 2, 1):
+        actor.scorer = Small(most)
+        scores, failures = actor._score(candidates, samples.slice(0, 5))
+        assert failures == {}
+        for name in ("a", "b", "c"):
+            mine = scores.filter(pc.equal(scores["adapter_id"], name))
+            assert mine["sample_id"].to_pylist() == samples["sample_id"].to_pylist()[:5]
+    actor.scorer = Small(0)
+    with pytest.raises(EngineFaultError, match=r"one sample of \d+ tokens; set a smaller target.max_tokens"):
+        actor._score(candidates, samples)
+    assert len(told) == 1
 
 
 @pytest.mark.long

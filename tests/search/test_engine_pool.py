@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+import torch
 from races import copies, run, start, stored, work_on
 
 from pipeline.adapters.adapter import CHANGED, hash_of
@@ -43,10 +44,14 @@ def test_the_engine_is_told_what_the_pool_needs() -> None:
     assert config.tensor_parallel_size == 1
 
 
-def test_all_engines_of_a_search_compute_in_one_type() -> None:
+def test_all_engines_of_a_search_compute_in_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scoring_dtype(SearchConfig(dtype="float16")) == "float16"
     assert scoring_dtype(SearchConfig(gpus_per_actor=1)) == "bfloat16"
-    assert scoring_dtype(SearchConfig(gpus_per_actor=0)) in ("float32", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # here, where no engine without a GPU may see it
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert scoring_dtype(SearchConfig(gpus_per_actor=0)) == ("bfloat16" if supported else "float32")
 
 
 def test_everything_is_scored_once_over_two_runs_and_failures_stop_nothing(

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.storage import Folder
+from pipeline.train import ray_train
 from pipeline.train.arm import Job
 from pipeline.train.evaluate import evaluate_on_test
 from pipeline.train.loop import Finetuning
@@ -110,6 +111,15 @@ def test_a_worker_that_runs_out_of_memory_leaves_no_other_waiting(
     assert 1 <= found["tokens_per_pass"][-1] <= 40
     for row, expected in zip(found["curve"], alone(**settings).curve, strict=True):
         assert row["eval_nll"] == pytest.approx(expected["eval_nll"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("shard", "failures"), [(False, 2), (True, 8)])
+def test_smaller_passes_of_workers_that_share_the_weights_out_are_no_failures(
+    shard: bool, failures: int, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    """From 16,384 padded tokens to 256, each size is a start anew."""
+    trainer = ray_train._trainer(ray_train.train_loop, {}, job(workers=2, shard=shard), Folder.at(tmp_path), "arm")
+    assert trainer.run_config.failure_config.max_failures == failures
 
 
 def test_no_more_than_one_copy_of_the_state_waits_to_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
