@@ -29,7 +29,7 @@ from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_prompt_logprobs import START
-from pipeline.model.base_model import fast_dtype
+from pipeline.model.base_model import context_length, fast_dtype
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
@@ -239,8 +239,7 @@ def _on_gpus(base: str) -> dict[str, Any]:
 
 def _fitting_length(config: EngineConfig) -> int:
     """Room for the longest row and the one token that vLLM wants to generate, within the base's context."""
-    context = getattr(AutoConfig.from_pretrained(config.base), "max_position_embeddings", None)
-    return min(config.max_tokens + 1, context or config.max_tokens + 1)
+    return min(config.max_tokens + 1, context_length(config.base))
 
 
 def _row(ids: list[int], mask: list[bool]) -> Row:

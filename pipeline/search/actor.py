@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from pipeline.adapters.cache import AdapterCache
 from pipeline.cluster.telemetry import WorkerLog, worker_log
-from pipeline.core.errors import AdapterError
+from pipeline.core.errors import AdapterError, first_line
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
@@ -162,7 +162,7 @@ class ScoringActor:
             return self.scorer.score(candidates, samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept
             self._log(*(candidate.adapter_id for candidate in candidates)).warning("scoring failed", exc_info=True)
-            reason, too_large = _first_line(error), _is_out_of_memory(error)
+            reason, too_large = f"scoring failed: {type(error).__name__}: {first_line(error)}", _is_out_of_memory(error)
         if len(candidates) == 1 and not too_large:
             self._require_engine(samples)
             return SCORES.empty_table(), {candidates[0].adapter_id: reason}
@@ -218,8 +218,3 @@ def _by_row(scores: pa.Table, row_of: dict[str, int]) -> dict[int, list[float]]:
 def _is_out_of_memory(error: Exception) -> bool:
     """Also of an engine's worker process, of which the text alone comes through."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"scoring failed: {type(error).__name__}: {lines[0]}"
