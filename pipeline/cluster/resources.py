@@ -98,9 +98,9 @@ def describe(resources: Resources, named: bool = True) -> str:
     return f"{resources.gpus} x {(named and ' or '.join(models)) or 'GPU'}"
 
 
-def require(resources: Resources, section: Literal["search", "train"], count: int = 1, driver_cpus: float = 0.0) -> None:
-    """See to it that the cluster can hold `count` such workers at once, and `driver_cpus` for what steers them. Where an
-    autoscaler may bring the nodes for it, it is said that they are waited for.
+def require(resources: Resources, section: Literal["search", "train"], count: int = 1) -> None:
+    """See to it that the cluster holds `count` such workers at once. Where an autoscaler may bring the nodes for it, it is said
+    that they are waited for.
 
     Args:
         section: the part of the config that asks for them.
@@ -110,7 +110,7 @@ def require(resources: Resources, section: Literal["search", "train"], count: in
     """
     nodes = live_nodes()
     room = sum(_room(node, resources) for node in nodes)
-    if room >= count and sum(node.get("CPU", 0) for node in nodes) >= count * resources.cpus + driver_cpus:
+    if room >= count:
         return
     missing = _missing(resources, section, count, room, nodes)
     if not may_grow():
@@ -174,9 +174,7 @@ def _missing(resources: Resources, section: str, count: int, room: int, nodes: l
             wish = f"{section}.{key}_per_{WORKER[section]}: a worker asks for {asked:g} {name}"
             return f"{wish}, and the largest node of the cluster has {most:g}"
     wish = f"{section}.{WORKER[section]}s: {count} with {resources.cpus:g} CPU and {resources.gpus} GPU each are to run at once"
-    if room < count:
-        return f"{wish}, and the cluster has room for {room}"
-    return f"{wish}, which leaves nothing of the cluster's CPUs to steer them"
+    return f"{wish}, and the cluster has room for {room}"
 
 
 def _cpu_model() -> str:

@@ -35,8 +35,6 @@ SIZES_FILE = "tokens_per_pass.json"
 """Beside an arm's checkpoints: what `PassTooLargeError` says, for the next attempt."""
 TUNE_STEP = "timesteps_total"
 """What Tune's loggers draw over, where it is reported."""
-TRIAL_CPUS = 0.01
-"""Of the Ray Tune trial that waits for an arm."""
 
 
 def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def require_workers(train: TrainConfig) -> None:
     Raises:
         InputError: it cannot.
     """
-    require(training_resources(train), "train", train.min_workers or train.workers, driver_cpus=TRIAL_CPUS)
+    require(training_resources(train), "train", train.min_workers or train.workers)
 
 
 def curve_table(outcomes: Sequence[dict[str, Any]]) -> pa.Table:

@@ -13,10 +13,12 @@ from pipeline.core.errors import one_line
 from pipeline.core.storage import Folder
 from pipeline.train import tracking
 from pipeline.train.arm import Job, keep_best
-from pipeline.train.ray_train import TRIAL_CPUS, arms_at_once, fit, require_workers
+from pipeline.train.ray_train import arms_at_once, fit, require_workers
 
 RESULT_FILE = "result.json"
 
+HEAD = "node:__internal_head__"
+"""Ray's resource of the head, the one node that is there as long as the cluster: others come and go."""
 
 Outcome = dict[str, Any]
 """What `ray_train.fit` returns, with the arm's `name`, `init`, `lr` and `seed`."""
@@ -50,8 +52,8 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
     require_workers(train)
     drive = tune.with_parameters(_drive, jobs={job.name: job for job in jobs}, storage=storage)
     tuner = tune.Tuner(
-        # The trial only waits for its Ray Train run, which takes the resources.
-        tune.with_resources(drive, {"CPU": TRIAL_CPUS}),
+        # The trial only waits for its Ray Train run, which takes the resources, and which its node's loss would end.
+        tune.with_resources(drive, tune.PlacementGroupFactory([{HEAD: 0.001}])),
         param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=arms_at_once(train, len(jobs)),

@@ -133,21 +133,20 @@ def test_what_the_user_asks_for_is_taken(nodes: Any) -> None:
         (Resources(1, 1, 1), 1, "gpus_per_worker: a worker asks for 1 GPU, and the largest node of the cluster has 0"),
         (Resources(9, 0, 9), 1, "cpus_per_worker: a worker asks for 9 CPU, and the largest node of the cluster has 8"),
         (Resources(3, 0, 3), 4, "workers: 4 with 3 CPU and 0 GPU each are to run at once, and the cluster has room for 3"),
-        (Resources(4, 0, 4), 3, "workers: 3 with 4 CPU and 0 GPU each are to run at once, which leaves nothing"),
     ],
 )
 def test_what_the_cluster_cannot_hold_is_refused_by_its_key(nodes: Any, wish: Resources, count: int, message: str) -> None:
     nodes({"CPU": 4}, {"CPU": 8})
     with pytest.raises(InputError, match=f"^train.{message}"):
-        require(wish, "train", count, driver_cpus=0.01)
+        require(wish, "train", count)
 
 
 def test_what_the_cluster_can_hold_is_not_refused(nodes: Any) -> None:
     nodes({"CPU": 4}, {"CPU": 8, "GPU": 2})
     require(Resources(8, 1, 1), "search")
-    require(Resources(1, 1, 1), "train", 2, driver_cpus=0.01)
+    require(Resources(1, 1, 1), "train", 2)
     nodes({"CPU": 8})
-    require(worker_resources("auto", "auto", workers=3), "train", 3, driver_cpus=0.01)  # 7 / 3 CPUs each
+    require(worker_resources("auto", "auto", workers=3), "train", 3)  # 7 / 3 CPUs each
     require(worker_resources("auto", "auto", spare=0), "search")
 
 

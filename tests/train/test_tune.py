@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from pipeline.core.storage import Folder
 from pipeline.train import tune
@@ -35,6 +36,26 @@ def test_an_arm_that_has_a_result_is_not_trained_again(jobs: list[Job], tmp_path
     assert [outcome["seed"] for outcome in found] == [0, 1, 2]
     assert trained == [1, 0, 2]
     assert not list(tmp_path.rglob(f"{STATE}*"))  # nobody goes on with them
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_arm_is_steered_from_the_head_and_may_have_all_cpus(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of any other node ends no arm."""
+
+    def drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
+        context, name = ray.get_runtime_context(), trial["arm"]["name"]
+        found = {"node": context.get_node_id(), "asked": context.get_assigned_resources(), "checkpoint": f"{name}/best"}
+        storage.write_json(f"{name}/result.json", found)
+
+    monkeypatch.setattr(tune, "require_workers", lambda train: None)
+    monkeypatch.setattr(tune, "arms_at_once", lambda train, arms: 1)
+    monkeypatch.setattr(tune, "_drive", drive)
+    (outcome,) = tune.train_arms(jobs[:1], Folder.at(tmp_path), print)
+    head = next(node["NodeID"] for node in ray.nodes() if tune.HEAD in node["Resources"])
+    assert outcome["node"] == head
+    assert "CPU" not in outcome["asked"]
 
 
 def test_arms_that_failed_are_counted_and_one_is_quoted(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
