@@ -22,11 +22,11 @@ from pipeline.adapters.pool import pool_state
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
 from pipeline.core.errors import InputError, one_line, unknown_base
 from pipeline.core.ledger import digest
+from pipeline.core.lock import Lock, LockLostError
 from pipeline.core.progress import Progress
 from pipeline.core.settings import Section, checked, read_yaml
 from pipeline.core.storage import Folder, lies_in
 from pipeline.refresh.history import FAILURES, History, Seen
-from pipeline.refresh.lock import Lock, LockLostError
 
 if TYPE_CHECKING:
     from pipeline.run_folder import Run

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from pipeline.core.errors import InputError
+from pipeline.core.lock import Lock, LockLostError, LockTakenError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SEEN
 from pipeline.refresh import target
 from pipeline.refresh.history import History
-from pipeline.refresh.lock import Lock, LockLostError, LockTakenError
 from pipeline.refresh.refresh import NOTHING_TO_DO, RefreshConfig, load_refresh, look, refresh
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.core import lock as lock_module
+from pipeline.core.lock import Lock, LockLostError, LockTakenError
 from pipeline.core.storage import Folder
-from pipeline.refresh import lock as lock_module
-from pipeline.refresh.lock import Lock, LockLostError, LockTakenError
 
 CONTENDER = """
 import os, random, sys, time
-from pipeline.refresh.lock import Lock, LockTakenError
+from pipeline.core.lock import Lock, LockTakenError
 from pipeline.core.storage import Folder
 
 place, witness = sys.argv[1:]
@@ -35,7 +35,7 @@ while held < 3:
 
 SLEEPER = """
 import sys
-from pipeline.refresh.lock import Lock
+from pipeline.core.lock import Lock
 from pipeline.core.storage import Folder
 
 with Lock(Folder.at(sys.argv[1]), expiry=1) as lock:
