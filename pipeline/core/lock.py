@@ -6,25 +6,34 @@ local disks, S3 and Google Cloud Storage give. Who comes says so (`choosing.<id>
 (`number.<n>.<id>`), waits until nobody is choosing, and looks again: the smallest number holds the lock. Unlike in the bakery,
 the others do not wait for their turn but give up. No file that a listing has to find is ever written twice.
 
-`beat.<id>` is written anew every quarter of the expiry. Where it is older than the expiry, by the store's own clock, its process
-is dead or asleep, and the others remove what it left. Who slept that long and wakes finds its number gone: `check` raises, and is
-to be called before anything that only the holder may do.
+`beat.<id>` is written anew every quarter of the expiry, as long as the work gets on: who hangs for DEADLINE beats no more. Where
+a beat is older than the expiry, by the store's own clock, its process is dead, asleep or hangs, and the others remove what it
+left; at once where it was a process of this machine and is gone. Who slept that long and wakes finds its number gone: `check`
+raises, and is to be called before anything that only the holder may do. Whom nobody passed meanwhile holds the lock still.
+
+Of a process on another machine nobody sees whether it is dead before its beat is too old. Who has a `say` waits for that, and
+gives up once another beat comes: a job that is started again on another node, as its own was taken away, goes on by itself.
 """
 
-import os
-import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, NoReturn
 
+from pipeline.core.processes import is_gone, may_be_seen, this_process
+from pipeline.core.progress import got_on, standstill
 from pipeline.core.storage import Folder
 
 EXPIRY = 120.0
 """Seconds after which a process that gives no sign of life has lost the lock."""
+
+DEADLINE = 6 * 3600.0
+"""Seconds without progress after which a process gives no sign of life any more. The longest silence of work that gets on is that
+between two evaluations of a large training; a batch of scores or a compilation takes minutes."""
 
 POLL = 0.1
 """Seconds between two looks at those who are choosing a number."""
@@ -41,18 +50,23 @@ class LockLostError(RuntimeError):
 class Lock:
     """A lock in a folder of its own, made where it is missing.
 
+    Args:
+        say: hears how long it is waited for a process that may be dead; without it nobody is waited for.
+
     Raises:
         LockTakenError: on entering, where another process holds it; the message says which.
         LockLostError: on entering or by `check`, where this process slept for longer than `expiry` seconds.
     """
 
-    def __init__(self, folder: Folder, expiry: float = EXPIRY) -> None:
-        self.folder, self.expiry = folder, expiry
+    def __init__(self, folder: Folder, expiry: float = EXPIRY, say: Callable[[str], None] | None = None) -> None:
+        self.folder, self.expiry, self._say = folder, expiry, say
         self._id, self._number = uuid.uuid4().hex, ""
+        self._waited_for = dict[str, float | None]()
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._keep_beating, daemon=True)
 
     def __enter__(self) -> "Lock":
+        got_on()
         self._beat()
         self._beats.start()
         try:
@@ -75,7 +89,7 @@ class Lock:
             self._lost()
 
     def _take(self) -> None:
-        about = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
+        about = {**this_process(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
         choosing = f"choosing.{self._id}"
         self.folder.write_json(choosing, about)
         last = max((_number(name) for name in self._entries("number")), default=0)
@@ -87,29 +101,56 @@ class Lock:
         while self._entries("choosing"):
             time.sleep(POLL)
         # A new listing: one whose choice the last one did not show any more may not have shown its number yet.
-        first = min([*self._entries("number"), self._number])
-        if first != self._number:
-            self._give_up(first)
+        while (first := min([*self._entries("number"), self._number])) != self._number:
+            self._wait_for(first)
         self.check()
 
     def _entries(self, kind: str) -> list[str]:
         """The files of one kind of the living; what the dead left is removed."""
         names = self.folder.list_files()
-        self._beat()
-        now = self.folder.modified(f"beat.{self._id}") or 0.0
-        beats = {owner: self.folder.modified(f"beat.{owner}") for owner in {_owner(name) for name in names}}
-        alive = {owner for owner, beat in beats.items() if beat is not None and now - beat <= self.expiry}
+        now = self._now()
+        alive = {owner for owner in {_owner(name) for name in names} if self._is_alive(owner, names, now)}
         for name in reversed(names):  # numbers first, beats last: no number is left behind that nobody beats for
             if _owner(name) not in alive:
                 self.folder.delete(name)
         return [name for name in names if name.startswith(f"{kind}.") and _owner(name) in alive]
 
-    def _give_up(self, holder: str) -> NoReturn:
-        about: dict[str, Any] = {}
-        with suppress(OSError):  # it ended just now, or is being removed
-            about = self.folder.read_json(holder)
-        who = "since {since} (process {process} on {host})".format_map(about) if about else "until a moment ago"
-        raise LockTakenError(f"{self.folder.uri}: another process is at work here {who}; try again when it has ended")
+    def _now(self) -> float:
+        """By the store's clock."""
+        self._beat()
+        return self.folder.modified(f"beat.{self._id}") or 0.0
+
+    def _is_alive(self, owner: str, names: list[str], now: float) -> bool:
+        beat = self.folder.modified(f"beat.{owner}")
+        if beat is None or now - beat > self.expiry:
+            return False
+        marks = [name for name in names if _owner(name) == owner and not name.startswith("beat.")]
+        return owner == self._id or not any(is_gone(self._read(name)) for name in marks)
+
+    def _wait_for(self, first: str) -> None:
+        """Let some time pass where who is first may be dead.
+
+        Raises:
+            LockTakenError: it lives.
+        """
+        about, beat = self._read(first), self.folder.modified(f"beat.{_owner(first)}")
+        if self._say is None or may_be_seen(about) or self._waited_for.get(first, beat) not in (beat, None):
+            self._give_up(about)
+        if first not in self._waited_for and about and beat is not None:
+            seconds = self.expiry - (self._now() - beat)
+            self._say(f"{_who(about)} worked here, and may be dead: waiting {seconds:.0f} s for a sign of life")
+        self._waited_for[first] = beat
+        time.sleep(self.expiry / 60)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """What a process put down of itself; nothing where it ended just now, or is being removed."""
+        with suppress(OSError, ValueError):
+            return dict(self.folder.read_json(name))
+        return {}
+
+    def _give_up(self, about: dict[str, Any]) -> NoReturn:
+        who = f"since {about['since']} ({_who(about)})" if about else "until a moment ago"
+        raise LockTakenError(f"{self.folder.uri}: another process is at work here {who}; try again when it has ended, or end it")
 
     def _lost(self) -> NoReturn:
         raise LockLostError(
@@ -122,14 +163,15 @@ class Lock:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(self.expiry / 4):
-            with suppress(OSError):  # the next one may come through
-                self._beat()
+            if standstill() < DEADLINE:
+                with suppress(OSError):  # the next one may come through
+                    self._beat()
 
     def _leave(self) -> None:
         self._ended.set()
         self._beats.join()
-        for name in (self._number, f"choosing.{self._id}", f"beat.{self._id}"):
-            if name:
+        with suppress(OSError):  # what stays expires
+            for name in filter(None, (self._number, f"choosing.{self._id}", f"beat.{self._id}")):
                 self.folder.delete(name)
 
 
@@ -139,3 +181,7 @@ def _owner(name: str) -> str:
 
 def _number(name: str) -> int:
     return int(name.split(".")[1])
+
+
+def _who(about: dict[str, Any]) -> str:
+    return f"process {about['process']} on {about['host']}"

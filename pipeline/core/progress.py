@@ -38,19 +38,37 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(number)
 
 
+def got_on() -> None:
+    """Note that what this process works on made a step; see `standstill`."""
+    global _step
+    _step = time.monotonic()
+
+
+def standstill() -> float:
+    """Seconds since this process last made a step. A lock is held by who makes some: see `pipeline/core/lock.py`."""
+    return time.monotonic() - _step
+
+
+_step = time.monotonic()
+
+
 class Progress:
-    """Prints lines with the seconds since the command began."""
+    """Prints lines with the seconds since the command began. A line that says something new is a step; the same one again is
+    none, so that work that hangs while it is looked at again and again is known by it."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
         self._last, self._text = 0.0, ""
-        self._stage = ""
+        self._stage, self._said = "", ""
 
     def stage(self, name: str) -> None:
         self._stage, self._last, self._text = name, 0.0, ""
 
     def say(self, text: str) -> None:
+        if text != self._said:
+            got_on()
+            self._said = text
         self._console.print(f"[dim]{time.monotonic() - self._began:6.0f} s[/dim]  [bold]{self._stage:<8}[/bold] ", end="")
         self._console.print(text, markup=False)
 

@@ -107,11 +107,11 @@ def refresh(config: RefreshConfig, report_noop: bool = False) -> dict[str, Any]:
     Raises:
         InputError: home, base or pool are not right.
         LockTakenError: another refresh of this home is at work.
-        LockLostError: this process slept for so long that another one may be.
+        LockLostError: this process slept, or hung, for so long that another one may be.
     """
     home = Folder.at(config.home)
     home.create()
-    with Lock(home.sub("lock")) as lock:
+    with Lock(home.sub("lock"), say=Progress().say) as lock:
         history = History.of(home)
         looked = look(config)
         due = {name: changed for name, seen in looked.items() if (changed := history.changed(name, seen)) is not None}

@@ -1,6 +1,7 @@
 """The lock among real processes, on a local disk and on an S3 server: never two holders, and the dead do not hold it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_server import StoreServer
 
 from pipeline.core import lock as lock_module
 from pipeline.core.lock import Lock, LockLostError, LockTakenError
+from pipeline.core.processes import this_process
 from pipeline.core.storage import Folder
 
 CONTENDER = """
@@ -45,6 +48,9 @@ with Lock(Folder.at(sys.argv[1]), expiry=1) as lock:
 """
 
 
+ELSEWHERE = {"host": "far", "process": 7, "machine": "another", "started": "1", "since": "then"}
+
+
 @pytest.fixture(params=["local", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     if request.param == "local":
@@ -61,6 +67,12 @@ def sleeper(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
+
+
+def be_there(folder: Folder, about: dict[str, Any]) -> None:
+    """What a process that holds the lock has there."""
+    folder.write_text("beat.other", "")
+    folder.write_json("number.000000001.other", about)
 
 
 def take_when_expired(folder: Folder) -> int:
@@ -169,3 +181,108 @@ def test_who_was_given_up_while_choosing_does_not_go_on(tmp_path: Path, monkeypa
     with pytest.raises(LockLostError), Lock(folder):
         pass
     assert folder.list_files() == []
+
+
+HOLDER = """
+import sys, time
+from pipeline.core.lock import Lock
+from pipeline.core.storage import Folder
+
+with Lock(Folder.at(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_who_is_killed_on_this_machine_holds_it_no_longer(folder: Folder, reaped: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder.uri], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LockTakenError, match=f"process {holder.pid} on "), Lock(folder, say=print):
+            pass
+        holder.kill()
+        if reaped:
+            holder.wait()
+        else:
+            assert holder.stdout.readline() == ""  # it is dead, and its number is still taken
+        with Lock(folder):
+            pass
+    assert folder.list_files() == []
+
+
+def test_the_number_of_a_dead_process_may_be_that_of_another_one(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    be_there(folder, {**this_process(), "started": "1", "since": "then"})
+    with Lock(folder):
+        pass
+    be_there(folder, {**this_process(), "since": "then"})
+    with pytest.raises(LockTakenError), Lock(folder, say=print):
+        pass
+
+
+def test_who_may_be_dead_elsewhere_is_waited_for_and_that_is_said(folder: Folder) -> None:
+    be_there(folder, ELSEWHERE)
+    said: list[str] = []
+    with Lock(folder, expiry=2, say=said.append) as lock:
+        lock.check()
+    assert len(said) == 1
+    assert re.fullmatch(r"process 7 on far worked here, and may be dead: waiting -?\d s for a sign of life", said[0])
+    assert folder.list_files() == []
+
+
+def test_who_gives_a_sign_of_life_elsewhere_keeps_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    be_there(folder, ELSEWHERE)
+    began, seen = folder.modified("beat.other"), list[str]()
+
+    def beat(seconds: float) -> None:
+        while folder.modified("beat.other") == began:  # a store's times may be whole seconds
+            folder.write_text("beat.other", "")
+
+    monkeypatch.setattr(lock_module.time, "sleep", beat)
+    with pytest.raises(LockTakenError, match=r"since then \(process 7 on far\)"), Lock(folder, say=seen.append):
+        pass
+    assert len(seen) == 1
+    assert [name for name in folder.list_files() if not name.endswith(".other")] == []
+
+
+@pytest.mark.timeout(120)
+def test_who_hangs_for_longer_than_the_deadline_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives, and so does the thread that beats."""
+    folder = Folder.at(tmp_path)
+    monkeypatch.setattr(lock_module, "DEADLINE", 0)
+    with Lock(folder, expiry=1) as hanging:
+        assert take_when_expired(folder) > 0
+        with pytest.raises(LockLostError):
+            hanging.check()
+
+
+def test_who_hung_and_was_passed_by_nobody_holds_it_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder.at(tmp_path)
+    with Lock(folder, expiry=0.2) as hanging:
+        (beat,) = tmp_path.glob("beat.*")
+        os.utime(beat, (1, 1))
+        hanging.check()
+        while beat.stat().st_mtime == 1:  # it gets on, and beats again
+            pass
+        hanging.check()
+
+
+def test_a_store_that_is_away_at_the_end_hides_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(self: Folder, name: str) -> None:
+        raise OSError("away")
+
+    with Lock(Folder.at(tmp_path)) as lock:
+        monkeypatch.setattr(Folder, "delete", away)
+        lock.check()
+
+
+def test_it_costs_few_requests(bucket: str, store_server: StoreServer) -> None:
+    """Of a command; a beat and a check besides are one each."""
+    folder = Folder.at(f"{bucket}/lock")
+    begun = len(store_server.requests)
+    with Lock(folder) as lock:
+        entered = len(store_server.requests)
+        lock.check()
+        assert len(store_server.requests) - entered == 1
+    assert len(store_server.requests) - begun <= 32

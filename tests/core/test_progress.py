@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from nodes import descendants, kill
 
-from pipeline.core.progress import Progress
+from pipeline.core.progress import Progress, got_on, standstill
 
 
 def test_a_counter_says_its_first_and_its_last_step_and_little_between(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +34,21 @@ def test_a_line_is_not_repeated_at_once(capsys: pytest.CaptureFixture[str], monk
         progress.now_and_then("5 scored" if second < 50 else "9 scored")
     lines = [line.split()[-2] for line in capsys.readouterr().err.strip().splitlines()]
     assert lines == ["5", "5", "9"]
+
+
+def test_a_new_line_is_a_step_and_the_same_one_again_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race that hangs is looked at all the time, and the line is said again now and then."""
+    clock, progress = 1000.0, Progress()
+    monkeypatch.setattr("pipeline.core.progress.time.monotonic", lambda: clock)
+    got_on()
+    for second in range(100):
+        clock = 1000.0 + second
+        progress.now_and_then("5 scored" if second < 10 else "9 scored")
+    assert standstill() == 89.0
+    progress.say("9 scored")
+    assert standstill() == 89.0
+    progress.say("10 scored")
+    assert standstill() == 0.0
 
 
 STOPPED = """
