@@ -40,7 +40,8 @@ def index(base: Base, pool: Pool, run: RunFolder) -> None:
     config = _config(run, base, pool, {"train": "-"})
     from pipeline import run as page
 
-    page.index(page.Run(config))
+    with page.Run(config).locked() as this:
+        page.index(this)
 
 
 @app.command()
@@ -69,7 +70,8 @@ def merge(run: RunFolder) -> None:
     this = _open(run)
     from pipeline import run as page
 
-    page.merge_donors(this)
+    with this.locked():
+        page.merge_donors(this)
 
 
 @app.command()
@@ -86,7 +88,8 @@ def train(
     this = _open(run)
     from pipeline import run as page
 
-    typer.echo(page.train(this, init, lr, seed, profile))
+    with this.locked():
+        typer.echo(page.train(this, init, lr, seed, profile))
 
 
 @app.command()
@@ -95,7 +98,8 @@ def compare(run: RunFolder) -> None:
     this = _open(run)
     from pipeline import run as page
 
-    page.compare(this)
+    with this.locked():
+        page.compare(this)
     _print_summary(this.folder)
 
 

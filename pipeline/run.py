@@ -11,7 +11,8 @@ The stages are called in this order; `run_folder.STAGES` repeats it. Each leaves
 where they are there for the same input, but for the report; search, merge and compare resume where they were interrupted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,17 +42,19 @@ def run_all(config: Config) -> dict[str, Any]:
 
     Raises:
         InputError: the input is not right; nothing is left behind by the stage that found it.
+        LockTakenError: another process works in the run folder; nothing is changed there.
+        LockLostError: this process slept, or hung, for so long that another one may be at work there.
     """
-    run = open_run(config, require_room)
     engines = Engines(config.search)
-    with engines.kept():
-        index(run, meanwhile=lambda: warm_up(config.search))
-        samples(run)
-        search_and_merge(run, engines)
-    compare(run)
-    report(run)
-    summary: dict[str, Any] = run.folder.read_json("summary.json")
-    return summary
+    with open_run(config, require_room) as run:
+        with engines.kept():
+            index(run, meanwhile=lambda: warm_up(config.search))
+            samples(run)
+            search_and_merge(run, engines)
+        compare(run)
+        report(run)
+        summary: dict[str, Any] = run.folder.read_json("summary.json")
+        return summary
 
 
 def search_and_merge(run: Run, engines: Engines) -> None:
@@ -64,13 +67,13 @@ def run_search(config: Config) -> Folder:
     """The first half: adapters to leaderboard. Returns the run's folder.
 
     Raises:
-        InputError: as for `run_all`.
+        InputError, LockTakenError, LockLostError: as for `run_all`.
     """
-    run = open_run(config, lambda run: require_engine(run.config.search))
-    index(run)
-    samples(run)
-    search(run, on_start=estimate_before_search)
-    return run.folder
+    with open_run(config, lambda run: require_engine(run.config.search)) as run:
+        index(run)
+        samples(run)
+        search(run, on_start=estimate_before_search)
+        return run.folder
 
 
 def plan_run(config: Config) -> dict[str, Any]:
@@ -80,17 +83,17 @@ def plan_run(config: Config) -> dict[str, Any]:
     this cluster is, a short calibration does; its scores are kept, too.
 
     Raises:
-        InputError: as for `run_all`.
+        InputError, LockTakenError, LockLostError: as for `run_all`.
     """
-    run = open_run(config, require_room)
-    index(run)
-    samples(run)
-    run.progress.stage("plan")
-    run.start_ray()
-    catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
-    calibrate(run, catalogue)
-    searched = run.ledger.done("search", search_key(run, catalogue, drawn))
-    return write_plan(run, merged=searched and run.ledger.done("merge", merge_key(run)))
+    with open_run(config, require_room) as run:
+        index(run)
+        samples(run)
+        run.progress.stage("plan")
+        run.start_ray()
+        catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
+        calibrate(run, catalogue)
+        searched = run.ledger.done("search", search_key(run, catalogue, drawn))
+        return write_plan(run, merged=searched and run.ledger.done("merge", merge_key(run)))
 
 
 def compare(run: Run) -> None:
@@ -121,19 +124,23 @@ def report(run: Run) -> str:
     return uri
 
 
-def open_run(config: Config, once_joined: Callable[[Run], None]) -> Run:
-    """The run folder with what is asked in it, where that can be had; `once_joined` is called when the cluster is at hand.
+@contextmanager
+def open_run(config: Config, once_joined: Callable[[Run], None]) -> Iterator[Run]:
+    """The run folder, locked, with what is asked in it, where that can be had; `once_joined` is called when the cluster is there.
 
     Raises:
         InputError: there is nothing at a path, or a package for `track` is missing: said now, not after an hour of indexing.
+        LockTakenError: another process works in the run folder.
     """
     target_paths(config)
     tracking.check(config.track)
     if config.search.store:
         Folder.at(config.search.store).create()
     run = Run(config, once_joined)
-    run.save_config()
-    return run
+    run.require_own()  # before a lock is left in a folder of the user's
+    with run.locked():
+        run.save_config()
+        yield run
 
 
 def require_room(run: Run) -> None:

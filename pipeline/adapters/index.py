@@ -28,6 +28,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731
         catalogue = build_catalogue(config.base, config.pool, factored, checked, listing)
+        run.check()
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))
     run.progress.say(f"{len(valid_adapters(catalogue))} valid, {details['set_aside']} set aside")

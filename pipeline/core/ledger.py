@@ -41,7 +41,8 @@ class Outputs:
 
 class Ledger:
     """The stages of one run folder; `stages` are their outputs, in the order in which they run. `tell` hears now and then how
-    many seconds the running stage has taken, `say` what a person should know."""
+    many seconds the running stage has taken, `say` what a person should know. `check` raises where this process may not write
+    any more."""
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class Ledger:
         stages: Mapping[str, Outputs],
         tell: Callable[[str, float], None] = lambda stage, seconds: None,
         say: Callable[[str], None] = lambda text: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._run, self._stages, self._tell = run, stages, tell
+        self._run, self._stages, self._tell, self._check = run, stages, tell, check
         self.records = _read(run, say)
         self._running: tuple[str, float, float] | None = None
         self._written = 0.0
@@ -126,6 +128,7 @@ class Ledger:
         self._back_up()
 
     def _write(self) -> None:
+        self._check()
         self._written = time.perf_counter()
         self._run.write_json(FILE, self.records)
 

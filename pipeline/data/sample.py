@@ -18,6 +18,7 @@ def samples(run: Run) -> None:
         return
     with run.ledger.perform("samples", key):
         splits = take_samples(config)
+        run.check()
         for name, table in splits.training.items():
             run.folder.write_table(f"data/{name}.parquet", table)
         sizes = {name: len(table) for name, table in splits.training.items()}

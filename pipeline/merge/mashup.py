@@ -33,6 +33,7 @@ def merge_donors(run: Run, engines: Engines | None = None) -> None:
         contamination = run.folder.read_json("contamination.json")
         probed = probe_starts(run, engines, ranked(scored)[:SHORT_LIST], catalogue, drawn)
         choice = selection(scored, leaderboard, catalogue, contamination, base_nll, probed)
+        run.check()
         if choice["recipe"]:
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))

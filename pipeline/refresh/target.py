@@ -21,7 +21,8 @@ def index_pool(config: Config, folder: Folder) -> Run:
         InputError: the base or the pool is not right.
     """
     run = Run(config.model_copy(update={"run": folder.uri, "target": TargetConfig(train="-")}))
-    index(run)
+    with run.locked():
+        index(run)
     return run
 
 
@@ -39,19 +40,19 @@ def renew(config: Config, pool: Run, published: Folder, threshold: float, check:
 
     Raises:
         InputError: the target is not right.
+        LockTakenError: somebody works in the target's run folder by hand.
     """
     target_paths(config)
-    run = Run(config)
-    run.save_config()
-    _take_index(run, pool)
-    samples(run)
-    key, before = _searched(run)
-    engines = Engines(config.search)
-    with engines.kept():
+    run, engines = Run(config), Engines(config.search)
+    with run.locked(), engines.kept():
+        run.save_config()
+        _take_index(run, pool)
+        samples(run)
+        key, before = _searched(run)
         search_and_merge(run, engines)
         check()
         outcome, current = publish(run, engines, published, threshold)
-    key_now, spent = _searched(run)
+        key_now, spent = _searched(run)
     return _columns(run) | {
         "adapter_samples": spent - (before if key == key_now else 0),
         "outcome": outcome,

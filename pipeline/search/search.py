@@ -51,6 +51,7 @@ def search(
         engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
         known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
+        run.check()
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
         run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))

@@ -43,6 +43,7 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
         outcomes = train_arms(jobs, trained, _said_and_timed(run), config.track)
         curves, result = compare_arms(jobs, outcomes, trained)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
+        run.check()
         run.folder.write_table("comparison.parquet", curves)
         run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))
 

@@ -8,7 +8,8 @@ import pytest
 from pipeline.adapters.index import index
 from pipeline.config import Config, TargetConfig
 from pipeline.core.errors import InputError
-from pipeline.run_folder import Run
+from pipeline.core.lock import LockLostError
+from pipeline.run_folder import LOCK, Run
 
 
 def run_on(base: str, folder: Path) -> Run:
@@ -36,3 +37,21 @@ def test_an_unknown_base_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         index(run)
     assert not run.ledger.records
+
+
+def test_who_lost_the_run_folder_meanwhile_leaves_no_catalogue(
+    tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_on(tiny_base, tmp_path)
+    make_adapter(tmp_path / "pool/one", tiny_base)
+
+    def sleep_too_long(*_: object) -> None:
+        for name in run.folder.sub(LOCK).list_files():
+            run.folder.delete(f"{LOCK}/{name}")
+
+    monkeypatch.setattr(Run, "start_ray", lambda run: None)
+    monkeypatch.setattr("pipeline.adapters.index.build_catalogue", sleep_too_long)
+    with pytest.raises(LockLostError), run.locked():
+        index(run)
+    assert not run.folder.exists("catalogue.parquet")
+    assert not run_on(tiny_base, tmp_path).ledger.done("index")

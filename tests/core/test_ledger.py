@@ -200,3 +200,39 @@ def test_a_stage_that_runs_again_opens_those_after_it_but_keeps_their_work(tmp_p
 def test_digest_depends_on_every_part() -> None:
     assert digest("a", {"x": 1}) == digest("a", {"x": 1})
     assert len({digest("a", {"x": 1}), digest("a", {"x": 2}), digest("b", {"x": 1}), digest(["a", {"x": 1}])}) == 4
+
+
+class LostError(Exception):
+    pass
+
+
+def test_who_may_not_write_any_more_changes_nothing(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LostError
+
+    folder = Folder.at(tmp_path)
+    with ledger(tmp_path).perform("search", "a"):
+        folder.write_text("board", "a")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    again = Ledger(folder, STAGES, check=lost)
+    with pytest.raises(LostError), again.perform("search", "b"):
+        pass
+    with pytest.raises(LostError):
+        again.note("ray", 2.0)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_who_loses_the_right_to_write_during_a_stage_does_not_call_it_done(tmp_path: Path) -> None:
+    held = True
+
+    def check() -> None:
+        if not held:
+            raise LostError
+
+    attempt = Ledger(Folder.at(tmp_path), STAGES, check=check).perform("search", "a")
+    attempt.__enter__()
+    files, held = {file: file.read_bytes() for file in tmp_path.iterdir()}, False
+    with pytest.raises(LostError):
+        attempt.__exit__(None, None, None)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+    assert not ledger(tmp_path).done("search")
