@@ -1,7 +1,8 @@
 """`mashup submit`: a job of `jobs/` on a Ray cluster, by way of the cluster's job server.
 
 Our code and the config go with the job, so that the cluster needs only the packages that we depend on. The job's log is followed;
-its last line says how it ended, see `jobs/entry.py`.
+its last line says how it ended, see `jobs/entry.py`. A job's id follows from its run: who submits one that waits or works already
+follows it.
 
 Nothing else goes with it: what is sent can be read on the cluster's dashboard. Credentials for object stores and the Hub are the
 cluster's: its nodes have them in their environment.
@@ -15,7 +16,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from rich.console import Console, RenderableType
 from pipeline.cluster.connect import TOKEN_HINT, require_answer
 from pipeline.config import Config
 from pipeline.core.errors import InputError
+from pipeline.core.ledger import digest
 from pipeline.core.settings import checked, read_yaml
 from pipeline.core.storage import Folder
 from pipeline.refresh.refresh import RefreshConfig
@@ -45,11 +48,13 @@ CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"
 STOP_SECONDS = 30
 """What a job that is stopped has to write its last line before it is killed; Ray's default is three."""
 
+MOST_KEPT = 100_000
+"""Characters at the end of a log, which have the job's last line."""
 
 LOST = (OSError, RuntimeError, ClientError)
 """What Ray's client raises where the job server does not answer."""
-PATIENCE, POLL = 60.0, 2.0
-"""Seconds without an answer after which a job is out of sight, and between two tries."""
+PATIENCE, POLL, LONGEST_POLL = 60.0, 2.0, 60.0
+"""Seconds without an answer after which a job is out of sight, and between two tries: at first, and in the end."""
 
 
 def submit_job(path: str, job: str, address: str | None = None, run: str | None = None, options: Sequence[str] = ()) -> int:
@@ -73,19 +78,19 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
         raise InputError(f"--job {job}: must be {', '.join(JOBS[:-1])} or {JOBS[-1]}")
     config = portable_config(path, job, run)
     client = connect(address)
-    number = _send(client, shlex.join(["python", "-m", f"jobs.{job}", CONFIG_FILE, *options]), config)
+    number, told = _send_once(client, job, options, config)
     follow, stop = (f"ray job {what} {number} --address {client.get_address()}" for what in ("logs --follow", "stop"))
-    say = Console(stderr=True, soft_wrap=True, highlight=False)
-    say.print(f"job {number} is submitted\n  to follow it: {follow}\n  to stop it:   {stop}", markup=False)
+    say = partial(Console(stderr=True, soft_wrap=True, highlight=False).print, markup=False)
+    say(f"job {number} {told}\n  to follow it: {follow}\n  to stop it:   {stop}")
     try:
-        ending = _follow(client, number)
+        ending = _follow(client, number, say)
     except KeyboardInterrupt:
-        say.print(f"\nthe job goes on; to follow it: {follow}; to stop it: {stop}", markup=False)
+        say(f"\nthe job goes on; to follow it: {follow}; to stop it: {stop}")
         return 1
     except LOST as error:
         raise ConnectionError(f"lost job {number}, which may go on ({_line(error)}); to follow it: {follow}") from error
     if "error" in ending:
-        say.print(f"mashup: job {number}: {ending['error']}", style="red", markup=False)
+        say(f"mashup: job {number}: {ending['error']}", style="red")
     else:
         Console().print(_result(job, ending))
     return int(ending["exit_code"])
@@ -143,13 +148,15 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any]:
-    """How a job ended: its last line, or what Ray knows of a job that did not come to write one."""
+    """How a job ended: its last line, or what Ray knows of a job that did not come to write one, or whose log is away."""
     for line in reversed(log.splitlines()):  # what ends after the job may still have written to its log
         if line.startswith('{"status"') and line.endswith("}"):
             found: dict[str, Any] = json.loads(line)
             return found
     if status == JobStatus.STOPPED:
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
+    if status == JobStatus.SUCCEEDED:
+        return {"status": "done", "exit_code": 0, "note": "its log cannot be read; its results are in the folder of its config"}
     lines = (message or "Ray gives no reason").strip().splitlines()
     reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
     return {"status": "failed", "exit_code": 1, "error": f"wrote no result line: {reason}"}
@@ -161,7 +168,32 @@ def _travels(value: str, is_base: bool) -> bool:
     return "://" in value or value.startswith("/")
 
 
-def _send(client: JobSubmissionClient, command: str, config: Mapping[str, Any]) -> str:
+def _send_once(client: JobSubmissionClient, job: str, options: Sequence[str], config: Mapping[str, Any]) -> tuple[str, str]:
+    """Send a job, unless the same one waits or works: two would only keep each other from the folder. Gives its id, and what to
+    say of it. Ray takes no id twice, so that each attempt at a run has a number."""
+    place = str(config["home" if job == "refresh" else "run"]).rstrip("/")
+    name = f"mashup-{digest(job, place, *options)}"
+    known = {one.submission_id: one.status for one in client.list_jobs() if _attempt(name, one.submission_id)}
+    at_work = next((number for number, status in known.items() if number and not status.is_terminal()), None)
+    there = "was submitted before and has not ended: it is followed, as it was asked then"
+    if at_work:
+        return at_work, there
+    number = f"{name}-{1 + max((_attempt(name, number) for number in known), default=0)}"
+    try:
+        return _send(client, number, shlex.join(["python", "-m", f"jobs.{job}", CONFIG_FILE, *options]), config), "is submitted"
+    except RuntimeError as error:
+        if f"{number} already exists" not in str(error):
+            raise
+        return number, there  # somebody else was faster
+
+
+def _attempt(name: str, number: str | None) -> int:
+    """Which attempt at a run a job is; 0: none."""
+    found, _, attempt = (number or "").rpartition("-")
+    return int(attempt) if found == name and attempt.isdecimal() else 0
+
+
+def _send(client: JobSubmissionClient, number: str, command: str, config: Mapping[str, Any]) -> str:
     with tempfile.TemporaryDirectory(prefix="mashup-submit-") as folder:
         Path(folder, CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
         environment = {
@@ -170,37 +202,70 @@ def _send(client: JobSubmissionClient, command: str, config: Mapping[str, Any]) 
             "excludes": ["__pycache__"],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
         }
-        return str(client.submit_job(entrypoint=command, runtime_env=environment))
+        return str(client.submit_job(entrypoint=command, runtime_env=environment, submission_id=number))
 
 
-def _follow(client: JobSubmissionClient, number: str) -> dict[str, Any]:
-    """Show a job's log until Ray says that the job is at its end; a stream that breaks off says nothing of it."""
-    log = _Log()
+def _follow(client: JobSubmissionClient, number: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Show a job's log until Ray says that the job is at its end. A stream that breaks off, or that cannot be had at all, says
+    nothing of the job: its status does."""
+    log, pause, told = _Log(), POLL, False
     while True:
-        try:
-            asyncio.run(log.show(client, number))
-            info = client.get_job_info(number)
-            if info.status.is_terminal():
-                return ending_of(client.get_job_logs(number), info.status, info.message)
-            log.heard = time.monotonic()
-        except LOST:
-            if time.monotonic() - log.heard > PATIENCE:
-                raise
-        time.sleep(POLL)
+        pause = POLL if log.show(client, number) else min(2 * pause, LONGEST_POLL)
+        if ending := _ending(client, number, log):
+            return ending
+        if pause == LONGEST_POLL and not told:
+            say("the log cannot be followed; the job's status is looked at until it ends, and the log tried again")
+            told = True
+        time.sleep(pause)
+
+
+def _ending(client: JobSubmissionClient, number: str, log: "_Log") -> dict[str, Any] | None:
+    """How a job ended. None: it goes on, or the server does not answer, which it may do again."""
+    try:
+        info = client.get_job_info(number)
+    except LOST:
+        if log.is_out_of_sight:
+            raise
+        return None
+    if not info.status.is_terminal():
+        log.heard = time.monotonic()
+        return None
+    try:
+        text = client.get_job_logs(number)
+    except LOST:  # the node that has it may be gone
+        if not log.is_out_of_sight:
+            return None
+        text = log.end
+    return ending_of(text, info.status, info.message)
 
 
 class _Log:
     """How much of a job's log was shown; a stream begins with the log's first line."""
 
     def __init__(self) -> None:
-        self.shown, self.heard = 0, time.monotonic()
+        self.shown, self.end, self.heard = 0, "", time.monotonic()
 
-    async def show(self, client: JobSubmissionClient, number: str) -> None:
+    @property
+    def is_out_of_sight(self) -> bool:
+        """Whether nothing was heard of the job for too long."""
+        return time.monotonic() - self.heard > PATIENCE
+
+    def show(self, client: JobSubmissionClient, number: str) -> bool:
+        """Show what is new, until the stream ends. Gives whether that was its end, or at least something came."""
+        before = self.shown
+        try:
+            asyncio.run(self._show(client, number))
+        except LOST:
+            return self.shown > before
+        return True
+
+    async def _show(self, client: JobSubmissionClient, number: str) -> None:
         seen = 0
         async for text in client.tail_job_logs(number):
-            print(text[max(0, self.shown - seen) :], end="", file=sys.stderr, flush=True)
+            new = text[max(0, self.shown - seen) :]
+            print(new, end="", file=sys.stderr, flush=True)
             seen += len(text)
-            self.shown, self.heard = max(self.shown, seen), time.monotonic()
+            self.shown, self.end, self.heard = max(self.shown, seen), (self.end + new)[-MOST_KEPT:], time.monotonic()
 
 
 def _result(job: str, ending: Mapping[str, Any]) -> RenderableType:

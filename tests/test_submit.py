@@ -1,7 +1,8 @@
 """`mashup submit` without a cluster: what goes with a job, how its end is read, and what is said where a server fails."""
 
+import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +40,15 @@ class Client:
     def __init__(self, log: str, status: JobStatus = JobStatus.SUCCEEDED, failure: BaseException | None = None):
         self.log, self.status, self.failure = log, status, failure
         self.sent: dict[str, Any] = {}
+        self.known: dict[str | None, JobStatus] = {}
 
-    def submit_job(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    def list_jobs(self) -> list[Any]:
+        return [SimpleNamespace(submission_id=number, status=status) for number, status in self.known.items()]
+
+    def submit_job(self, entrypoint: str, runtime_env: dict[str, Any], submission_id: str) -> str:
         folder = Path(runtime_env["working_dir"])
         files = {file.name: file.read_text() for file in folder.iterdir()}
-        self.sent = {"entrypoint": entrypoint, "files": files, **runtime_env}
+        self.sent = {"entrypoint": entrypoint, "files": files, "id": submission_id, **runtime_env}
         return "raysubmit_1"
 
     async def tail_job_logs(self, number: str) -> AsyncIterator[str]:
@@ -181,11 +186,127 @@ def test_a_stream_that_breaks_off_is_taken_up_again(
     assert told.count("first") == told.count("second") == told.count("third") == 1
 
 
+class Away(Client):
+    """A job server that ends while it is listened to."""
+
+    def get_job_info(self, number: str) -> Any:
+        raise OSError("connection refused")
+
+
 def test_a_server_that_goes_away(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "PATIENCE", 0)
     monkeypatch.setattr(submit, "POLL", 0.01)
     with pytest.raises(ConnectionError, match=r"lost job raysubmit_1, which may go on .*ray job logs --follow raysubmit_1"):
-        send(monkeypatch, Client("working\n", failure=RuntimeError("WebSocket closed")), write())
+        send(monkeypatch, Away("working\n", failure=RuntimeError("WebSocket closed")), write())
+
+
+class Mute(Client):
+    """A job server that has no log for anybody; the job works while somebody asks `turns` times."""
+
+    def __init__(self, turns: int, status: JobStatus = JobStatus.SUCCEEDED, streamed: str = "") -> None:
+        super().__init__("", status)
+        self.turns, self.streamed, self.tried = turns, streamed, 0
+
+    async def tail_job_logs(self, number: str) -> AsyncIterator[str]:
+        self.tried += 1
+        if self.streamed:
+            yield self.streamed
+        raise RuntimeError("WebSocket closed")
+
+    def get_job_logs(self, number: str) -> str:
+        raise RuntimeError("no agent on the node of the job")
+
+    def get_job_info(self, number: str) -> Any:
+        self.turns -= 1
+        return SimpleNamespace(status=self.status if self.turns < 0 else JobStatus.RUNNING, message="gone")
+
+
+@pytest.fixture
+def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATIENCE", "POLL", "LONGEST_POLL"):
+        monkeypatch.setattr(submit, name, 0)
+
+
+@pytest.mark.usefixtures("in_haste")
+def test_a_job_whose_log_cannot_be_followed_is_followed_by_its_status(
+    write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Mute(turns=20, streamed=f"first\n{DONE}\n")
+    assert send(monkeypatch, client, write()) == 0
+    assert client.tried == 21
+    told = capsys.readouterr()
+    assert told.err.count("first") == 1
+    assert told.err.count("the log cannot be followed") == 1
+    assert "verdict: base" in told.out
+
+
+@pytest.mark.usefixtures("in_haste")
+@pytest.mark.parametrize(("status", "code"), [(JobStatus.SUCCEEDED, 0), (JobStatus.FAILED, 1), (JobStatus.STOPPED, 1)])
+def test_a_job_whose_log_was_never_seen_ends_as_its_status_says(
+    write: Any, monkeypatch: pytest.MonkeyPatch, status: JobStatus, code: int
+) -> None:
+    assert send(monkeypatch, Mute(turns=1, status=status), write()) == code
+
+
+def test_pauses_grow_where_the_log_cannot_be_followed(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(submit.time, "sleep", pauses.append)
+    monkeypatch.setattr(submit, "PATIENCE", 0)
+    assert send(monkeypatch, Mute(turns=7), write()) == 0
+    assert pauses == [4, 8, 16, 32, 60, 60, 60]
+
+
+def test_the_id_of_a_job_follows_from_its_run(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def number(job: str = "mashup", options: Sequence[str] = (), **changes: Any) -> str:
+        client = Client(DONE)
+        send(monkeypatch, client, write(**changes), job, options=options)
+        return str(client.sent["id"])
+
+    first = number()
+    assert re.fullmatch("mashup-[0-9a-f]{16}-1", first)
+    assert number() == number(run="s3://bucket/run/") == number(pool="/shared/other") == first
+    assert len({first, number(run="s3://bucket/other"), number("search"), number(options=["--plan"])}) == 4
+
+
+@pytest.mark.parametrize("status", [JobStatus.PENDING, JobStatus.RUNNING])
+def test_who_submits_a_job_that_has_not_ended_follows_it(
+    write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: JobStatus
+) -> None:
+    first, second = Client(DONE), Client('{"status": "failed", "exit_code": 1, "error": "disk full"}\n', JobStatus.FAILED)
+    send(monkeypatch, first, write())
+    second.known = {"raysubmit_5": JobStatus.RUNNING, first.sent["id"]: status}
+    assert send(monkeypatch, second, write()) == 1
+    assert not second.sent
+    told = capsys.readouterr().err
+    assert f"job {first.sent['id']} was submitted before and has not ended: it is followed" in told
+    assert f"ray job stop {first.sent['id']} " in told
+    assert "disk full" in told
+
+
+def test_a_job_that_has_ended_is_submitted_again(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(DONE)
+    send(monkeypatch, client, write())
+    name = client.sent["id"].removesuffix("-1")
+    client.known = {f"{name}-{number}": JobStatus.FAILED for number in range(1, 11)}
+    client.known |= {None: JobStatus.RUNNING, f"{name}-mine": JobStatus.RUNNING, f"{name}0-50": JobStatus.RUNNING}
+    assert send(monkeypatch, client, write()) == 0
+    assert client.sent["id"] == f"{name}-11"
+
+
+def test_of_two_who_submit_at_once_the_second_follows_the_first(
+    write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Refusing(Client):
+        def submit_job(self, entrypoint: str, runtime_env: dict[str, Any], submission_id: str) -> str:
+            self.sent = {"id": submission_id}
+            raise RuntimeError(f"Request failed with status code 400: ValueError: {reason.format(submission_id)}")
+
+    client, reason = Refusing(DONE), "Job with submission_id {} already exists. Please use a different submission_id."
+    assert send(monkeypatch, client, write()) == 0
+    assert f"job {client.sent['id']} was submitted before" in capsys.readouterr().err
+    reason = "no room for {}"
+    with pytest.raises(RuntimeError, match="no room"):
+        send(monkeypatch, client, write())
 
 
 def test_an_unknown_job(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,15 +146,26 @@ def _taken_up(world: World) -> None:
 
 def _job_of(command: subprocess.Popen[str]) -> str:
     assert command.stderr is not None
-    return next(word for word in command.stderr.readline().split() if word.startswith("raysubmit_"))
+    return next(word for word in command.stderr.readline().split() if word.startswith("mashup-"))
 
 
 @pytest.fixture(scope="module")
 def whole(world: World, stopped: Ended) -> Ended:
     """The same run, taken up again and brought to its end."""
     command = world.mashup("submit", world.write())
+    job = _job_of(command)
+    again = world.mashup("submit", world.write())
     output, error = command.communicate(timeout=1100)
+    _check_followed(again, job, output)
     return Ended(command.returncode, output, error, stopped.run)
+
+
+def _check_followed(again: subprocess.Popen[str], job: str, output: str) -> None:
+    """Who submitted the job a second time while it was there saw the first one to its end."""
+    found, error = again.communicate(timeout=300)
+    assert again.returncode == 0, error
+    assert error.startswith(f"job {job} was submitted before and has not ended")
+    assert found == output
 
 
 def _indexed(run: Folder) -> bool:
