@@ -1,4 +1,4 @@
-"""An S3 server on this machine whose requests a test sees, and may refuse."""
+"""An S3 server on this machine whose requests and answers a test sees, and which may refuse."""
 
 import io
 import logging
@@ -16,6 +16,8 @@ class StoreServer:
 
     def __init__(self) -> None:
         self.requests = list[str]()
+        self.sent = list[tuple[str, int]]()
+        """Requests that were answered, and the bytes of what they were answered with."""
         self.refuse: Callable[[str], bool] = lambda request: False
         """Requests, such as 'PUT /bucket/key?partNumber=2', that are answered with 503."""
         self._turn = threading.Lock()
@@ -39,5 +41,6 @@ class StoreServer:
             start_response("503 Slow Down", [("Content-Length", "0")])
             return [b""]
         with self._turn:
-            answer: Iterable[bytes] = self._app(environ, start_response)
-        return answer
+            content = b"".join(self._app(environ, start_response))
+        self.sent.append((request, len(content)))
+        return [content]

@@ -1,14 +1,14 @@
 """Which adapters were trained on the target's own rows, as far as their cards tell: their scores say less than they seem to.
 
 A card's front matter names data sets. One that is a JSONL file in the adapter's own folder on a disk is read, and its rows are
-compared with the target's. What lies elsewhere is not fetched; there the name alone is compared with the target's path.
+compared with the target's. What lies elsewhere is neither fetched nor asked for, and its adapter is not either; there the name
+alone is compared with the target's path.
 
 The files are strangers': of them no more is read than MAX_BYTES, and no more kept than what the target's rows have too.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipeline.adapters.cache import AdapterCache
 from pipeline.core.errors import AdapterError, one_line
 from pipeline.data.tokenise import tokenise_text
 from pipeline.model.base_model import load_tokenizer
@@ -82,12 +81,8 @@ def compare_data(uri: str, names: Sequence[str], base: str, target: str, splits:
     """What the data sets that an adapter's card names have to do with the target's rows."""
     names = list(dict.fromkeys(names))
     found = [f"its card names {name}, the target's own data set" for name in names if _same(name, target)]
-    try:
-        with closing(AdapterCache()) as cache, cache.lease(uri) as folder:
-            files = _files(folder, names)
-            return [*found, *_compare_files(files, base, Ours.of(splits))] if files else found
-    except AdapterError:
-        return found  # it is set aside where it is scored
+    files = [] if "://" in uri else _files(Path(uri), names)
+    return [*found, *_compare_files(files, base, Ours.of(splits))] if files else found
 
 
 def overlaps(name: str, rows: Iterable[dict[str, Any]], ours: Ours) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from store_server import StoreServer
 
+from pipeline.core.storage import Folder
 from pipeline.data.tokenise import tokenise_text
 from pipeline.model.base_model import load_tokenizer
 from pipeline.search import contamination
@@ -26,6 +28,14 @@ def row(prompt: str, completion: str = "yes") -> dict[str, Any]:
 def tokenised(tiny_base: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     tokenizer = load_tokenizer(tiny_base)
     return lambda rows: [tokenise_text(json.dumps(one).encode(), tokenizer, 0, 4096) for one in rows]
+
+
+@pytest.fixture
+def good_adapter(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], write_jsonl: Any) -> Path:
+    """One that has the target's rows beside it."""
+    folder = make_adapter(tmp_path / "adapter", tiny_base)
+    write_jsonl(folder / "rows.jsonl", [row(LONG * 3)])
+    return folder
 
 
 @pytest.fixture
@@ -101,6 +111,18 @@ def test_of_long_files_and_lines_not_all_is_read(
     first, *_, last = compare_data(str(tmp_path), ["a.jsonl", "b.jsonl"], tiny_base, "t", splits)
     assert first == "its card names a.jsonl, which holds 1 of 2 sample rows, and 0 others nearly"
     assert re.fullmatch(r"its card names b.jsonl, of which 3\d{4} bytes are not looked at; 4 MB of an adapter's data are", last)
+
+
+def test_of_an_adapter_of_an_object_store_the_names_alone_are_compared(
+    splits: dict[str, pa.Table], tiny_base: str, good_adapter: Path, bucket: str, store_server: StoreServer
+) -> None:
+    """Neither its data nor its weights are asked for."""
+    Folder.at(f"{bucket}/pool").upload(good_adapter, "a")
+    store_server.requests.clear()
+    found = compare_data(f"{bucket}/pool/a", ["rows.jsonl", "org/name"], tiny_base, "Org/Name", splits)
+    assert found == ["its card names org/name, the target's own data set"]
+    assert compare_data("hf://org/none", ["rows.jsonl"], tiny_base, "Org/Name", splits) == []
+    assert store_server.requests == []
 
 
 @pytest.mark.usefixtures("ray_session")
