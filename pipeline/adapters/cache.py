@@ -25,18 +25,20 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, locate, require_size
-from pipeline.core.errors import AdapterError, InputError, verdict
-from pipeline.core.file_names import CARD_FILE, FILES
-from pipeline.core.storage import Folder
+from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
+from pipeline.core.errors import InputError
+from pipeline.core.file_names import CARD_FILE, FILES, WEIGHTS_FILE
+from pipeline.core.storage import MAX_HEADER_BYTES, Folder
+from pipeline.core.uploads import PART_BYTES
 
 MAX_CARD_BYTES = 1 << 20
 PARTIAL = ".partial"
@@ -65,6 +67,7 @@ class AdapterCache:
         threads: int = 4,
         ahead: int = 16,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         """
         Args:
@@ -73,13 +76,15 @@ class AdapterCache:
             threads: fetches at the same time, for `prefetch`.
             ahead: prefetched adapters that may wait to be asked for; they count as in use.
             max_adapter_bytes: limit of one adapter; of a larger one nothing is fetched.
+            check: given an adapter's folder before its weights are fetched, with their header alone in a file of their size. What
+                it raises, `get` raises, and no more is fetched. It is not asked of what is here already.
 
         Raises:
             InputError: the folder cannot be made, or others can write to it.
         """
         self.folder = _private(folder or Path(tempfile.gettempdir()) / f"mashup-adapters-{os.getuid()}")
         self.max_bytes, self.max_adapter_bytes = max_bytes, max_adapter_bytes
-        self.ahead = ahead
+        self.ahead, self.check = ahead, check
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
         self._guard = threading.Lock()
         self._coming: dict[str, Future[Hold]] = {}
@@ -96,7 +101,7 @@ class AdapterCache:
         """The local folder of an adapter, which stays until `release`; waits where it is being fetched, else fetches it.
 
         Raises:
-            AdapterError: it cannot be fetched.
+            AdapterError: it cannot be fetched, is too large, or `check` says so.
             OSError: not now, but perhaps later; see `errors.is_transient`.
         """
         with self._guard:
@@ -140,7 +145,7 @@ class AdapterCache:
         try:
             entry, lock = self._lock_entry(place)
         except OSError as error:
-            raise verdict(error, f"cannot be fetched from {uri} ({error})") from error
+            raise unfetched(uri, error) from error
         return Hold(uri, entry, lock)
 
     def _lock_entry(self, store: Folder) -> tuple[Path, int]:
@@ -170,15 +175,29 @@ class AdapterCache:
                 return _lock(entry, fcntl.LOCK_SH)
             self._make_room()
             files = partial / "files"
-            store.download(list(sizes), files)
+            self._download(store, sizes, files)
             if {file.name: file.stat().st_size for file in files.iterdir()} != sizes:
-                raise AdapterError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
+                raise FetchError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
             lock = _lock(files, fcntl.LOCK_SH)
             files.rename(entry)
             return lock
         finally:
             os.close(turn)
             _remove(partial)
+
+    def _download(self, store: Folder, sizes: dict[str, int], target: Path) -> None:
+        if self.check is None:
+            store.download(list(sizes), target)
+            return
+        store.download([name for name in sizes if name != WEIGHTS_FILE], target)
+        if WEIGHTS_FILE not in sizes:
+            self.check(target)
+            return
+        with store.files.open_input_file(store.join(WEIGHTS_FILE)) as source, (target / WEIGHTS_FILE).open("wb") as file:
+            _copy_header(source, file, sizes[WEIGHTS_FILE])
+            self.check(target)
+            shutil.copyfileobj(source, file, PART_BYTES)
+            file.truncate()
 
     def _make_room(self) -> None:
         """Remove what killed processes left and, above the limit, the adapters used longest ago; never what is in use."""
@@ -215,8 +234,18 @@ def _infos(store: Folder) -> list[fs.FileInfo]:
     wanted = (info for info in found if info.is_file and info.base_name in FILES)
     infos = sorted((info for info in wanted if not _is_no_card(info)), key=lambda info: info.base_name)
     if not infos:
-        raise AdapterError(f"cannot be fetched from {store.uri} (there is no adapter)")
+        raise FetchError(f"cannot be fetched from {store.uri} (there is no adapter)")
     return infos
+
+
+def _copy_header(source: pa.NativeFile, file: IO[bytes], size: int) -> None:
+    """Copy the header of a safetensors file, and make a hole of the rest: it is read like the whole one. A header that is larger
+    than any honest one is left out, and refused by its length."""
+    length = source.read(8)
+    file.write(length)
+    if (count := int.from_bytes(length, "little")) <= MAX_HEADER_BYTES:
+        file.write(source.read(count))
+    file.truncate(size)
 
 
 def _is_no_card(info: fs.FileInfo) -> bool:

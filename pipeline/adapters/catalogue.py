@@ -5,7 +5,7 @@ import math
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,23 @@ from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha25
 from pipeline.adapters.cache import AdapterCache
 from pipeline.adapters.card import read_card, texts
 from pipeline.adapters.checkpoint import factor_checkpoint, is_checkpoint
-from pipeline.adapters.fetch import MAX_ADAPTER_BYTES
+from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError
+from pipeline.adapters.kept_rows import KEPT, Blocks, KeptRows
 from pipeline.adapters.licences import declared_licence
 from pipeline.adapters.low_rank import rounding_error
-from pipeline.adapters.pool import LISTING, Listed, Listing, list_adapters
+from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
-from pipeline.adapters.validation import largest_adapter, unknown_fields
+from pipeline.adapters.validation import check_declared, largest_adapter, read_declared, unknown_fields
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
 from pipeline.model.base_model import Shapes, linear_shapes
+
+CHECKS = 1
+"""To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
+then."""
 
 MAX_NORM = 1e15
 """Of a module's delta weight, by its factors' norms: far beyond any honest one, and squares of such still fit into float32."""
@@ -40,9 +45,9 @@ MAX_NORM = 1e15
 MAX_ROUNDING = 0.1
 """By how much of its norm a delta weight may change in bfloat16; honest ones lose some 0.003."""
 
-
 ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
-"""A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory."""
+"""A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory. It keeps
+the rows of so many as soon as it has them."""
 
 
 def build_catalogue(
@@ -50,33 +55,48 @@ def build_catalogue(
     pool: str,
     factored: str | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
-    listing: Listing | None = None,
+    found: Sequence[Listed] | None = None,
+    kept: KeptRows | None = None,
 ) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
         factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
         count: told how many adapters of how many are checked, as it goes.
-        listing: what `list_adapters` gave, where it was asked before.
+        found: what `look_at` found, where it looked before.
+        kept: of adapters that are in it, and as they were, the rows are taken from there; what is found of others is added.
 
     Raises:
         InputError: the pool or the base cannot be read, or no adapter is valid.
     """
     shapes, head = linear_shapes(base)
-    given = {"factored": factored, "base": base, "shapes": shapes, "head": head, "salt": secrets.randbits(62)}
-    found = pa.table(listing or list_adapters(pool), schema=LISTING)
-    rows = (
-        ray.data.from_arrow(found)
-        .repartition(target_num_rows_per_block=max(ADAPTERS_PER_TASK, math.ceil(len(found) / MAX_TASKS)))
-        .map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs=given)
-    )
-    parts: list[pa.Table] = []
-    for part in rows.iter_batches(batch_format="pyarrow", batch_size=None):
+    found = look_at(pool).found if found is None else found
+    parts = [kept.of(found) if kept else KEPT.empty_table()]
+    known = set(parts[0]["adapter_id"].to_pylist())
+    left = pa.Table.from_pylist([one._asdict() for one in found if one.adapter_id not in known], schema=LOOKED_AT)
+    given: dict[str, Any] = {"factored": factored, "base": base, "shapes": shapes, "head": head}
+    given |= {"salt": kept.salt if kept else secrets.randbits(62), "blocks": kept and kept.blocks}
+    if known:
+        count(len(known), len(found))
+    for part in _inspected(left, given):
         parts.append(part)
         count(sum(map(len, parts)), len(found))
-    catalogue = compare(pa.concat_tables(parts).sort_by("adapter_id"))
+    rows = pa.concat_tables(parts).sort_by("adapter_id")
+    if kept:
+        kept.settle(rows)
+    catalogue = compare(rows)
     _require_valid(catalogue, pool)
     return catalogue
+
+
+def _inspected(left: pa.Table, given: dict[str, Any]) -> Iterable[pa.Table]:
+    """Rows of schema KEPT of those of schema LOOKED_AT, as the tasks give them."""
+    if not len(left):
+        return ()
+    per_task = max(ADAPTERS_PER_TASK, math.ceil(len(left) / MAX_TASKS))
+    tasks = ray.data.from_arrow(left).repartition(target_num_rows_per_block=per_task)
+    rows = tasks.map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs=given)
+    return rows.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
 def valid_adapters(catalogue: pa.Table) -> pa.Table:
@@ -90,17 +110,32 @@ def indexed_by_id(catalogue: pa.Table) -> dict[str, Indexed]:
     return {name: Indexed(uri, content) for name, uri, content in zip(*columns, strict=True)}
 
 
-def inspect_batch(batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None, salt: int) -> pa.Table:
-    """Rows of schema INSPECTED of a batch of schema LISTING."""
+def inspect_batch(
+    batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None, salt: int, blocks: Blocks | None = None
+) -> pa.Table:
+    """Rows of schema KEPT of a batch of schema LOOKED_AT; they are put into `blocks` as they are found."""
     inspector = Inspector(base, shapes, head, factored, salt)
-    listed = [Listed(**row) for row in batch.to_pylist()]
-    with closing(AdapterCache(max_adapter_bytes=min(largest_adapter(shapes), MAX_ADAPTER_BYTES))) as cache:
-        cache.prefetch(one.uri for one in listed if one.problem is None)
-        rows = [inspector.inspect(one, cache) for one in listed]
+    listed, rows = [Listed(**row) for row in batch.to_pylist()], list[dict[str, Any]]()
+    limit = min(largest_adapter(shapes), MAX_ADAPTER_BYTES)
+    with closing(AdapterCache(max_adapter_bytes=limit, check=inspector.refuse)) as cache:
+        for start in range(0, len(listed), ADAPTERS_PER_TASK):
+            cache.prefetch(one.uri for one in listed[start:] if one.problem is None)
+            block = [inspector.inspect(one, cache) for one in listed[start : start + ADAPTERS_PER_TASK]]
+            if blocks:
+                blocks.add(block)
+            rows += block
     for row in rows:
         if row["status"] != "ok":
             worker_log("index", for_display(row["adapter_id"], MAX_REASON)).warning("set aside: %s", row["reason"])
-    return pa.Table.from_pylist(rows, schema=INSPECTED)
+    return pa.Table.from_pylist(rows, schema=KEPT)
+
+
+class RefusedError(AdapterError):
+    """An adapter cannot be a donor, by what its files declare; `card`: the columns of its row that its card gives."""
+
+    def __init__(self, reason: str, card: dict[str, Any]) -> None:
+        super().__init__(reason)
+        self.card = card
 
 
 @dataclass(frozen=True)
@@ -114,29 +149,45 @@ class Inspector:
     salt: int
     """See `spectrum.sketch`."""
 
+    def refuse(self, folder: Path) -> None:
+        """Look at config and header of an adapter before its weights are fetched.
+
+        Raises:
+            RefusedError: they are enough to set it aside.
+        """
+        try:
+            check_declared(read_declared(folder), self.shapes, self.head)
+        except AdapterError as error:
+            raise RefusedError(str(error), _of_card(folder)) from error.__cause__
+        except Exception:
+            return  # `inspect` meets it, too, and says it
+
     def inspect(self, listed: Listed, cache: AdapterCache) -> dict[str, Any]:
-        """A catalogue row: what the adapter is, or why it is set aside."""
-        row: dict[str, Any] = {"adapter_id": listed.adapter_id, "uri": listed.uri, "status": "ok"}
+        """A row of schema KEPT: what the adapter is, or why it is set aside."""
+        row: dict[str, Any] = {"adapter_id": listed.adapter_id, "uri": listed.uri, "status": "ok", "salt": self.salt}
+        row["state"] = None  # until all that is in the row is the adapter's own
         if listed.problem:
-            return row | {"status": "set_aside", "reason": listed.problem}
+            return row | _set_aside(listed.problem)
         try:
             with cache.lease(listed.uri) as folder:
-                card = read_card(folder)
-                row |= {"license": declared_licence(card), "datasets": texts(card.get("datasets")) or []}
-                if is_checkpoint(folder):
+                row |= _of_card(folder)
+                if is_checkpoint(folder):  # what it is made into goes with this run
+                    listed = listed._replace(state=None)
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder, self.shapes, self.head)
                 row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
                 unknown = unknown_fields(folder)
                 pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
         except AdapterError as error:
-            return row | {"status": "set_aside", "reason": str(error)}
+            card = error.card if isinstance(error, RefusedError) else {}
+            return row | card | _set_aside(str(error)) | {"state": listed.state if _is_final(error) else None}
         except Exception as error:  # what no check foresaw in one adapter must not stop the others
             if is_transient(error):
                 raise
             worker_log("index", for_display(listed.adapter_id, MAX_REASON)).exception("the check failed")
-            return row | {"status": "set_aside", "reason": str(AdapterError(f"cannot be checked ({one_line(error)})"))}
-        return row | {"warning": "; ".join(filter(None, [_other_base(adapter, self.base), _of_newer_peft(unknown)])) or None}
+            return row | _set_aside(str(AdapterError(f"cannot be checked ({one_line(error)})")))
+        warnings = [_other_base(adapter, self.base), _of_newer_peft(unknown)]
+        return row | {"warning": "; ".join(filter(None, warnings)) or None, "state": listed.state}
 
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
         """Make a full checkpoint into an adapter, which the row is then of."""
@@ -163,6 +214,20 @@ class Inspector:
             if (lost := rounding_error(delta)) > MAX_ROUNDING:
                 raise AdapterError(f"its factors cancel: rounded to bfloat16, the delta weight of {module} changes by {lost:.0%}")
         return {"sketch": sketch(adapter, self.salt), "figures": spectrum(adapter)}
+
+
+def _set_aside(reason: str) -> dict[str, Any]:
+    return {"status": "set_aside", "reason": reason}
+
+
+def _is_final(error: AdapterError) -> bool:
+    """Whether an adapter is set aside for what its files hold, and not for what was in the way to them, or who may read them."""
+    return not isinstance(error, FetchError) and not isinstance(error.__cause__, OSError)
+
+
+def _of_card(folder: Path) -> dict[str, Any]:
+    card = read_card(folder)
+    return {"license": declared_licence(card), "datasets": texts(card.get("datasets")) or []}
 
 
 def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.core.errors import AdapterError, InputError, first_line, verdict
+from pipeline.core.errors import AdapterError, InputError, first_line, is_transient
 from pipeline.core.file_names import FILES
 from pipeline.core.storage import Folder
 
@@ -16,12 +16,18 @@ MAX_ADAPTER_BYTES = 8 << 30
 """Of one that is fetched: rank 64 on all linear layers of a model of 70 billion weights takes 3.3 GB."""
 
 
+class FetchError(AdapterError):
+    """An adapter cannot be brought here: it says something of the way to it, which may be another one tomorrow, and nothing of
+    the adapter."""
+
+
 def locate(uri: str, max_bytes: int = MAX_ADAPTER_BYTES) -> Path | Folder:
     """Where an adapter is: a local folder, used in place, or a folder of an object store. Hub files go to the Hub's own cache,
     which serves them again without a network.
 
     Raises:
-        AdapterError: the Hub or the store cannot be reached, or the Hub has more than `max_bytes` of it.
+        FetchError: the Hub or the store cannot be reached.
+        AdapterError: the Hub has more than `max_bytes` of it.
     """
     if "://" not in uri:
         return Path(uri)
@@ -30,7 +36,7 @@ def locate(uri: str, max_bytes: int = MAX_ADAPTER_BYTES) -> Path | Folder:
     try:
         folder = Folder.at(uri)
     except InputError as error:
-        raise AdapterError(f"cannot be fetched from {uri} ({error})") from error
+        raise unfetched(uri, error) from error
     return Path(folder.path) if folder.is_local else folder
 
 
@@ -38,7 +44,7 @@ def fetch_adapter(uri: str, cache: Path) -> Path:
     """The local folder of one adapter; object-store files are copied under `cache`. For many, see `pipeline.adapters.cache`.
 
     Raises:
-        AdapterError: it cannot be reached.
+        FetchError: it cannot be reached.
         OSError: not now, but perhaps later; see `errors.is_transient`.
     """
     place = locate(uri)
@@ -48,8 +54,13 @@ def fetch_adapter(uri: str, cache: Path) -> Path:
     try:
         place.download(FILES, target)
     except OSError as error:
-        raise verdict(error, f"cannot be fetched from {uri} ({error})") from error
+        raise unfetched(uri, error) from error
     return target
+
+
+def unfetched(uri: str, error: Exception) -> Exception:
+    """What to raise of an adapter that an error keeps from coming here; one that may pass is raised as it is."""
+    return error if is_transient(error) else FetchError(f"cannot be fetched from {uri} ({error})")
 
 
 def require_size(where: str, size: int, max_bytes: int) -> None:
@@ -82,5 +93,5 @@ def _from_hub_cache(repo: str, why: BaseException) -> Path:
         raise _unreachable(why) from why
 
 
-def _unreachable(error: BaseException) -> AdapterError:
-    return AdapterError(f"cannot be fetched from the Hub and is not in its cache ({first_line(error)})")
+def _unreachable(error: BaseException) -> FetchError:
+    return FetchError(f"cannot be fetched from the Hub and is not in its cache ({first_line(error)})")

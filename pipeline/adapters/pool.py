@@ -8,9 +8,11 @@ about nothing else on the machines that read it.
 import hashlib
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +23,15 @@ from pyarrow import fs
 
 from pipeline.adapters.fetch import HUB
 from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
-from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, WEIGHTS_FILE
+from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, PICKLES, WEIGHTS_FILE
+from pipeline.core.ledger import digest
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
 LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("problem", pa.string())])
 Listing = dict[str, list[str | None]]
 """Columns LISTING."""
+
+LOOKED_AT = LISTING.append(pa.field("state", pa.string()))
 
 READ = (*FILES, "config.json", INDEX_FILE)
 """What is read of an adapter or a full checkpoint, beside its *.safetensors."""
@@ -46,13 +51,49 @@ LOOKED_AT_ONCE = 32
 MAX_NAME = 255
 """Bytes of one part of a path."""
 
+SETTLED = 5 * 10**9
+"""Nanoseconds. What was written so short a time ago may be written again within the second, and stores tell whole seconds; clocks
+differ, too."""
+
 
 class Listed(NamedTuple):
-    """An entry of a pool, and why it is not even looked at, if so."""
+    """An entry of a pool, and why it is not even looked at, if so. `state`: differs once a file that it is judged by has changed;
+    None: that cannot be told."""
 
     adapter_id: str
     uri: str
     problem: str | None = None
+    state: str | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What one look at a pool gives; no content is read but that of a list file. `state` is that of `pool_state`."""
+
+    found: list[Listed]
+    state: list[Any]
+
+    @property
+    def listing(self) -> Listing:
+        return _columns(self.found)
+
+
+def look_at(pool: str, exclude: Sequence[str] = ()) -> Pool:
+    """List a pool once for all that is asked of its listing.
+
+    Raises:
+        InputError, OSError: as `list_adapters`.
+    """
+    folder = Folder.at(pool)
+    if _kind(pool, folder) == fs.FileType.File:
+        entries = _from_list(folder)
+        seen = _look_at_all(entries)
+        found = [one if one.problem else one._replace(state=seen[one.uri][1]) for one in entries]
+        state = _list_state(folder, seen)
+    else:
+        infos = folder.walk()
+        found, state = _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
+    return Pool(_checked(pool, found, exclude), state)
 
 
 def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
@@ -66,22 +107,8 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
         OSError: its disk or store does not answer.
     """
     folder = Folder.at(pool)
-    try:
-        kind = folder.files.get_file_info(folder.path).type
-    except OSError as error:
-        if is_transient(error):
-            raise
-        raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
-    if kind == fs.FileType.File:
-        found = _from_list(folder)
-    elif kind == fs.FileType.Directory:
-        found = _from_folder(folder)
-    else:
-        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
-    if not found:
-        raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    found = [_shown(_excluded(_named(one), exclude)) for one in found]
-    return {name: [getattr(one, name) for one in found] for name in LISTING.names}
+    found = _from_list(folder) if _kind(pool, folder) == fs.FileType.File else _from_folder(folder, folder.walk())
+    return _columns(_checked(pool, found, exclude))
 
 
 def pool_state(pool: str) -> list[Any]:
@@ -95,24 +122,68 @@ def pool_state(pool: str) -> list[Any]:
     folder = Folder.at(pool)
     if folder.files.get_file_info(folder.path).type != fs.FileType.File:
         return folder.state()
-    uris = [one.uri for one in _from_list(folder) if not one.problem]
+    return _list_state(folder, _look_at_all(_from_list(folder)))
+
+
+def _kind(pool: str, folder: Folder) -> fs.FileType:
+    """Whether a pool is a folder or a list file."""
+    try:
+        kind = folder.files.get_file_info(folder.path).type
+    except OSError as error:
+        if is_transient(error):
+            raise
+        raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
+    if kind not in (fs.FileType.File, fs.FileType.Directory):
+        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
+    return kind
+
+
+def _checked(pool: str, found: list[Listed], exclude: Sequence[str]) -> list[Listed]:
+    if not found:
+        raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return [_shown(_excluded(_named(one), exclude)) for one in found]
+
+
+def _columns(found: list[Listed]) -> Listing:
+    return {name: [getattr(one, name) for one in found] for name in LISTING.names}
+
+
+Seen = tuple[Any, str | None]
+"""Of an adapter of a list: its part of the pool's state, and its own."""
+
+
+def _list_state(file: Folder, seen: dict[str, Seen]) -> list[Any]:
+    return [file.state(), *((uri, files) for uri, (files, _) in seen.items())]
+
+
+def _look_at_all(entries: list[Listed]) -> dict[str, Seen]:
+    uris = [one.uri for one in entries if not one.problem]
     with ThreadPoolExecutor(LOOKED_AT_ONCE) as threads:
-        return [folder.state(), *zip(uris, threads.map(_state, uris), strict=True)]
+        return dict(zip(uris, threads.map(_look_at_one, uris), strict=True))
 
 
-def _state(uri: str) -> Any:
-    """Of one adapter of a list. What is wrong with it is said by the index; what may pass is not taken for a state of it."""
+def _look_at_one(uri: str) -> Seen:
+    """What is wrong with an adapter is said by the index; what may pass is not taken for a state of it."""
     try:
         if uri.startswith(HUB):  # in whose cache the folder of a file is called by the commit
-            return Path(hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)).parent.name
+            commit = Path(hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)).parent.name
+            return commit, commit
         folder = Folder.at(uri)
         found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
     except (InputError, OSError, ValueError) as error:
         if is_transient(error):
             raise
-        return type(error).__name__
+        return type(error).__name__, None
     wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
-    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
+    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), _state(found)
+
+
+def _state(infos: Iterable[fs.FileInfo]) -> str | None:
+    """The state of an adapter, given the files of its folder. A pickle is not read, but may be the reason why it is set aside."""
+    wanted = [info for info in infos if info.is_file and info.base_name.endswith((*READ, ".safetensors", *PICKLES))]
+    now, stamps = time.time_ns(), sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
+    settled = all(written is not None and now - written > SETTLED for _, _, written in stamps)
+    return digest(stamps) if stamps and settled else None
 
 
 def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
@@ -125,8 +196,8 @@ def _named(one: Listed) -> Listed:
     if not one.adapter_id.isprintable():
         return Listed(one.adapter_id, one.uri, "its name has control characters; rename it")
     if len(one.adapter_id) > MAX_ID:
-        digest = hashlib.sha256(one.adapter_id.encode()).hexdigest()[:8]  # what the cut leaves may be another's
-        return Listed(f"{one.adapter_id[:100]}...{digest}", "", f"its name has more than {MAX_ID} characters; rename it")
+        short = hashlib.sha256(one.adapter_id.encode()).hexdigest()[:8]  # what the cut leaves may be another's
+        return Listed(f"{one.adapter_id[:100]}...{short}", "", f"its name has more than {MAX_ID} characters; rename it")
     return one
 
 
@@ -134,15 +205,19 @@ def _shown(one: Listed) -> Listed:
     return one if one.problem is None else one._replace(problem=for_display(one.problem, MAX_REASON))
 
 
-def _from_folder(folder: Folder) -> list[Listed]:
+def _from_folder(folder: Folder, infos: Sequence[fs.FileInfo]) -> list[Listed]:
     names = {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"}
     if folder.is_local:  # full checkpoints of an object store are not fetched
         names |= {"model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"}
-    parents = {info.path.rpartition("/")[0] for info in folder.walk() if info.base_name in names}
-    tails = [tail for parent in sorted(parents) if not _is_hidden(tail := parent.removeprefix(folder.path).strip("/"))]
+    held: dict[str, list[fs.FileInfo]] = {}
+    for info in infos:
+        held.setdefault(info.path.rpartition("/")[0], []).append(info)
+    parents = sorted(parent for parent, files in held.items() if any(info.base_name in names for info in files))
+    states = {tail: _state(held[one]) for one in parents if not _is_hidden(tail := one.removeprefix(folder.path).strip("/"))}
     root = Path(folder.path).name
-    top = Listed("." if root in tails else root, folder.uri)  # the pool may itself be an adapter
-    found = [Listed(tail, folder.sub(tail).uri) if tail else top for tail in tails]
+    top = Listed("." if root in states else root, folder.uri)  # the pool may itself be an adapter
+    listed = {tail: Listed(tail, folder.sub(tail).uri) if tail else top for tail in states}
+    found = [one._replace(state=states[tail]) for tail, one in listed.items()]
     if not folder.is_local:
         return found
     pool = Path(folder.path)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.adapters.target_modules import own_scales, tails, targets
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, verdict
-from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.core.file_names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import Shapes
 
@@ -26,7 +26,6 @@ MAX_ALPHA = 1e9
 MAX_NAME = 300
 """Characters of the name of a base model."""
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES = ("F64", "F32", "F16", "BF16")
 HEADS = ("lm_head", "embed_out")
 PLAIN_NAME = re.compile(r"[\w.-]+")

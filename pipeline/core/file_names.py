@@ -8,3 +8,6 @@ FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
 
 INDEX_FILE = "model.safetensors.index.json"
 """Of a full checkpoint in several files of weights."""
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Ends of names; such files are never opened."""
