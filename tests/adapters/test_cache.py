@@ -100,6 +100,49 @@ def test_an_adapter_of_an_object_store_comes_without_its_other_files_and_once(
     assert kept(cache) == [folder.name]
 
 
+def test_what_a_check_refuses_is_fetched_no_further(
+    bucket: str, store_server: StoreServer, downloads: list[str], tmp_path: Path
+) -> None:
+    """It sees all but the weights, and of these the header in a file of their size; what is let through is whole."""
+    weights = (2).to_bytes(8, "little") + b"{}" + bytes(range(256)) * 400
+    seen, refused = list[dict[str, bytes]](), {"a"}
+
+    def check(folder: Path) -> None:
+        seen.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        if refused:
+            raise AdapterError("not this one")
+
+    uri = put(Folder.at(bucket), "a")
+    Folder.at(bucket).write_bytes(f"a/{WEIGHTS_FILE}", weights)
+    with closing(AdapterCache(tmp_path / "cache", check=check)) as cache:
+        store_server.sent.clear()
+        with pytest.raises(AdapterError, match="not this one"):
+            cache.get(uri)
+        assert [size for request, size in store_server.sent if request.startswith("GET") and WEIGHTS_FILE in request] == [8, 2]
+        assert kept(cache) == []
+        refused.clear()
+        assert (cache.get(uri) / WEIGHTS_FILE).read_bytes() == weights
+    assert seen == [{CONFIG_FILE: b"{}", WEIGHTS_FILE: weights[:10] + bytes(len(weights) - 10)}] * 2
+    assert (AdapterCache(tmp_path / "cache", check=check).get(uri) / WEIGHTS_FILE).read_bytes() == weights
+    assert len(seen) == len(downloads) == 2
+
+
+def test_weights_that_change_while_they_are_looked_at_are_not_taken(store: Folder, tmp_path: Path) -> None:
+    """Neither longer nor shorter ones."""
+    uri = put(store, "a", "w" * 100)
+    for size in (50, 150):
+
+        def change(folder: Path, size: int = size) -> None:
+            with (Path(store.path) / "a" / WEIGHTS_FILE).open("r+b") as file:
+                file.truncate(size)
+
+        with closing(AdapterCache(tmp_path / "cache", check=change)) as cache:
+            with pytest.raises(AdapterError, match="it changed meanwhile"):
+                cache.get(uri)
+            assert kept(cache) == []
+        put(store, "a", "w" * 100)
+
+
 def test_a_card_that_is_larger_than_any_is_not_fetched(store: Folder, cache: AdapterCache) -> None:
     uri = put(store, "a")
     store.write_bytes("a/README.md", b"-" * (MAX_CARD_BYTES + 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_server import StoreServer
 
-from pipeline.adapters.pool import list_adapters, pool_state
+from pipeline.adapters.pool import list_adapters, look_at, pool_state
 from pipeline.core.errors import InputError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
@@ -111,6 +111,30 @@ def test_a_pool_differs_once_an_adapter_of_its_list_has_changed(bucket: str, tmp
     before = pool_state(str(file))
     checkpoint.write_text("model.safetensors", "others")
     assert pool_state(str(file)) != before
+
+
+def test_one_look_gives_what_is_asked_of_a_listing(
+    bucket: str, tmp_path: Path, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder, a prefix and a list; each adapter has a state of its own, whatever lies beside or below it."""
+    monkeypatch.setattr("pipeline.adapters.pool.SETTLED", 0)
+    for place in (Folder.at(tmp_path / "pool"), Folder.at(f"{bucket}/pool")):
+        for name in ("a", "b", "a/below"):
+            place.write_text(f"{name}/{CONFIG_FILE}", name)
+    (tmp_path / "pool" / "list.txt").write_text(f"a\n{bucket}/pool/b\norg/none\n")
+    for pool in (str(tmp_path / "pool"), f"{bucket}/pool", str(tmp_path / "pool" / "list.txt")):
+        found = look_at(pool, exclude=["b"])
+        assert found.listing == list_adapters(pool, exclude=["b"])
+        assert found.state == pool_state(pool)
+    states = [one.state for one in found.found]
+    assert [bool(state) for state in states] == [True, True, False]
+    before = {one.adapter_id: one.state for one in look_at(f"{bucket}/pool").found}
+    Folder.at(f"{bucket}/pool").write_text("a/optimizer.state", "no part of an adapter")
+    Folder.at(f"{bucket}/pool").write_text(f"a/below/{WEIGHTS_FILE}", "weights")
+    store_server.requests.clear()
+    after = {one.adapter_id: one.state for one in look_at(f"{bucket}/pool").found}
+    assert [name for name, state in after.items() if before[name] != state] == ["a/below"]
+    assert not [request for request in store_server.requests if CONFIG_FILE in request]
 
 
 @pytest.mark.usefixtures("impatient")
