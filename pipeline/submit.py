@@ -156,7 +156,7 @@ def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any
     if status == JobStatus.STOPPED:
         return {"status": "stopped", "exit_code": 1, "error": "stopped; the same job goes on from here"}
     if status == JobStatus.SUCCEEDED:
-        return {"status": "done", "exit_code": 0, "note": "its log cannot be read; its results are in the folder of its config"}
+        return {"status": "done", "exit_code": 0, "note": "its log does not say what it found; the folder of its config has it"}
     lines = (message or "Ray gives no reason").strip().splitlines()
     reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
     return {"status": "failed", "exit_code": 1, "error": f"wrote no result line: {reason}"}

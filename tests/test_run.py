@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.run import run_search
+from pipeline.run_folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,36 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(row.values()) for row in table.to_pylist())
 
 
+RESULTS = {
+    "pipeline.adapters.index": "catalogue.parquet",
+    "pipeline.data.sample": "samples.parquet",
+    "pipeline.search.search": "leaderboard.parquet",
+    "pipeline.merge.mashup": "selection.json",
+    "pipeline.train.comparison": "comparison.parquet",
+}
+"""Of each stage one, by its module."""
+
+
+@pytest.fixture
+def before_check(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Of each stage that made sure that the run folder is still its own: whether its result was there already."""
+    found, check = dict[str, bool](), Run.check
+
+    def noted(run: Run) -> None:
+        module = sys._getframe(1).f_globals["__name__"]
+        if module in RESULTS:
+            found[module] = run.folder.exists(RESULTS[module])
+        check(run)
+
+    monkeypatch.setattr(Run, "check", noted)
+    return found
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
-def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_page(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], before_check: dict[str, bool]
+) -> None:
     """What happens to it on the way is told in tests/test_disturbed.py."""
     config |= {"merge": {"k": 2, "weights": "learned", "method": "fold"}}
     file, run = run_config(config, tmp_path), tmp_path / "run"
@@ -81,6 +109,7 @@ def test_the_whole_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.C
     told = capsys.readouterr()
     assert told.out.strip().splitlines()[-1] == f"{run}/report.html"
     assert "already done" not in told.err
+    assert before_check == dict.fromkeys(RESULTS, False)
     assert not list(run.rglob("*.partial"))
     stored = pads.dataset([str(file) for file in run.glob("store/*/*.parquet")]).to_table(["adapter_hash", "sample_id"])
     pairs = [tuple(row.values()) for row in stored.to_pylist()]
