@@ -29,7 +29,7 @@ from rich.console import Console, RenderableType
 
 from pipeline.cluster.connect import TOKEN_HINT, require_answer
 from pipeline.config import Config
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, first_line
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked, read_yaml
 from pipeline.core.storage import Folder
@@ -88,7 +88,7 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
         say(f"\nthe job goes on; to follow it: {follow}; to stop it: {stop}")
         return 1
     except LOST as error:
-        raise ConnectionError(f"lost job {number}, which may go on ({_line(error)}); to follow it: {follow}") from error
+        raise ConnectionError(f"lost job {number}, which may go on ({first_line(error)}); to follow it: {follow}") from error
     if "error" in ending:
         say(f"mashup: job {number}: {ending['error']}", style="red")
     else:
@@ -144,7 +144,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         reason = error.message.partition("\n")[0]
         raise InputError(f"{address}: the cluster lets nobody in without its token ({reason}); {TOKEN_HINT}") from error
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"{address}: no Ray job server answers there ({_line(error)}); see --address") from error
+        raise ConnectionError(f"{address}: no Ray job server answers there ({first_line(error)}); see --address") from error
 
 
 def ending_of(log: str, status: JobStatus, message: str | None) -> dict[str, Any]:
@@ -282,7 +282,3 @@ def _result(job: str, ending: Mapping[str, Any]) -> RenderableType:
     except (KeyError, OSError, ValueError):  # a folder of the cluster's, or a bucket that we may not read
         pass
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,7 +31,7 @@ from pipeline.cluster.telemetry import worker_log
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder, without_secret
-from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED
+from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import Shapes, linear_shapes
 
 CHECKS = 1
@@ -97,6 +97,15 @@ def _inspected(left: pa.Table, given: dict[str, Any]) -> Iterable[pa.Table]:
     tasks = ray.data.from_arrow(left).repartition(target_num_rows_per_block=per_task)
     rows = tasks.map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs=given)
     return rows.iter_batches(batch_format="pyarrow", batch_size=None)
+
+
+def donors_of(run: Folder) -> pa.Table:
+    """The valid adapters of a run's pool, schema CATALOGUE.
+
+    Raises:
+        ValueError: the catalogue lacks a column.
+    """
+    return valid_adapters(require(run.read_table("catalogue.parquet"), CATALOGUE, "catalogue.parquet"))
 
 
 def valid_adapters(catalogue: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.adapters.adapter import hash_of
-from pipeline.adapters.catalogue import valid_adapters
+from pipeline.adapters.catalogue import donors_of
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
@@ -97,7 +97,7 @@ def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     more. A mashup that is among today's candidates was scored with them."""
     run.start_ray()
     published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
-    catalogue, drawn = valid_adapters(run.folder.read_table("catalogue.parquet")), run.folder.read_table("samples.parquet")
+    catalogue, drawn = donors_of(run.folder), run.folder.read_table("samples.parquet")
     known, _ = race_holdout(run, engines, published, catalogue, drawn, current["rank"], {})
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
 
