@@ -42,8 +42,7 @@ def run_all(config: Config) -> dict[str, Any]:
 
     Raises:
         InputError: the input is not right; nothing is left behind by the stage that found it.
-        LockTakenError: another process works in the run folder; nothing is changed there.
-        LockLostError: this process slept, or hung, for so long that another one may be at work there.
+        LockTakenError, LockLostError: another process works in the run folder, or may by now, as this one slept or hung.
     """
     engines = Engines(config.search)
     with open_run(config, require_room) as run:
@@ -53,8 +52,7 @@ def run_all(config: Config) -> dict[str, Any]:
             search_and_merge(run, engines)
         compare(run)
         report(run)
-        summary: dict[str, Any] = run.folder.read_json("summary.json")
-        return summary
+        return dict(run.folder.read_json("summary.json"))
 
 
 def search_and_merge(run: Run, engines: Engines) -> None:
@@ -77,10 +75,8 @@ def run_search(config: Config) -> Folder:
 
 
 def plan_run(config: Config) -> dict[str, Any]:
-    """What `run_all` would do and cost, estimated before anything is scored, merged or trained: `plan.json`.
-
-    The index and the samples are made for real, as the estimate needs them, and kept. Where no earlier run measured how fast
-    this cluster is, a short calibration does; its scores are kept, too.
+    """What `run_all` would do and cost, estimated before anything is scored, merged or trained: `plan.json`. The index and the
+    samples are made for real, and kept; so are the scores of a calibration, where no earlier run measured this cluster's speed.
 
     Raises:
         InputError, LockTakenError, LockLostError: as for `run_all`.
@@ -112,15 +108,13 @@ def compare(run: Run) -> None:
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
     """Finetune one arm; as `train_one`."""
     run.needs("merge", "the selection", "mashup merge")
-    shapes = shapes_of(run, donors_of(run.folder))
-    return train_one(run, shapes.trained, init, lr, seed, profile)
+    return train_one(run, shapes_of(run, donors_of(run.folder)).trained, init, lr, seed, profile)
 
 
 def report(run: Run) -> str:
     """Write the page from whatever the run has. Returns where it is."""
     run.progress.stage("report")
-    uri = write_report(run.folder)
-    run.progress.say(uri)
+    run.progress.say(uri := write_report(run.folder))
     return uri
 
 
