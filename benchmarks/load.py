@@ -21,7 +21,6 @@ Any lost or repeated score, failed or unequal run makes the exit code 1.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -86,8 +85,8 @@ def _catalogue(folder: Path, base: str, counts: list[int]) -> dict[str, float]:
     for count in counts:
         place = folder / str(count)
         random_adapters(place / "pool", base, count, rank=2)
-        places.append(_config(place, base, {"pool": str(place / "pool")}))
-    return _grown("index", *(_measured("index", place) for place in places))
+        places.append(write_config(place, base, {"pool": str(place / "pool")}))
+    return _grown("index", *(measured_apart("index", place) for place in places))
 
 
 def _rows(folder: Path, base: str, counts: list[int]) -> dict[str, float]:
@@ -96,8 +95,8 @@ def _rows(folder: Path, base: str, counts: list[int]) -> dict[str, float]:
         place = folder / str(count)
         place.mkdir(parents=True)
         _write_rows(place / "train.jsonl", count)
-        places.append(_config(place, base, {"search": {"samples": 128}}))
-    return _grown("samples", *(_measured("samples", place) for place in places))
+        places.append(write_config(place, base, {"search": {"samples": 128}}))
+    return _grown("samples", *(measured_apart("samples", place) for place in places))
 
 
 def _write_rows(file: Path, count: int) -> None:
@@ -107,7 +106,7 @@ def _write_rows(file: Path, count: int) -> None:
             lines.write(json.dumps({"prompt": f"What are {n} and {other}? ", "completion": str(n + other)}) + "\n")
 
 
-def _config(place: Path, base: str, changes: dict[str, Any]) -> Path:
+def write_config(place: Path, base: str, changes: dict[str, Any]) -> Path:
     """Write the config of a run in the folder `place`, beside its data."""
     content = {
         "run": str(place / "run"),
@@ -120,7 +119,8 @@ def _config(place: Path, base: str, changes: dict[str, Any]) -> Path:
     return file
 
 
-def _measured(stage: str, config: Path) -> dict[str, float]:
+def measured_apart(stage: str, config: Path) -> dict[str, float]:
+    """`measure` in a process of its own."""
     command = [sys.executable, "-c", f"from benchmarks.load import measure; measure({stage!r}, {str(config)!r})"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -139,8 +139,13 @@ def measure(stage: str, config: str) -> None:
     seconds = time.perf_counter() - started
     over.set()
     watch.join()
-    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": round(seconds, 1), "driver_mb": round(driver), "worker_mb": round(largest[0])}))
+    print(json.dumps({"seconds": round(seconds, 1), "driver_mb": round(_peak()), "worker_mb": round(largest[0])}))
+
+
+def _peak() -> float:
+    """The most memory of this process so far, in megabytes. What `resource` says may be that of the process which started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _watch_workers(largest: list[float], over: threading.Event) -> None:
@@ -180,7 +185,7 @@ def _start_search(folder: Path, number: int, base: str, pool: Path, samples: int
     place.mkdir()
     search = {"samples": samples, "engine": "transformers", "budget": 0.5, "store": str(folder / "store")}
     search |= {"actors": 1, "cpus_per_actor": 0.5}  # so many, and not a node's CPUs each: all are to score at the same time
-    config = _config(place, base, {"pool": str(pool), "target": {"train": str(folder / "train.jsonl")}, "search": search})
+    config = write_config(place, base, {"pool": str(pool), "target": {"train": str(folder / "train.jsonl")}, "search": search})
     with (place / "log").open("wb") as log:
         command = [sys.executable, "-m", "jobs.search", str(config)]
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": address})
@@ -190,7 +195,7 @@ def _compare(folder: Path, runs: int, kinds: int) -> dict[str, Any]:
     """What stands in the runs' folders and in the store, set against each other."""
     places = [Folder.at(folder / str(number) / "run") for number in range(runs)]
     values: dict[tuple[str, str], list[float]] = {}
-    for row in pa.concat_tables([pq.read_table(file) for file in (folder / "store").rglob("*.parquet")]).to_pylist():
+    for row in pa.concat_tables([pq.read_table(file) for file in (folder / "store").glob("v*/*.parquet")]).to_pylist():
         values.setdefault((row["adapter_hash"], row["sample_id"]), []).append(row["nll_sum"])
     made = sum(int(run.read_json("stages.json")["search"]["details"]["adapter_samples"]) for run in places)
     checks = [_check(run, values.keys()) for run in places]
