@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.core.storage import Folder
 from pipeline.engines import canary
 from pipeline.engines.canary import Canary, EngineFaultError, make_canary, prove, proven_scorer, short_rows
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.model.base_model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,14 @@ def test_an_engine_that_fails_on_a_plain_adapter_is_at_fault_itself(engine_confi
 
     with pytest.raises(EngineFaultError, match=r"fails on the base or on a plain adapter \(CUDA error: no kernel image\)"):
         prove("vllm", Faulty(engine_config, fail), engine_config, made)
+
+
+def test_the_references_logits_are_float32(tiny_base: str) -> None:
+    """As exact as its hidden states allow: those of the head in bfloat16 are off by a hundred times that."""
+    model, ids = load_model(tiny_base, torch.bfloat16), torch.tensor([[5, 7, 11]])
+    hidden = model.model(ids).last_hidden_state.float()
+    canary.compute_logits_in_float32(model)
+    torch.testing.assert_close(model(ids).logits.float(), hidden @ model.lm_head.weight.float().T, atol=1e-6, rtol=1e-5)
 
 
 def test_rows_are_cut_to_the_end_of_their_completion() -> None:
