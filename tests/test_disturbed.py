@@ -21,6 +21,7 @@ from commands import Cluster, Command, Tables
 from nodes import kill
 from pyarrow import fs
 
+from pipeline.core.ledger import Ledger
 from pipeline.core.storage import Folder
 from pipeline.core.whole_files import PARTIAL
 
@@ -251,8 +252,8 @@ class Runs:
         reached = {line["stage"] for line in lines}
         said = {line["stage"] for line in lines if line["text"] == ALREADY}
         assert self.known & reached <= said, self._told()
-        stages = self.command.run.read_json("stages.json") if self.command.run.exists("stages.json") else {}
-        done = {name for name, record in stages.items() if record["done"] and name in STAGES}
+        records = Ledger(self.command.run, {}).records  # as a command reads it: the file may be the one that was cut
+        done = {name for name, record in records.items() if record["done"] and name in STAGES}
         self.known = done & (self.known | reached)
 
     def _lines(self) -> list[re.Match[str]]:
