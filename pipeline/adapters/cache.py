@@ -4,30 +4,21 @@
     cache.prefetch(["s3://bucket/pool/a", "s3://bucket/pool/b"])  # back at once
     with cache.lease("s3://bucket/pool/a") as folder: ...
 
-All processes of a user on a node share one folder, without a server between them:
-
-    <digest>-<bytes>   a whole adapter; the digest is of its URI and of its files' sizes and times, so that a changed
-                       adapter is another one. Who uses it holds a shared lock on the folder
-    <above>.partial    holds one that is being fetched or removed; who does so holds an exclusive lock on it, and others
-                       who want it wait for that lock. It is never itself the adapter, or they would wait for its users
-
-The locks are the kernel's (flock). They end with their process, however it ends, so there is no guessing by time: what can be
-locked exclusively is in nobody's use. Local adapters are used in place, and those of the Hub are in the Hub's own cache.
+All processes of a user on a node share one folder (`core/node_folder.py`), in which an adapter is <digest>-<bytes>; the digest is
+of its URI and of its files' sizes and times, so that a changed adapter is another one. Local adapters are used in place, and
+those of the Hub are in the Hub's own cache.
 What may pass of S3's errors is tried again by pyarrow (`core/whole_files.READ_ATTEMPTS`).
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-import stat
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -35,13 +26,12 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
-from pipeline.core.errors import InputError
 from pipeline.core.file_names import CARD_FILE, FILES, WEIGHTS_FILE
+from pipeline.core.node_folder import PARTIAL, obtain, private, remove
 from pipeline.core.storage import MAX_HEADER_BYTES, Folder
 from pipeline.core.uploads import PART_BYTES
 
 MAX_CARD_BYTES = 1 << 20
-PARTIAL = ".partial"
 NAMES = "[0-9a-f]" * 32 + "-*"
 
 
@@ -82,7 +72,7 @@ class AdapterCache:
         Raises:
             InputError: the folder cannot be made, or others can write to it.
         """
-        self.folder = _private(folder or Path(tempfile.gettempdir()) / f"mashup-adapters-{os.getuid()}")
+        self.folder = private(folder, "adapters")
         self.max_bytes, self.max_adapter_bytes = max_bytes, max_adapter_bytes
         self.ahead, self.check = ahead, check
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
@@ -154,36 +144,17 @@ class AdapterCache:
         require_size(store.uri, sum(sizes.values()), self.max_adapter_bytes)
         entry = self.folder / _name(store.uri, infos)
         if entry.exists() and not all((entry / name).is_file() for name in sizes):
-            _remove(entry)  # cleaners of temporary folders take single files
-        lock = _lock(entry, fcntl.LOCK_SH)
-        while lock is None:
-            lock = self._fetch(store, sizes, entry)
+            remove(entry)  # cleaners of temporary folders take single files
+        lock = obtain(entry, partial(self._fetch, store, sizes))
         now = time.time_ns()  # the kernel's own idea of it is too coarse to order uses by
         os.utime(entry, ns=(now, now))
         return entry, lock
 
-    def _fetch(self, store: Folder, sizes: dict[str, int], entry: Path) -> int | None:
-        """Fetch an adapter, or wait for who does. Gives a shared lock on it; None where another came between."""
-        partial = entry.with_name(entry.name + PARTIAL)
-        with suppress(FileExistsError):
-            partial.mkdir(mode=0o700)
-        turn = _lock(partial, fcntl.LOCK_EX)
-        if turn is None:
-            return None
-        try:
-            if entry.exists():
-                return _lock(entry, fcntl.LOCK_SH)
-            self._make_room()
-            files = partial / "files"
-            self._download(store, sizes, files)
-            if {file.name: file.stat().st_size for file in files.iterdir()} != sizes:
-                raise FetchError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
-            lock = _lock(files, fcntl.LOCK_SH)
-            files.rename(entry)
-            return lock
-        finally:
-            os.close(turn)
-            _remove(partial)
+    def _fetch(self, store: Folder, sizes: dict[str, int], files: Path) -> None:
+        self._make_room()
+        self._download(store, sizes, files)
+        if {file.name: file.stat().st_size for file in files.iterdir()} != sizes:
+            raise FetchError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
 
     def _download(self, store: Folder, sizes: dict[str, int], target: Path) -> None:
         if self.check is None:
@@ -207,25 +178,13 @@ class AdapterCache:
             size = int(path.name.removesuffix(PARTIAL).rpartition("-")[2])
             with suppress(FileNotFoundError):
                 if path.suffix == PARTIAL:
-                    total += 0 if _remove(path) else size  # fetches under way count in full
+                    total += 0 if remove(path) else size  # fetches under way count in full
                 else:
                     entries.append((path.stat().st_mtime_ns, size, path))
                     total += size
         for _, size, path in sorted(entries):
-            if total > self.max_bytes and _remove(path):
+            if total > self.max_bytes and remove(path):
                 total -= size
-
-
-def _private(folder: Path) -> Path:
-    """Make a folder that only this user can write to; in a shared temporary folder another user may have been first."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise InputError(f"{folder}: adapters cannot be kept here ({error}); set TMPDIR to another folder") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise InputError(f"{folder}: adapters cannot be kept here, as others can write to it; set TMPDIR to another folder")
-    return folder
 
 
 def _infos(store: Folder) -> list[fs.FileInfo]:
@@ -256,31 +215,3 @@ def _is_no_card(info: fs.FileInfo) -> bool:
 def _name(uri: str, infos: list[fs.FileInfo]) -> str:
     state = [uri, *((info.base_name, info.size, info.mtime_ns) for info in infos)]
     return f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}-{sum(info.size for info in infos)}"
-
-
-def _lock(folder: Path, kind: int) -> int | None:
-    """A handle that locks a folder; None where it is gone or, with LOCK_NB, in use."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, kind)
-        if os.path.samestat(os.fstat(handle), folder.stat()):
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(handle)  # it was renamed, removed or made anew while we waited
-    return None
-
-
-def _remove(folder: Path) -> bool:
-    """Remove a folder unless it is in use. It loses its name first, as a process may be killed half-way."""
-    lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if lock is None:
-        return False
-    doomed = folder.with_name(f"{uuid.uuid4().hex}-0{PARTIAL}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.close(lock)
-    return True

@@ -1,0 +1,72 @@
+"""Folders that the processes of a node share: made once, kept while in use, and none that others could have put there."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import InputError
+from pipeline.core.node_folder import obtain, private, remove
+
+
+def writer(made: list[Path]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir()
+        (folder / "file").write_text("x")
+
+    return write
+
+
+def test_a_folder_is_made_once_and_stays_while_somebody_holds_it(tmp_path: Path) -> None:
+    made = list[Path]()
+    one, other = (obtain(tmp_path / "entry", writer(made)) for _ in range(2))
+    assert len(made) == 1
+    assert (tmp_path / "entry/file").read_text() == "x"
+    os.close(one)
+    assert not remove(tmp_path / "entry")
+    os.close(other)
+    assert remove(tmp_path / "entry")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_comes_meanwhile_waits_for_the_first(tmp_path: Path) -> None:
+    begun, go, made, held = threading.Event(), threading.Event(), list[Path](), list[int]()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        go.wait(60)
+        writer(made)(folder)
+
+    threads = [
+        threading.Thread(target=lambda make=make: held.append(obtain(tmp_path / "entry", make))) for make in (slow, writer(made))
+    ]
+    threads[0].start()
+    begun.wait(60)
+    threads[1].start()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert len(held) == 2
+
+
+def test_what_could_not_be_made_is_not_there_and_is_tried_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        obtain(tmp_path / "entry", fail)
+    assert list(tmp_path.iterdir()) == []
+    obtain(tmp_path / "entry", writer([]))
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(InputError, match="rows cannot be kept here, as others can write to it"):
+        private(tmp_path / "open", "rows")
+    assert private(tmp_path / "own", "rows").stat().st_mode & 0o777 == 0o700
