@@ -37,6 +37,7 @@ from pipeline.cluster.connect import connect
 from pipeline.config import Config, build_config
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
+from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 from pipeline.data.splits import take_samples
 from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
@@ -192,7 +193,7 @@ def _row(task: str, config: Config, summary: Row) -> Row:
     overhead, parity = summary["overhead_seconds"]["total"], summary["parity"]
     base_seconds = summary["inits"]["base"]["train_seconds"]
     reached = parity is not None and parity["reached"]
-    n_test = pq.read_metadata(Path(config.run) / "data/test.parquet").num_rows
+    n_test = len(Parts(Folder.at(config.run), "data/test.parquet"))
     ours, base = (inits.get(init, inits["base"])["exact_match"] for init in ("mashup", "base"))
     noise = 2 * (max(ours * (1 - ours) + base * (1 - base), 1 / n_test) / n_test) ** 0.5
     return {

@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ FILE = "stages.json"
 BACKUP = "stages.backup.json"
 BEAT = 2.0
 """Seconds between two writes of the time spent."""
+CHECKED_AT_ONCE = 16
+"""Files of a stage that are looked into side by side."""
 
 
 def digest(*parts: Any) -> str:
@@ -62,7 +65,8 @@ class Ledger:
         record = self.records.get(stage, {})
         if not record.get("done") or (key is not None and record["key"] != key):
             return False
-        return all(map(self._run.is_complete, record.get("files", ())))
+        with ThreadPoolExecutor(CHECKED_AT_ONCE) as threads:  # a table may have hundreds of parts
+            return all(threads.map(self._run.is_complete, record.get("files", ())))
 
     @property
     def running(self) -> str | None:

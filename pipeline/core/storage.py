@@ -297,13 +297,13 @@ class Folder:
         except ValueError as error:
             raise ValueError(f"{self.uri}/{name}: no valid JSON ({error})") from error
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_table(self, name: str, table: pa.Table, row_group_rows: int | None = None) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, row_group_size=row_group_rows)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A Parquet table, or these columns of it."""
+        """A Parquet table, one file or a folder of its parts, or these columns of it."""
         return pq.read_table(self.join(name), columns=columns, filesystem=self.files)
 
     def dataset(self, schema: pa.Schema, whole: bool = False) -> pads.Dataset:

@@ -1,10 +1,16 @@
-"""Target data of any known form -> its rows as JSON text: JSONL, a JSON array, Parquet, or a folder saved by `datasets`."""
+"""Target data of any known form -> its rows as JSON text: JSONL, a JSON array, Parquet, or a folder saved by `datasets`.
+
+JSONL is read by its blocks, ranges of bytes that are cut at line ends, one task each, however large the file; an array is whole.
+"""
 
 import codecs
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
@@ -20,12 +26,27 @@ GZIP = b"\x1f\x8b"
 ARRAY_WITHIN = 1024
 """Bytes at the head of a file in which an array begins."""
 
+BLOCK_BYTES = 16 << 20
+"""Of JSON text that one task reads."""
+
+LINE_END_WITHIN = 1 << 20
+"""Bytes that are read at a time behind a block, for the rest of its last line."""
+
 NOT_UNICODE = ({"role": "assistant", "content": "\udcff"},)
 """Stands for a value of a table that cannot be decoded, so that its row is passed over for that reason."""
 
 
+class Block(NamedTuple):
+    """Of a JSON file the lines that begin from byte `start` to before `stop`. An array is one block, whatever its size."""
+
+    name: str
+    start: int
+    stop: int
+
+
 def read_rows(path: str, role: str) -> ray.data.Dataset:
-    """A column `row` with each row of a data set as JSON text.
+    """A column `row` with each row of a data set as JSON text. Of JSON files also the number of its `block` in `json_blocks`, and
+    every line, blank ones too, so that lines can be counted.
 
     Raises:
         InputError: it is of no known form.
@@ -46,8 +67,10 @@ def read_rows(path: str, role: str) -> ray.data.Dataset:
             otherwise = f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
             raise InputError(unreadable(path) or otherwise) from error
     if path.endswith(LINES):
-        files = ray.data.read_binary_files(folder.path, filesystem=folder.files)
-        return files.map_batches(_from_json, batch_size=1, batch_format="pyarrow")
+        blocks = json_blocks(path)
+        shares = [{"numbers": numbers.tolist()} for numbers in _shared_out(blocks)]
+        tasks = ray.data.from_items(shares, override_num_blocks=len(shares))
+        return tasks.map_batches(partial(_from_json, folder, blocks), batch_size=None, batch_format="pyarrow")
     raise InputError(f"{path}: target.{role} must be .jsonl, .json, .parquet, a folder of .parquet or a folder saved by datasets")
 
 
@@ -70,21 +93,66 @@ def unreadable(path: str) -> str | None:
     return None
 
 
-def first_malformed(path: str) -> str:
-    """Which line, or entry of an array, of a JSON data set is no row, and why."""
-    for file, content in _contents(path):
-        array = _array(content)
-        for number, row in enumerate(content.split(b"\n") if array is None else array, start=1):
-            if row.strip() and (fault := _fault(row)):
-                return f"{file}: {'line' if array is None else 'entry'} {number} {fault}"
-    return f"{path}: a row is not a JSON object"
-
-
-def _contents(path: str) -> Iterator[tuple[str, bytes]]:
-    """What the file at a path is called, and what it holds; or each of those in the folder there."""
+def json_blocks(path: str) -> list[Block]:
+    """The blocks of all files of a JSON data set, in their order."""
     folder = Folder.at(path)
-    for name in _names(folder):
-        yield folder.sub(name).uri if name else path, folder.read_bytes(name)
+    names = _names(folder)
+    found = folder.files.get_file_info([folder.join(name) for name in names])
+    return [block for name, info in zip(names, found, strict=True) for block in _blocks(folder, name, info.size)]
+
+
+def first_malformed(path: str, lines: Mapping[int, int], number: int) -> str:
+    """Which line, or entry of an array, of a block in which there is one is no row, and why.
+
+    Args:
+        lines: how many lines the blocks have, by their numbers.
+        number: of the first block that has such a line.
+    """
+    folder, blocks = Folder.at(path), json_blocks(path)
+    block = blocks[number]
+    before = sum(lines[other] for other in range(number) if blocks[other].name == block.name)
+    file, content = folder.sub(block.name).uri if block.name else path, _read_block(folder, block)
+    array = _array(content) if block.start == 0 else None
+    for place, row in enumerate(content.split(b"\n") if array is None else array, start=before + 1):
+        if row.strip() and (fault := _fault(row)):
+            return f"{file}: {'line' if array is None else 'entry'} {place} {fault}"
+    return f"{file}: a row is not a JSON object"
+
+
+def _blocks(folder: Folder, name: str, size: int) -> list[Block]:
+    if size <= BLOCK_BYTES:
+        return [Block(name, 0, size)]
+    with folder.files.open_input_file(folder.join(name)) as file:
+        cuts = [0, size] if _begins_array(file.read(ARRAY_WITHIN)) else [*range(0, size, BLOCK_BYTES), size]
+    return [Block(name, start, stop) for start, stop in pairwise(cuts)]
+
+
+def _shared_out(blocks: list[Block]) -> list[np.ndarray]:
+    """Numbers of blocks for each task: one of usual size, or several that are small."""
+    ends = np.cumsum([block.stop - block.start for block in blocks])
+    tasks = (ends - 1) // BLOCK_BYTES
+    return np.split(np.arange(len(blocks)), np.flatnonzero(np.diff(tasks)) + 1)
+
+
+def _read_block(folder: Folder, block: Block) -> bytes:
+    """The lines that begin in a block, the last one whole."""
+    with folder.files.open_input_file(folder.join(block.name)) as file:
+        before = max(0, block.start - 1)
+        content = file.read_at(block.stop - before, before)
+        if block.start:  # what comes before the first line end is of a line that began earlier
+            content = content.partition(b"\n")[2]
+        return content + _rest_of_line(file, block.stop) if content and not content.endswith(b"\n") else content
+
+
+def _rest_of_line(file: pa.NativeFile, place: int) -> bytes:
+    pieces: list[bytes] = []
+    while piece := file.read_at(LINE_END_WITHIN, place):
+        line, end, _ = piece.partition(b"\n")
+        pieces.append(line + end)
+        if end:
+            break
+        place += len(piece)
+    return b"".join(pieces)
 
 
 def _names(folder: Folder) -> list[str]:
@@ -163,17 +231,25 @@ def _as_text(value: Any) -> Any:
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else {type(value).__name__: str(value)}
 
 
-def _from_json(batch: pa.Table) -> Iterator[pa.Table]:
-    for content in batch["bytes"].to_pylist():
-        rows = _array(content)
-        if rows is None:  # str.splitlines would also cut at other line separators of Unicode, which JSON may hold
-            rows = [line for line in content.split(b"\n") if line.strip()]
-        yield pa.table({"row": pa.array(rows, pa.binary())})
+def _from_json(folder: Folder, blocks: list[Block], batch: pa.Table) -> pa.Table:
+    return pa.concat_tables([_lines(folder, blocks[number], number) for number in batch["numbers"][0].as_py()])
+
+
+def _lines(folder: Folder, block: Block, number: int) -> pa.Table:
+    content = _read_block(folder, block)
+    rows = _array(content) if block.start == 0 else None
+    if rows is None:  # str.splitlines would also cut at other line separators of Unicode, which JSON may hold
+        rows = content.removesuffix(b"\n").split(b"\n") if content else []
+    return pa.table({"row": pa.array(rows, pa.binary()), "block": np.full(len(rows), number)})
+
+
+def _begins_array(head: bytes) -> bool:
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _array(content: bytes) -> list[bytes] | None:
     """The entries of a file that is one JSON array; None: it is another one."""
-    if not content[:ARRAY_WITHIN].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if not _begins_array(content[:ARRAY_WITHIN]):
         return None
     try:
         return [json.dumps(row).encode() for row in json.loads(content)]

@@ -3,8 +3,7 @@
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES, require
-from pipeline.data.splits import split_of, take_samples, target_paths
+from pipeline.data.splits import draw_samples, split_of, target_paths
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 
@@ -17,16 +16,12 @@ def samples(run: Run) -> None:
     if run.ready("samples", key):
         return
     with run.ledger.perform("samples", key):
-        splits = take_samples(config)
-        run.check()
-        for name, table in splits.training.items():
-            run.folder.write_table(f"data/{name}.parquet", table)
-        sizes = {name: len(table) for name, table in splits.training.items()}
-        drawn = {split: len(split_of(splits.search, split)) for split in ("search", "holdout")}
-        run.folder.write_json("samples.json", drawn | sizes | {"rows": splits.counts})
-        run.folder.write_table("samples.parquet", require(splits.search, SAMPLES, "samples"))
-    run.progress.say(", ".join(f"{count} {name}" for name, count in (drawn | sizes).items()))
-    passed_over = {k: n for counts in splits.counts.values() for k, n in counts.items() if k != "used" and n}
+        drawn = draw_samples(config, run.folder, run.check)
+        sizes = {split: len(split_of(drawn.search, split)) for split in ("search", "holdout")} | drawn.sizes
+        run.folder.write_json("samples.json", sizes | {"rows": drawn.counts})
+        run.folder.write_table("samples.parquet", drawn.search)
+    run.progress.say(", ".join(f"{count} {name}" for name, count in sizes.items()))
+    passed_over = {k: n for counts in drawn.counts.values() for k, n in counts.items() if k != "used" and n}
     if passed_over:
         run.progress.say("passed over: " + ", ".join(f"{count} x {problem}" for problem, count in passed_over.items()))
 

@@ -1,10 +1,13 @@
 """Target data -> tokenised splits: a small sample to search with, and the training splits.
 
-Which rows are drawn depends on their content and the seed alone, not on their order or on how Ray splits the files: each
-row has a place, the hash of seed and content, and the draw takes the lowest places.
+Tasks read and tokenise the files and leave shards; the draw is made of the shards' hashes (`draw.py`), and tasks write what it
+says. What the driver holds are counts, and the sample.
 """
 
+import tempfile
+import uuid
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,22 +16,38 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError, is_transient, one_line
+from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
+from pipeline.data.draw import ROLES, Cut, Draw, Found, Shards
 from pipeline.data.readers import first_malformed, read_rows, unreadable
-from pipeline.data.tokenise import TOKENISED, tokenise_batch
+from pipeline.data.shards import SHARDS, shortened
+from pipeline.data.tokenise import tokenise_shard
 from pipeline.model.base_model import context_length, load_tokenizer
 
-ROLES = ("train", "validation", "test")
 SPLIT_OFF = 0.1
 """Share of the train rows that becomes a validation or test split that was not given."""
 
 LEAST_LEFT = 0.5
 """Share of the train rows that must be in no other split that was given; where fewer are, one file was taken for another."""
 
-
 MAX_PROBLEMS = 10
 """Reasons to pass rows over that are told apart."""
+
+UNORDERED = "tokenised"
+"""Folder of the shards, for as long as they are needed."""
+
+Counts = dict[str, dict[str, int]]
+"""How many rows of a role were used, and how many passed over for which reason."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn of a target: the sample, schema SAMPLES, and how many rows each training split has."""
+
+    search: pa.Table
+    sizes: dict[str, int]
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -37,30 +56,60 @@ class Splits:
 
     search: pa.Table
     training: dict[str, pa.Table]
-    counts: dict[str, dict[str, int]]
+    counts: Counts
 
 
-def take_samples(config: Config) -> Splits:
-    """Read and tokenise a target's data through Ray Data and draw its splits.
+def draw_samples(config: Config, folder: Folder, check: Callable[[], None]) -> Drawn:
+    """Read and tokenise a target's data through Ray and draw its splits. The training splits are left in `data/` of a folder that
+    all nodes see, each a table in parts.
+
+    Args:
+        check: raises where this process may not write the splits any more.
 
     Raises:
         InputError: a file is missing, malformed or empty, or has no usable completion.
     """
+    attempt = f"{UNORDERED}/{uuid.uuid4().hex}"
+    try:
+        drawn = _draw(config, folder.sub(attempt), folder.sub("data"), check)
+    finally:
+        folder.delete(attempt)
+    folder.delete(UNORDERED)  # with what attempts left that were killed
+    return drawn
+
+
+def take_samples(config: Config) -> Splits:
+    """The same of a small target and on one machine, with the splits in memory."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Folder.at(place)
+        drawn = draw_samples(config, folder, lambda: None)
+        return Splits(drawn.search, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
+
+
+def _draw(config: Config, folder: Folder, data: Folder, check: Callable[[], None]) -> Drawn:
     paths = target_paths(config)
-    rows = _tokenised(paths, config)
-    counts = {role: _counted(_of_role(rows, role)["problem"].fill_null("used").to_pylist()) for role in paths}
-    usable = {role: _usable(rows, role, path, counts[role]) for role, path in paths.items()}
-    training = _training_splits(_disjoint(usable, paths, counts), config)
-    return Splits(_search_sample(training["train"], config, counts["train"]), training, counts)
+    shards = Shards(folder, _tokenised(paths, config, folder))
+    counts = {role: _counted(shards.reports, role) for role in paths}
+    for role, path in paths.items():
+        _require_usable(shards.reports, role, path, counts[role])
+    draw = Draw(shards)
+    found = {role: draw.total(role) for role in paths}
+    _count_lost(found, paths, counts)
+    cuts, contents = _cut(draw, found, config)
+    n_search = _sample_size(contents, config)
+    counts["train"]["repeated (trained on, sampled once)"] = cuts["train"].stop - cuts["train"].start - contents
+    draw.write(cuts, data, check)
+    sizes = {role: cuts[role].stop - cuts[role].start for role in ROLES}
+    return Drawn(_search_sample(data, n_search, config), sizes, counts)
 
 
-def _counted(problems: list[str]) -> dict[str, int]:
+def _counted(reports: pa.Table, role: str) -> dict[str, int]:
     """How many rows were used, and how many passed over for which of the reasons that hold for most."""
-    found = Counter(problems)
+    found: Counter[str] = Counter()
+    for problems in _of_role(reports, role)["problems"].to_pylist():
+        found.update(dict(problems))
     kept = {name: found.pop(name) for name in ("used", "malformed") if name in found}
-    common = dict(found.most_common(MAX_PROBLEMS))
-    others = found.total() - sum(common.values())
-    return kept | common | ({"other reasons": others} if others else {})
+    return kept | shortened(found, MAX_PROBLEMS)
 
 
 def target_paths(config: Config) -> dict[str, str]:
@@ -96,104 +145,125 @@ def split_of(table: pa.Table, split: str) -> pa.Table:
     return table.filter(pc.equal(table["split"], split))
 
 
-def _tokenised(paths: dict[str, str], config: Config) -> pa.Table:
-    """All rows of all files. One Ray Data execution reads them side by side."""
+def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Table:
+    """The reports of shards with the usable rows of all files. One Ray Data execution reads them side by side."""
     load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
     longest = min(config.target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
-    options = {"base": config.base, "seed": config.search.seed, "max_tokens": longest}
+    options = {"folder": folder, "base": config.base, "seed": config.search.seed, "max_tokens": longest}
     parts = [
-        read_rows(path, role).map_batches(tokenise_batch, batch_format="pyarrow", fn_kwargs={"role": role, **options})
+        read_rows(path, role).map_batches(
+            tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"role": role, **options}
+        )
         for role, path in paths.items()
     ]
-    rows = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-    batches = rows.iter_batches(batch_format="pyarrow", batch_size=None)
+    shards = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+    reports = shards.iter_batches(batch_format="pyarrow", batch_size=None)
     try:
-        tables = [batch.select(TOKENISED.names).cast(TOKENISED) for batch in batches if batch.num_rows]
+        tables = [report.select(SHARDS.names).cast(SHARDS) for report in reports if report.num_rows]
     except (OSError, pa.ArrowException) as error:
         if harmed := next(filter(None, map(unreadable, paths.values())), None):
             raise InputError(harmed) from error
         raise
-    return pa.concat_tables(tables) if tables else TOKENISED.empty_table()
+    return pa.concat_tables(tables) if tables else SHARDS.empty_table()
 
 
 def _of_role(rows: pa.Table, role: str) -> pa.Table:
     return rows.filter(pc.equal(rows["role"], role))
 
 
-def _usable(rows: pa.Table, role: str, path: str, counts: dict[str, int]) -> pa.Table:
-    """A file's usable rows in the order of their places.
+def _require_usable(reports: pa.Table, role: str, path: str, counts: Mapping[str, int]) -> None:
+    """See to it that a file's rows can be used.
 
     Raises:
         InputError: a line is malformed, or no row can be used.
     """
     if counts.get("malformed"):
-        raise InputError(f"{first_malformed(path)}; each line must be one JSON object, in UTF-8")
+        told = _of_role(reports, role)
+        lines = dict(pair for pairs in told["lines"].to_pylist() for pair in pairs)
+        blocks = [block for malformed in told["malformed"].to_pylist() for block in malformed]
+        where = first_malformed(path, lines, min(blocks)) if blocks else f"{path}: a row is not a JSON object"
+        raise InputError(f"{where}; each line must be one JSON object, in UTF-8")
     if not counts:
         raise InputError(f"{path}: the data set is empty (target.{role})")
-    usable = _of_role(rows, role).filter(pc.is_null(_of_role(rows, role)["problem"]))
-    if not len(usable):
+    if not counts.get("used"):
         reasons = ", ".join(f"{count} x {problem}" for problem, count in counts.items())
         raise InputError(f"{path}: no row can be used ({reasons}); rows need messages, or prompt and completion")
-    return usable.sort_by([("place", "ascending")])
 
 
-def _disjoint(usable: dict[str, pa.Table], paths: dict[str, str], counts: dict[str, dict[str, int]]) -> dict[str, pa.Table]:
-    """The splits that were given, each content in one alone: what is in several stays in test, or else in validation, so that
-    nothing is measured on what was trained on. What they lose is counted.
+def _count_lost(found: Mapping[str, Found], paths: Mapping[str, str], counts: Counts) -> None:
+    """Each content is in one split alone of those that were given: what is in several stays in test, or else in validation, so
+    that nothing is measured on what was trained on. What the others lose is counted.
 
     Raises:
         InputError: too little is left of one.
     """
-    kept: dict[str, pa.Table] = {}
-    for role in [role for role in reversed(ROLES) if role in usable]:
-        rows = usable[role]
-        taken = pa.chunked_array([table["sample_id"].combine_chunks() for table in kept.values()], pa.string())
-        left = rows.filter(pc.invert(pc.is_in(rows["sample_id"], taken.combine_chunks())))
-        if lost := len(rows) - len(left):
-            if len(left) < (LEAST_LEFT * len(rows) if role == "train" else 1):
-                others = " or ".join(f"{paths[other]} (target.{other})" for other in kept)
+    for role in [role for role in reversed(ROLES) if role in found]:
+        usable, kept, _ = found[role]
+        if lost := usable - kept:
+            later = [other for other in reversed(ROLES[ROLES.index(role) + 1 :]) if other in found]
+            if kept < (LEAST_LEFT * usable if role == "train" else 1):
+                others = " or ".join(f"{paths[other]} (target.{other})" for other in later)
                 raise InputError(
-                    f"{paths[role]}: {lost} of {len(rows)} usable rows (target.{role}) are also in {others}; "
+                    f"{paths[role]}: {lost} of {usable} usable rows (target.{role}) are also in {others}; "
                     "give each split rows of its own, or none: validation and test are then split off from train"
                 )
             counts[role]["used"] -= lost
-            counts[role][f"also in {' or '.join(kept)}"] = lost
-        kept[role] = left
-    return kept
+            counts[role][f"also in {' or '.join(later)}"] = lost
 
 
-def _training_splits(usable: dict[str, pa.Table], config: Config) -> dict[str, pa.Table]:
-    """train, validation and test; those not given are split off from train, whose rows they then no longer are in."""
-    target = config.target
-    splits = dict(usable)
+def _cut(draw: Draw, found: Mapping[str, Found], config: Config) -> tuple[dict[str, Cut], int]:
+    """train, validation and test; those not given are split off from train, whose rows they then no longer are in. And how many
+    contents are left in train.
+
+    Raises:
+        InputError: none are.
+    """
+    target, (_, rows, contents) = config.target, found["train"]
     limits = {"validation": target.validation_rows, "test": target.test_rows}
-    absent = [role for role in limits if role not in usable]
-    train = usable["train"]
-    size = max(1, int(len(train) * SPLIT_OFF))
+    cuts = {role: Cut(role, 0, kept) for role, (_, kept, _) in found.items()}
+    absent = [role for role in limits if role not in found]
+    start, before = 0, 0
     for role in absent:
-        splits[role] = train.slice(0, size)
-        # Not slice(size): a content that is there several times stays on one side.
-        train = train.filter(pc.invert(pc.is_in(train["sample_id"], splits[role]["sample_id"].combine_chunks())))
-    if not len(train):
-        rows = pc.count_distinct(usable["train"]["sample_id"]).as_py()
+        cuts[role] = Cut("train", start, min(start + max(1, int(rows * SPLIT_OFF)), rows))
+        # A content that is there several times stays on one side.
+        start, before = draw.whole_contents("train", cuts[role].stop)
+    if start == rows:
         raise InputError(
-            f"{target.train}: {rows} distinct usable rows are too few to split {' and '.join(absent)} off; give more rows"
+            f"{target.train}: {contents} distinct usable rows are too few to split {' and '.join(absent)} off; give more rows"
         )
-    splits["train"] = train
-    return {role: _as_samples(splits[role].slice(0, limits.get(role)), role) for role in ROLES}
+    cuts["train"] = Cut("train", start, rows)
+    limited = {role: Cut(cut.role, cut.start, min(cut.stop, cut.start + limits.get(role, rows))) for role, cut in cuts.items()}
+    return limited, contents - before
 
 
-def _search_sample(train: pa.Table, config: Config, counts: dict[str, int]) -> pa.Table:
-    """The first rows of train in the order of their places, each content once; the last share is the hold-out."""
-    _, first = np.unique(np.array(train["sample_id"]), return_index=True)
-    counts["repeated (trained on, sampled once)"] = len(train) - len(first)
-    drawn = train.take(np.sort(first)[: config.search.samples])
-    holdout = max(1, round(len(drawn) * config.search.holdout))
-    if len(drawn) <= holdout:
-        raise InputError(f"{config.target.train}: {len(drawn)} distinct usable rows are too few to search with; give more rows")
-    split = ["search"] * (len(drawn) - holdout) + ["holdout"] * holdout
-    return drawn.set_column(drawn.column_names.index("split"), "split", pa.array(split))
+def _sample_size(contents: int, config: Config) -> int:
+    """Rows of the sample, which holds each content once.
+
+    Raises:
+        InputError: they are too few.
+    """
+    size = min(contents, config.search.samples)
+    if size <= _holdout(size, config):
+        raise InputError(f"{config.target.train}: {size} distinct usable rows are too few to search with; give more rows")
+    return size
 
 
-def _as_samples(rows: pa.Table, split: str) -> pa.Table:
-    return rows.append_column("split", pa.array([split] * len(rows), pa.string())).select(SAMPLES.names)
+def _holdout(size: int, config: Config) -> int:
+    return max(1, round(size * config.search.holdout))
+
+
+def _search_sample(data: Folder, size: int, config: Config) -> pa.Table:
+    """The first rows of train, each content once; the last share is the hold-out."""
+    drawn: list[pa.Table] = []
+    missing, last = size, ""
+    for rows in Parts(data, "train.parquet").batches(SAMPLES.names):
+        ids = rows["sample_id"].to_numpy().astype(str)
+        _, first = np.unique(ids, return_index=True)
+        fresh = np.sort(first[ids[first] != last])[:missing]
+        drawn.append(rows.take(fresh))
+        missing, last = missing - len(fresh), ids[-1]
+        if not missing:
+            break
+    split = ["search"] * (size - _holdout(size, config)) + ["holdout"] * _holdout(size, config)
+    sample = pa.concat_tables(drawn)
+    return sample.set_column(sample.column_names.index("split"), "split", pa.array(split)).cast(SAMPLES)

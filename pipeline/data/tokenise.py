@@ -8,17 +8,20 @@ completion joined as they are.
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.core.errors import for_display
-from pipeline.core.storage import is_text
+from pipeline.core.storage import Folder, is_text
 from pipeline.core.tables import SAMPLES
+from pipeline.data.shards import Lines, write_shard
 from pipeline.model.base_model import load_tokenizer
 
 STAND_IN = "\ue000\uf8ff\ue000"
@@ -27,6 +30,9 @@ STAND_IN = "\ue000\uf8ff\ue000"
 
 MAX_PROBLEM = 200
 """Characters of a reason to pass a row over."""
+
+AT_ONCE = 1000
+"""Rows that are Python objects at the same time."""
 
 TOKENISED = pa.schema(
     [
@@ -77,6 +83,18 @@ def tokenise_batch(batch: pa.Table, role: str, base: str, seed: int, max_tokens:
     return pa.Table.from_pylist([{"role": role, **row} for row in rows], schema=TOKENISED)
 
 
+def tokenise_shard(batch: pa.Table, folder: Folder, role: str, base: str, seed: int, max_tokens: int) -> pa.Table:
+    """What can be used of some rows, as a shard in `folder`; its report, schema SHARDS.
+
+    Args:
+        batch: as `read_rows` gives them.
+    """
+    written = batch.filter(pa.array(_written(batch), pa.bool_()))
+    starts = range(0, max(1, len(written)), AT_ONCE)
+    found = pa.concat_tables([tokenise_batch(written.slice(start, AT_ONCE), role, base, seed, max_tokens) for start in starts])
+    return write_shard(folder, role, found, _lines(batch, written, found))
+
+
 def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, max_tokens: int) -> dict[str, Any]:
     """Columns of TOKENISED, `role` apart, of a row as JSON text; of one that cannot be used only its `problem`."""
     row = _parse(text)
@@ -90,6 +108,20 @@ def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, ma
     sample_id = hashlib.sha256(content).hexdigest()[:32]
     place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
     return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
+
+
+def _written(batch: pa.Table) -> Iterator[bool]:
+    """Whether each row is no blank line."""
+    for start in range(0, len(batch), AT_ONCE):
+        yield from (bool(row.strip()) for row in batch["row"].slice(start, AT_ONCE).to_pylist())
+
+
+def _lines(batch: pa.Table, written: pa.Table, found: pa.Table) -> Lines:
+    if "block" not in batch.column_names:
+        return Lines({}, [])
+    numbers, counts = np.unique(batch["block"].to_numpy(), return_counts=True)
+    malformed = written["block"].filter(pc.equal(found["problem"], "malformed"))
+    return Lines(dict(zip(numbers.tolist(), counts.tolist(), strict=True)), pc.unique(malformed).to_pylist())
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
