@@ -26,7 +26,7 @@ GZIP = b"\x1f\x8b"
 ARRAY_WITHIN = 1024
 """Bytes at the head of a file in which an array begins."""
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 """Of JSON text that one task reads."""
 
 LINE_END_WITHIN = 1 << 20

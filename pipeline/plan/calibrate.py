@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
+from pipeline.core import tables
 from pipeline.core.ledger import digest
+from pipeline.core.parts import Parts
 from pipeline.data.splits import split_of
 from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
@@ -23,6 +25,7 @@ from pipeline.search.engine_pool import Engines, scoring_kind
 from pipeline.search.race import Indices, make_schedule
 from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm, Lora
+from pipeline.train.batches import row_numbers
 from pipeline.train.ray_train import fit, training_kind
 from pipeline.train.starts import make_jobs, probed_training, shapes_of
 
@@ -67,6 +70,15 @@ def merging_kind(config: Config, named: bool = True) -> str:
     return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search, named)}"
 
 
+def trained_lengths(rows: Parts, train: TrainConfig, seed: int) -> Indices:
+    """Tokens of each training row that an arm of this seed sees; of the others 0."""
+    lengths: Indices = np.zeros(len(rows), np.int64)
+    seen = np.unique(row_numbers(0, train.steps, train.batch_size, len(rows), seed))
+    parts = rows.take(seen, ["input_ids"])
+    lengths[seen] = np.concatenate([lengths_of(part) for part in parts])
+    return lengths
+
+
 def lengths_of(rows: pa.Table) -> Indices:
     """Tokens of each row."""
     lengths: Indices = pc.list_value_length(rows["input_ids"]).to_numpy().astype(np.int64)
@@ -101,7 +113,9 @@ def _train_a_little(run: Run, lora: Lora) -> None:
     run.folder.delete(FOLDER)
     folder = run.folder.sub(FOLDER)
     validation = run.folder.read_table("data/validation.parquet").slice(0, ROWS)
-    folder.write_table("train.parquet", run.folder.read_table("data/train.parquet").slice(0, STEPS * train.batch_size))
+    rows = Parts(run.folder, "data/train.parquet")
+    first = np.arange(min(len(rows), STEPS * train.batch_size))
+    folder.write_table("train.parquet", pa.concat_tables(rows.take(first, tables.SAMPLES.names)))
     folder.write_table("validation.parquet", validation)
     short = train.model_copy(update={"steps": STEPS, "evaluations": EVALUATIONS, "patience": 0})
     (job,) = make_jobs(run, [Arm("base", train.learning_rates[0], train.seeds[0])], lora)

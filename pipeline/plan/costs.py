@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.cluster.resources import Resources
 from pipeline.config import TrainConfig
 from pipeline.search.race import BASE, Indices, Race
-from pipeline.train.batches import batch_places, padded_tokens
+from pipeline.train.batches import padded_tokens, row_numbers
 
 Seconds = float | None
 """None: nobody measured what it takes to say."""
@@ -61,8 +61,8 @@ def arm_tokens(lengths: Indices, train: TrainConfig, seed: int, tokens: int) -> 
         lengths: tokens of each training row.
         tokens: most in one pass.
     """
-    steps = (lengths[batch_places(step, train.batch_size, len(lengths), seed)] for step in range(train.steps))
-    return sum(padded_tokens(batch.tolist(), train.workers, tokens) for batch in steps)
+    steps = lengths[row_numbers(0, train.steps, train.batch_size, len(lengths), seed)].reshape(-1, train.batch_size)
+    return sum(padded_tokens(batch, train.workers, tokens) for batch in steps.tolist())
 
 
 def loads_at_most(race: Race) -> int:

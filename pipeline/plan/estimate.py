@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from pipeline.adapters.catalogue import valid_adapters
 from pipeline.cluster.resources import Resources, live_nodes, may_grow, worker_env
 from pipeline.core.ledger import digest
+from pipeline.core.parts import Parts
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.merge.selection import largest_merge, most_recipes
 from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
-from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind
+from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind, trained_lengths
 from pipeline.plan.costs import (
     Scoring,
     Training,
@@ -145,13 +146,14 @@ def _training(run: Run, merged: bool, valid: pa.Table, rates: dict[str, float]) 
     if merged:
         jobs = make_jobs(run, arms, shapes_of(run, valid).trained)
         arms = [job.arm for job in jobs if not run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}")]
-    rows, validation, test = (lengths_of(run.folder.read_table(f"data/{s}.parquet")) for s in ("train", "validation", "test"))
+    rows = Parts(run.folder, "data/train.parquet")
+    validation, test = (lengths_of(run.folder.read_table(f"data/{split}.parquet")) for split in ("validation", "test"))
     tokens = int(rates.get("tokens_per_pass", pass_tokens(train, gpu=training_resources(train).gpus > 0)))
     tested = len({(arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
         at_once=arms_at_once(train, len(arms)),
-        tokens=float(np.mean([arm_tokens(rows, train, seed, tokens) for seed in train.seeds])),
+        tokens=float(np.mean([arm_tokens(trained_lengths(rows, train, seed), train, seed, tokens) for seed in train.seeds])),
         evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
         test_tokens=int(tested * test.sum()),
     )

@@ -1,11 +1,13 @@
 """What the arms of a comparison are: an init at a learning rate and a seed, and all that training it depends on."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
 
 from pipeline.config import TrainConfig
+from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 
 CURVE_FILE = "curve.json"
@@ -84,8 +86,16 @@ def pass_tokens(train: TrainConfig, gpu: bool) -> int:
     return (8192 if gpu else 1024) if train.tokens_per_pass == "auto" else train.tokens_per_pass
 
 
+def rows_digest(data: Folder, split: str) -> str:
+    """Digest of the rows of a split, in order, however many."""
+    found = hashlib.sha256()
+    for rows in Parts(data, f"{split}.parquet").batches(["sample_id"]):
+        found.update("".join(f"{name}\n" for name in rows["sample_id"].to_pylist()).encode())
+    return found.hexdigest()
+
+
 def row_ids(data: Folder, split: str) -> list[str]:
-    """Digests of the rows of a split, in order."""
+    """Digests of the single rows of a split, in order."""
     ids: list[str] = data.read_table(f"{split}.parquet", ["sample_id"])["sample_id"].to_pylist()
     return ids
 

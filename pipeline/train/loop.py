@@ -21,8 +21,9 @@ from pipeline.core.errors import PassTooLargeError
 from pipeline.model.base_model import device
 from pipeline.model.completion_loss import collate
 from pipeline.train.arm import CURVE_FILE, STATE, Job
-from pipeline.train.batches import Share, halved, make_steps
+from pipeline.train.batches import Share, halved
 from pipeline.train.evaluate import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
+from pipeline.train.feed import StepFeed
 from pipeline.train.passes import choose_tokens
 from pipeline.train.profiler import traced
 from pipeline.train.worker_model import Trainable
@@ -46,8 +47,7 @@ def evaluation_steps(steps: int, evaluations: int) -> list[int]:
 
 
 class Finetuning:
-    """One worker's share of an arm. `feed` gives the steps, by default from the split in memory; `sizes` are those of an attempt
-    that a PassTooLargeError ended."""
+    """One worker's share of an arm. `feed` gives the steps; `sizes` are those of an attempt that a PassTooLargeError ended."""
 
     def __init__(
         self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None, sizes: Sequence[int] = ()
@@ -57,7 +57,7 @@ class Finetuning:
         self.rank, self.workers, self.report = rank, workers, report
         self.sizes = list(sizes)  # padded tokens a pass: what was chosen, then what was taken for want of memory
         self.end = job.last_step or job.train.steps
-        self.feed = feed or _feed_from_memory(job)
+        self.feed = feed or StepFeed(job)
         self.validation = Rows(job.data.read_table("validation.parquet"))
         self.trainable = Trainable(job, workers)
         self.optimizer = torch.optim.AdamW(self.trainable.weights, lr=job.arm.lr, weight_decay=0.0, fused=True)
@@ -65,6 +65,7 @@ class Finetuning:
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(WARMUP * steps), steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.evaluating = 0.0  # seconds; checkpoints apart
+        self.waiting = 0.0  # seconds of steps in which their rows were not there yet
         self.curve: list[dict[str, Any]] = []
         self.diverged_at: int | None = None
         self.startup = time.perf_counter() - started
@@ -86,7 +87,9 @@ class Finetuning:
             self.sizes = [least_over_workers(chosen, self.workers)]
         if not self.curve:
             self._evaluate(train_nll=float("nan"))
+        started = time.perf_counter()
         self.steps = self.feed(self.share, self.step, self.end)
+        self.startup += time.perf_counter() - started  # until the rows are on this node's disk
         with traced(self.job.trace, self.job.profile if self.rank == 0 else None) as tick:
             for stop in [stop for stop in evaluation_steps(self.end, self.job.train.evaluations) if stop > self.step]:
                 if self.diverged_at is not None or self._stalled():
@@ -108,13 +111,16 @@ class Finetuning:
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens, self.seconds = state["progress"]
         self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
-        self.evaluating = outcome["evaluation_seconds"]
+        self.evaluating, self.waiting = outcome["evaluation_seconds"], outcome.get("waiting_seconds", 0.0)
         self.sizes = max(self.sizes, outcome.get("tokens_per_pass", []), key=len)  # an older checkpoint has none
 
     def _advance(self, stop: int, tick: Callable[[], None]) -> Iterator[float]:
         """Train up to `stop`; yields the mean NLL a learned token of each global batch. Ends early where it diverges."""
         while self.step < stop:
-            nll = self._train_step(next(self.steps))
+            started = time.perf_counter()
+            step = next(self.steps)
+            self.waiting += time.perf_counter() - started
+            nll = self._train_step(step)
             if nll is None:
                 continue  # the same step comes again, in smaller passes
             self.step += 1
@@ -202,7 +208,7 @@ class Finetuning:
             weights = {} if self.job.full else trained
             progress = (self.step, self.tokens, self.seconds)
             state = {"optimizer": moments, "weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
-            times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating}
+            times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating, "waiting_seconds": self.waiting}
             sizes = {"tokens_per_pass": list(self.sizes)}
             outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **sizes, **times}
             return partial(self._write, trained, outcome, state)
@@ -229,8 +235,3 @@ def _fitting(tokens: int) -> int:
             "several workers, or a smaller target.max_tokens"
         )
     return tokens
-
-
-def _feed_from_memory(job: Job) -> Feed:
-    rows = job.data.read_table("train.parquet")
-    return lambda share, first, end: make_steps(rows, share, first, end)

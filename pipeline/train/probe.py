@@ -11,16 +11,17 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline.cluster.resources import compute_task
+from pipeline.core.parts import part_names, write_part
 from pipeline.core.storage import Folder
 from pipeline.train.arm import Job
 
 
 def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:
     """The training rows without the held-out ones, and these as what is validated on."""
-    train = data.read_table("train.parquet")
-    target.write_table(
-        "train.parquet", train.filter(pc.invert(pc.is_in(train["sample_id"], holdout["sample_id"].combine_chunks())))
-    )
+    held = holdout["sample_id"].combine_chunks()
+    for number, file in enumerate(part_names(data, "train.parquet")):
+        rows = data.read_table(file)
+        write_part(target, f"train.parquet/{number:05d}.parquet", rows.filter(pc.invert(pc.is_in(rows["sample_id"], held))))
     target.write_table("validation.parquet", holdout)
 
 

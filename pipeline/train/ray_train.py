@@ -26,7 +26,6 @@ from pipeline.core.errors import PassTooLargeError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import COMPARISON
 from pipeline.train.arm import CURVE_FILE, Job
-from pipeline.train.feed import stream_steps
 
 MAX_FAILURES = 2
 HALVINGS = 6
@@ -43,11 +42,12 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     Returns:
         The arm's curve (rows of schema COMPARISON), its best step by validation NLL, the best checkpoint's name in
         `storage`, the padded tokens in a pass (with each smaller size that was taken for want of memory), the seconds that it
-        took to start, that evaluations took and that all of this call took, and the step at which it diverged, if it did.
+        took to start, that evaluations took, that steps waited for their rows and that all of this call took, and the step at
+        which it diverged, if it did.
     """
     # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    given = {"job": job, "rows": ray.put(job.data.read_table("train.parquet")), "storage": storage.sub(job.name)}
+    given = {"job": job, "storage": storage.sub(job.name)}
     kept = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="eval_nll", checkpoint_score_order="min")
     trainer = _trainer(train_loop, given, job, storage, job.name, checkpoint_config=kept, callbacks=list(callbacks))
     started = time.perf_counter()
@@ -85,8 +85,7 @@ def train_loop(config: dict[str, Any]) -> None:
     sizes = storage.read_json(SIZES_FILE) if storage.is_complete(SIZES_FILE) else ()
     context = ray.train.get_context()
     report = _Reports(storage, worker_log("train", job.arm.name))
-    feed = partial(stream_steps, config["rows"])
-    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, feed, sizes)
+    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, sizes=sizes)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))

@@ -15,7 +15,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
-from pipeline.train.arm import Arm, Job, Lora, row_ids
+from pipeline.train.arm import Arm, Job, Lora, rows_digest
 
 AUTO_RANK = 32
 """Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
@@ -65,7 +65,7 @@ def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
 def _rows(run: Run) -> str:
     """Digest of the rows that arms train on and are chosen by, wherever they were read from."""
     data = run.folder.sub("data")
-    return digest(fingerprint(run.config.base), [row_ids(data, split) for split in ("train", "validation")])
+    return digest(fingerprint(run.config.base), [rows_digest(data, split) for split in ("train", "validation")])
 
 
 def probed_training(config: Config) -> dict[str, Any] | None:

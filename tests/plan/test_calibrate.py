@@ -4,12 +4,15 @@ tests/plan/test_estimate.py."""
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config, TargetConfig
+from pipeline.config import Config, TargetConfig, TrainConfig
+from pipeline.core.parts import Parts
 from pipeline.core.tables import CATALOGUE
 from pipeline.plan import calibrate
+from pipeline.plan.costs import arm_tokens
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import scoring_kind
 from pipeline.search.scoring import rates_of
@@ -35,6 +38,14 @@ def test_what_was_measured_on_such_workers_is_not_measured_again(run: Run, monke
     rates_of(run).keep(training_kind(run.config.train), {"tokens_per_second": 1.0})
     calibrate.calibrate(run, catalogue)
     assert measured == ["scoring", "training", "training"]
+
+
+def test_lengths_of_the_rows_that_an_arm_sees_count_its_tokens(run: Run, random_samples: Callable[..., pa.Table]) -> None:
+    rows, train = random_samples(range(4, 84)), TrainConfig(steps=3, batch_size=4)
+    run.folder.write_table("data/train.parquet", rows, row_group_rows=10)
+    found = calibrate.trained_lengths(Parts(run.folder, "data/train.parquet"), train, seed=2)
+    assert np.count_nonzero(found) == 12
+    assert arm_tokens(found, train, 2, tokens=100) == arm_tokens(calibrate.lengths_of(rows), train, 2, tokens=100)
 
 
 def test_of_a_runs_arms_the_median_is_kept(run: Run, random_samples: Callable[..., pa.Table]) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.train.arm import CURVE_FILE, STATE, Job, copy_weights, download_model, keep_best, pass_tokens, row_ids
+from pipeline.train.arm import CURVE_FILE, STATE, Job, copy_weights, download_model, keep_best, pass_tokens, row_ids, rows_digest
 
 
 def test_an_arm_is_named_by_its_start_its_rate_and_its_seed_and_a_job_by_its_key_too(job: Callable[..., Job]) -> None:
@@ -36,6 +38,16 @@ def test_tokens_a_pass_are_those_of_the_config_or_of_the_device() -> None:
 
 def test_rows_are_known_in_their_order(data: Folder) -> None:
     assert row_ids(data, "validation") == [str(number) for number in range(8)]
+
+
+def test_the_digest_of_rows_is_of_their_contents_in_order_and_not_of_their_files(tmp_path: Path) -> None:
+    folder, rows = Folder.at(tmp_path), pa.table({"sample_id": ["a", "b", "c", "d"]})
+    folder.write_table("whole.parquet", rows)
+    for number in range(2):
+        folder.write_table(f"parts.parquet/{number}.parquet", rows.slice(2 * number, 2), row_group_rows=1)
+    folder.write_table("other.parquet", rows.take([0, 2, 1, 3]))
+    whole, parts, other = (rows_digest(folder, name) for name in ("whole", "parts", "other"))
+    assert whole == parts != other
 
 
 def test_of_an_arm_at_its_end_the_best_weights_stay(tmp_path: Path) -> None:

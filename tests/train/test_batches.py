@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.tables import SAMPLES
 from pipeline.model.length_batches import length_batches
-from pipeline.train.batches import STEP, Share, batch_places, halved, make_steps, padded_tokens, share_out
+from pipeline.train.batches import STEP, Share, batch_places, halved, make_steps, padded_tokens, row_numbers, share_out
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
 
@@ -38,6 +38,26 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
+
+
+@given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 9), first=st.integers(0, 20), count=st.integers(0, 20))
+def test_rows_are_those_of_the_epochs_permutations(n_rows: int, batch_size: int, first: int, count: int) -> None:
+    epochs = -(-batch_size * (first + count) // n_rows)
+    order = [place for epoch in range(epochs) for place in np.random.default_rng([5, epoch]).permutation(n_rows).tolist()]
+    expected = order[batch_size * first : batch_size * (first + count)]
+    assert row_numbers(first, first + count, batch_size, n_rows, seed=5).tolist() == expected
+
+
+def test_more_tokens_than_one_array_holds_are_no_matter() -> None:
+    """400 times 26 MB, in memory once."""
+    chunk = pa.table(
+        {"input_ids": [np.arange(n, n + 65_000, dtype=np.int32) for n in range(100)], "learn_mask": [[True] * 3] * 100}
+    )
+    rows = pa.concat_tables([chunk] * 400)
+    steps = list(make_steps(rows, Share(4, seed=0, rank=0, workers=1, tokens=1), 0, 2))
+    seen = [row["ids"][0] for step in steps for batch in step["passes"] for row in batch]
+    places = [batch_places(step, 4, len(rows), 0) for step in (0, 1)]
+    assert sorted(seen) == sorted(place % 100 for step in places for place in step)
 
 
 @given(lengths=LENGTHS, workers=st.integers(1, 5), tokens=st.integers(1, 200))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.core.storage import Folder
@@ -17,6 +18,14 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path, data: Folder) -> None:
     kept = Folder.at(tmp_path).read_table("train.parquet")["sample_id"].to_pylist()
     assert kept == [name for place, name in enumerate(train["sample_id"].to_pylist()) if not 3 <= place < 8]
     assert Folder.at(tmp_path).read_table("validation.parquet").equals(train.slice(3, 5))
+
+
+def test_a_split_in_parts_is_gone_through_part_by_part(tmp_path: Path, data: Folder) -> None:
+    train, parted, target = data.read_table("train.parquet"), Folder.at(tmp_path / "parts"), Folder.at(tmp_path / "probe")
+    for number, start in enumerate(range(0, len(train), 20)):
+        parted.write_table(f"train.parquet/{number}.parquet", train.slice(start, 20))
+    write_probe_data(parted, train.slice(15, 10), target)
+    assert target.read_table("train.parquet").equals(pa.concat_tables([train.slice(0, 15), train.slice(25)]))
 
 
 @pytest.mark.usefixtures("ray_session")
