@@ -128,6 +128,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.recall
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.rows --rows 1000000
 	$(BIN)/python -m benchmarks.simulation
 
 clean:

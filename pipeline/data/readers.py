@@ -190,7 +190,18 @@ def _from_datasets(path: str, role: str) -> ray.data.Dataset:
         loaded = loaded[role]
     if not len(loaded):
         raise InputError(f"{path}: the data set is empty (target.{role})")
-    return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
+    if not Folder.at(path).is_local:  # a copy on this machine alone
+        return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
+    starts = range(0, len(loaded), max(1, len(loaded) * BLOCK_BYTES // max(1, loaded.data.nbytes)))
+    shares = [{"start": start, "stop": min(start + starts.step, len(loaded))} for start in starts]
+    tasks = ray.data.from_items(shares, override_num_blocks=len(shares))
+    return tasks.map_batches(partial(_from_saved, loaded), batch_size=None, batch_format="pyarrow")
+
+
+def _from_saved(saved: Any, batch: pa.Table) -> Iterator[pa.Table]:
+    """Rows of a data set whose files are mapped into memory, by a task that opens them, too."""
+    for share in batch.to_pylist():
+        yield from _as_json(saved.with_format("arrow")[share["start"] : share["stop"]])
 
 
 def _check_names(folder: Folder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 from target_rows import Row, rows
 
 from pipeline.config import Config
@@ -211,3 +212,14 @@ def test_a_run_folder_may_be_in_a_bucket(
     assert drawn.search.equals(expected.search)
     assert folder.read_table("data/train.parquet").equals(expected.training["train"])
     assert not folder.exists("tokenised")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_saved_data_set_is_read_by_several_tasks(
+    tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Dataset.from_list(REPEATED).save_to_disk(tmp_path / "d")
+    monkeypatch.setattr("ray.data.from_huggingface", lambda rows: pytest.fail("all rows were put into the object store"))
+    saved, lines = (take_samples(config_for(path)) for path in (tmp_path / "d", write_jsonl(tmp_path / "t.jsonl", REPEATED)))
+    assert saved.training["train"].equals(lines.training["train"])
+    assert saved.counts == lines.counts
