@@ -89,7 +89,7 @@ def _rows(file: Path, base: str) -> pa.Table:
     tokenizer = load_tokenizer(base)
     found = [tokenise_text(line.encode(), tokenizer, 0, MAX_TOKENS) for line in file.read_text().split("\n") if line.strip()]
     usable = {row["sample_id"]: {**row, "split": "train"} for row in found if "sample_id" in row}
-    return pa.Table.from_pylist(sorted(usable.values(), key=lambda row: row["place"]), schema=SAMPLES)
+    return pa.Table.from_pylist(sorted(usable.values(), key=lambda row: row["draw_key"]), schema=SAMPLES)
 
 
 def _ranked(base: str, adapters: Sequence[Path], sample: pa.Table) -> dict[Path, float]:

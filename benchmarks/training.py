@@ -49,7 +49,7 @@ from pipeline.data.tokenise import tokenise
 from pipeline.model import completion_loss
 from pipeline.model.base_model import device, load_tokenizer
 from pipeline.train.arm import Arm, Job, Lora
-from pipeline.train.batches import batch_places
+from pipeline.train.batches import row_numbers
 from pipeline.train.loop import WARMUP, Finetuning
 from pipeline.train.ray_train import fit
 from pipeline.train.worker_model import Trainable
@@ -159,8 +159,7 @@ def _trainer(job: Job, kind: str, clock: "_Clock") -> Trainer:
 def _in_order(job: Job) -> list[dict[str, Any]]:
     """The rows of all steps, one after the other."""
     rows = job.data.read_table("train.parquet").to_pylist()
-    order = (batch_places(step, job.train.batch_size, len(rows), job.arm.seed) for step in range(job.train.steps))
-    return [rows[place] for places in order for place in places]
+    return [rows[row] for row in row_numbers(0, job.train.steps, job.train.batch_size, len(rows), job.arm.seed)]
 
 
 def _labelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,14 +29,14 @@ class Parts:
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
             sizes = list(threads.map(self._group_sizes, self.files))
         self._starts = np.cumsum([0, *(rows for part in sizes for rows in part)])
-        self._places = [(file, group) for file, part in zip(self.files, sizes, strict=True) for group in range(len(part))]
+        self._groups = [(file, group) for file, part in zip(self.files, sizes, strict=True) for group in range(len(part))]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """All rows, a row group at a time."""
-        yield from self._read(range(len(self._places)), columns)
+        yield from self._read(range(len(self._groups)), columns)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The rows of these numbers, which rise: each row group that holds some is read once."""
@@ -46,7 +46,7 @@ class Parts:
             yield rows.take(pa.array(numbers[first:last] - self._starts[group]))
 
     def _read(self, groups: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
-        for file, some in groupby((self._places[group] for group in groups), key=lambda place: place[0]):
+        for file, some in groupby((self._groups[group] for group in groups), key=lambda group: group[0]):
             with pq.ParquetFile(self._folder.join(file), filesystem=self._folder.files, pre_buffer=True) as part:
                 for _, group in some:
                     yield part.read_row_group(group, columns=list(columns))

@@ -1,8 +1,8 @@
 """The draw: which of a target's rows are in which split, from the hashes in their shards (`shards.py`) alone; and its parts.
 
 Which rows are drawn depends on their content and the seed alone, not on their order or on how the files are split: each row has
-a place, the hash of seed and content, and the draw takes the lowest places. Rows of one content have one place, so that all there
-is to decide of a row is decided within a range of places: tasks take some ranges each, and the driver adds up their counts.
+a draw key, the hash of seed and content, and the draw takes the lowest keys. Rows of one content have one key, so that all there
+is to decide of a row is decided within a range of keys: tasks take some ranges each, and the driver adds up their counts.
 """
 
 import uuid
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A split: of a role's kept rows, in the order of their places, those from `start` to before `stop`."""
+    """A split: of a role's kept rows, in the order of their keys, those from `start` to before `stop`."""
 
     role: str
     start: int
@@ -50,7 +50,7 @@ class Shards:
     reports: pa.Table
 
     def hashes(self, role: str, ranges: tuple[int, int]) -> pa.Table:
-        """Those of the role's rows that no later role has, in some ranges of places."""
+        """Those of the role's rows that no later role has, in some ranges of keys."""
         return self._kept("hashes", role, ranges)
 
     def rows(self, role: str, ranges: tuple[int, int]) -> pa.Table:
@@ -77,7 +77,7 @@ class Shards:
 
 
 class Draw:
-    """The rows of all roles in the order of their places, as counts of rows by ranges."""
+    """The rows of all roles in the order of their keys, as counts of rows by ranges."""
 
     def __init__(self, shards: Shards) -> None:
         width = RANGES // _parts(pc.sum(shards.reports["bytes"]).as_py() or 0)

@@ -101,21 +101,21 @@ def json_blocks(path: str) -> list[Block]:
     return [block for name, info in zip(names, found, strict=True) for block in _blocks(folder, name, info.size)]
 
 
-def first_malformed(path: str, lines: Mapping[int, int], number: int) -> str:
+def first_malformed(path: str, lines: Mapping[int, int], bad: int) -> str:
     """Which line, or entry of an array, of a block in which there is one is no row, and why.
 
     Args:
         lines: how many lines the blocks have, by their numbers.
-        number: of the first block that has such a line.
+        bad: number of the first block that has such a line.
     """
     folder, blocks = Folder.at(path), json_blocks(path)
-    block = blocks[number]
-    before = sum(lines[other] for other in range(number) if blocks[other].name == block.name)
+    block = blocks[bad]
+    before = sum(lines[other] for other in range(bad) if blocks[other].name == block.name)
     file, content = folder.sub(block.name).uri if block.name else path, _read_block(folder, block)
     array = _array(content) if block.start == 0 else None
-    for place, row in enumerate(content.split(b"\n") if array is None else array, start=before + 1):
+    for number, row in enumerate(content.split(b"\n") if array is None else array, start=before + 1):
         if row.strip() and (fault := _fault(row)):
-            return f"{file}: {'line' if array is None else 'entry'} {place} {fault}"
+            return f"{file}: {'line' if array is None else 'entry'} {number} {fault}"
     return f"{file}: a row is not a JSON object"
 
 
@@ -144,14 +144,14 @@ def _read_block(folder: Folder, block: Block) -> bytes:
         return content + _rest_of_line(file, block.stop) if content and not content.endswith(b"\n") else content
 
 
-def _rest_of_line(file: pa.NativeFile, place: int) -> bytes:
+def _rest_of_line(file: pa.NativeFile, at: int) -> bytes:
     pieces: list[bytes] = []
-    while piece := file.read_at(LINE_END_WITHIN, place):
+    while piece := file.read_at(LINE_END_WITHIN, at):
         line, end, _ = piece.partition(b"\n")
         pieces.append(line + end)
         if end:
             break
-        place += len(piece)
+        at += len(piece)
     return b"".join(pieces)
 
 

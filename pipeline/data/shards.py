@@ -1,6 +1,6 @@
-"""What the tasks that tokenise leave for the draw: usable rows in shards, sorted by place, and a report of each.
+"""What the tasks that tokenise leave for the draw: usable rows in shards, sorted by draw key, and a report of each.
 
-A place is a number of 64 bits, and as a hash any is as likely as any other. So all places are cut into RANGES of equal size, and
+A draw key is a number of 64 bits, and as a hash any is as likely as any other. So all draw keys are cut into RANGES of equal size, and
 a shard has its rows in as many pieces: who brings some ranges into order reads their pieces of all shards, and no byte besides.
 The hashes of the rows are written apart, as the draw needs nothing else.
 """
@@ -21,10 +21,10 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 
 RANGES = 512
-"""Of places; as many parts as a split may have."""
+"""Of draw keys; as many parts as a split may have."""
 
 LEAST = np.arange(RANGES, dtype=np.uint64) * np.uint64((1 << 64) // RANGES)
-"""The least place of each range."""
+"""The least draw key of each range."""
 
 READ_AT_ONCE = 8
 """Shards that a task reads side by side."""
@@ -34,9 +34,9 @@ MAX_REASONS = 1000
 
 OTHER_REASONS = "other reasons"
 
-ROWS = pa.schema([("place", pa.uint64()), *(field for field in SAMPLES if field.name != "split")])
-HASHES = pa.schema([ROWS.field("place"), ROWS.field("sample_id")])
-IN_ORDER = [("place", "ascending"), ("sample_id", "ascending")]
+ROWS = pa.schema([("draw_key", pa.uint64()), *(field for field in SAMPLES if field.name != "split")])
+HASHES = pa.schema([ROWS.field("draw_key"), ROWS.field("sample_id")])
+IN_ORDER = [("draw_key", "ascending"), ("sample_id", "ascending")]
 
 SHARDS = pa.schema(
     [
@@ -69,7 +69,7 @@ def write_shard(folder: Folder, role: str, found: pa.Table, lines: Lines) -> pa.
         found: the rows, schema TOKENISED.
     """
     rows = found.filter(pc.is_null(found["problem"])).select(ROWS.names).sort_by(IN_ORDER)
-    bounds = [*np.searchsorted(rows["place"].to_numpy(), LEAST).tolist(), len(rows)]
+    bounds = [*np.searchsorted(rows["draw_key"].to_numpy(), LEAST).tolist(), len(rows)]
     name = uuid.uuid4().hex
     report = {
         "name": name,
@@ -86,7 +86,7 @@ def write_shard(folder: Folder, role: str, found: pa.Table, lines: Lines) -> pa.
 
 
 def read_pieces(folder: Folder, shards: pa.Table, kind: str, first: int, end: int) -> pa.Table:
-    """The rows of some shards whose places are in the ranges from `first` to before `end`, in their order.
+    """The rows of some shards whose draw keys are in the ranges from `first` to before `end`, in their order.
 
     Args:
         kind: `rows`, or `hashes` for those alone.

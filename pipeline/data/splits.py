@@ -80,8 +80,8 @@ def draw_samples(config: Config, folder: Folder, check: Callable[[], None]) -> D
 
 def take_samples(config: Config) -> Splits:
     """The same of a small target and on one machine, with the splits in memory."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Folder.at(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder.at(scratch)
         drawn = draw_samples(config, folder, lambda: None)
         return Splits(drawn.search, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
 
@@ -125,8 +125,8 @@ def target_paths(config: Config) -> dict[str, str]:
             raise InputError(f"{paths[role]}: no such file or folder (target.{role})")
         if not any(size for _, size, _ in folder.state()):
             raise InputError(f"{paths[role]}: the data set is empty, or no file (target.{role})")
-    places = {role: folder.path for role, folder in folders.items() if not folder.exists("dataset_dict.json")}
-    if twice := next((role for role in places if list(places.values()).count(places[role]) > 1), None):
+    single = {role: folder.path for role, folder in folders.items() if not folder.exists("dataset_dict.json")}
+    if twice := next((role for role in single if list(single.values()).count(single[role]) > 1), None):
         raise InputError(f"{paths[twice]}: the same data for two splits (target.{twice}); give each rows of its own")
     return paths
 

@@ -38,7 +38,7 @@ TOKENISED = pa.schema(
     [
         ("role", pa.string()),
         ("problem", pa.string()),
-        ("place", pa.uint64()),
+        ("draw_key", pa.uint64()),
         *(field for field in SAMPLES if field.name != "split"),
     ]
 )
@@ -62,7 +62,7 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens
     inside = [left < end and right > start and right > left for left, right in offsets]
     if not any(inside):
         raise ValueError("empty completion")
-    last = max(place for place, flag in enumerate(inside) if flag)
+    last = max(index for index, flag in enumerate(inside) if flag)
     turn_ends = last + 1 < len(ids)
     if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
         ids, turn_ends = [*ids[: last + 1], tokenizer.eos_token_id], True
@@ -106,8 +106,8 @@ def tokenise_text(text: bytes, tokenizer: PreTrainedTokenizerBase, seed: int, ma
         return {"problem": str(error)}
     content = np.array(tokens["input_ids"], dtype="<i4").tobytes() + np.array(tokens["completion_mask"], dtype="<u1").tobytes()
     sample_id = hashlib.sha256(content).hexdigest()[:32]
-    place = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
-    return {"place": int.from_bytes(place, "little"), "sample_id": sample_id, **tokens}
+    key = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]
+    return {"draw_key": int.from_bytes(key, "little"), "sample_id": sample_id, **tokens}
 
 
 def _written(batch: pa.Table) -> Iterator[bool]:

@@ -47,19 +47,13 @@ def row_numbers(first: int, end: int, batch_size: int, n_rows: int, seed: int) -
     return np.concatenate(parts) if parts else np.array([], np.int32)
 
 
-def batch_places(step: int, batch_size: int, n_rows: int, seed: int) -> list[int]:
-    """Rows of the global batch of a step (counted from 0)."""
-    places: list[int] = row_numbers(step, step + 1, batch_size, n_rows, seed).tolist()
-    return places
-
-
 def share_out(lengths: Sequence[int], workers: int, tokens: int) -> list[list[list[int]]]:
-    """Places of a global batch's rows in passes, for each worker.
+    """Which rows of a global batch, by their index in it, are in which pass, for each worker.
 
     Rows of like length share a pass, so that little is padding and memory is that of one pass. Workers get rows of all
     lengths, and as many passes each, as a collective operation waits for all of them: who runs out has empty ones.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     shares = []
     for rank in range(workers):
         own = longest_first[rank::workers]
@@ -73,21 +67,21 @@ def padded_tokens(lengths: Sequence[int], workers: int, tokens: int) -> int:
     return _padded(lengths, share_out(lengths, workers, tokens))
 
 
-def make_step(batch: pa.Table, number: int, share: Share) -> dict[str, Any]:
+def make_step(rows: pa.Table, number: int, share: Share) -> dict[str, Any]:
     """One worker's share of a step, schema STEP. An empty pass has one row of two tokens of which none is learned.
 
     Args:
-        batch: the rows of the global batch, in its order, with the columns input_ids and learn_mask.
+        rows: those of the global batch, in its order, with the columns input_ids and learn_mask.
     """
-    lengths = pc.list_value_length(batch["input_ids"]).to_pylist()
-    given = [{"ids": row["input_ids"], "learn": row["learn_mask"]} for row in batch.to_pylist()]
+    lengths = pc.list_value_length(rows["input_ids"]).to_pylist()
+    given = [{"ids": row["input_ids"], "learn": row["learn_mask"]} for row in rows.to_pylist()]
     nothing = {"ids": given[0]["ids"][:2], "learn": [False, False]}
     shares = share_out(lengths, share.workers, share.tokens)
     return {
         "number": number,
         "n_learned": sum(sum(row["learn"][1:]) for row in given),  # a row's first token has nothing before it
         "n_padded": _padded(lengths, shares),
-        "passes": [[given[place] for place in places] or [nothing] for places in shares[share.rank]],
+        "passes": [[given[index] for index in batch] or [nothing] for batch in shares[share.rank]],
     }
 
 
@@ -96,15 +90,6 @@ def halved(passes: Sequence[Sequence[dict[str, Any]]]) -> int:
     than one row."""
     sizes = (len(rows) * max(len(row["ids"]) for row in rows) for rows in passes if len(rows) > 1)
     return max(sizes, default=0) // 2
-
-
-def make_steps(rows: pa.Table, share: Share, first: int, end: int) -> Iterator[dict[str, Any]]:
-    """The steps from `first` to before `end`, schema STEP, of a training split in memory."""
-    rows = rows.select(["input_ids", "learn_mask"])
-    numbers = row_numbers(first, end, share.batch_size, len(rows), share.seed).reshape(-1, share.batch_size)
-    for number, places in enumerate(numbers.tolist(), start=first):
-        # Not `take`, which puts the chunks of all rows together: no column may have more than 2^31 tokens then.
-        yield make_step(pa.concat_tables([rows.slice(place, 1) for place in places]), number, share)
 
 
 def _padded(lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]]) -> int:

@@ -37,13 +37,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, places: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with what is learned of them."""
-        return collate([self.ids[p] for p in places], [self.learn[p] for p in places], device())
+        return collate([self.ids[row] for row in rows], [self.learn[row] for row in rows], device())
 
-    def counted(self, places: Sequence[int]) -> Tensor:
+    def counted(self, rows: Sequence[int]) -> Tensor:
         """Which of the tokens that count in `batch` are of the completion; bool, shape (N,)."""
-        pairs = (zip(self.learn[p][1:], self.completion[p][1:], strict=True) for p in places)
+        pairs = (zip(self.learn[row][1:], self.completion[row][1:], strict=True) for row in rows)
         inside = [counts for row in pairs for learned, counts in row if learned]
         return copied_to(device(), torch.tensor(inside, dtype=torch.bool))
 

@@ -58,10 +58,10 @@ class NodeRows:
             data: of the training splits.
             folder: where they are kept; by default one of this user's in the machine's temporary folder.
         """
-        place = node_folder.private(folder, "rows")
-        for left in place.iterdir():  # by processes that were killed
+        shared = node_folder.private(folder, "rows")
+        for left in shared.iterdir():  # by processes that were killed
             node_folder.remove(left)
-        entry = place / digest(data.uri, data.sub("train.parquet").state(), steps, batch_size, seed)
+        entry = shared / digest(data.uri, data.sub("train.parquet").state(), steps, batch_size, seed)
 
         def write(target: Path) -> None:
             table = Parts(data, "train.parquet")
@@ -75,8 +75,8 @@ class NodeRows:
 
     def of_step(self, number: int) -> pa.Table:
         """The rows of a step's global batch, in its order."""
-        places = self._order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
-        batches = (self._file.get_batch(place // BATCH_ROWS).slice(place % BATCH_ROWS, 1) for place in places)
+        rows = self._order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
+        batches = (self._file.get_batch(row // BATCH_ROWS).slice(row % BATCH_ROWS, 1) for row in rows)
         return pa.Table.from_batches(list(batches), COLUMNS)
 
 

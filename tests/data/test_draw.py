@@ -42,7 +42,7 @@ def plainly(config: Config, files: dict[str, list[Row]]) -> Tables:
         found = [tokenise_text(json.dumps(row).encode(), tokenizer, config.search.seed, 1024) for row in files[role]]
         taken = {row["sample_id"] for other in splits.values() for row in other}
         usable = [row for row in found if "problem" not in row and row["sample_id"] not in taken]
-        splits[role] = sorted(usable, key=lambda row: (row["place"], row["sample_id"]))
+        splits[role] = sorted(usable, key=lambda row: (row["draw_key"], row["sample_id"]))
     size = max(1, int(len(splits["train"]) * 0.1))
     for role in [role for role in ("validation", "test") if role not in files]:
         splits[role] = splits["train"][:size]

@@ -23,7 +23,7 @@ from pipeline.plan.costs import (
     training_seconds,
 )
 from pipeline.search.race import Race, make_schedule
-from pipeline.train.batches import batch_places
+from pipeline.train.batches import row_numbers
 
 N_SEARCH, N_HOLDOUT = 24, 8
 S = N_SEARCH + N_HOLDOUT
@@ -114,7 +114,7 @@ def test_arms_train_side_by_side_and_are_tested_at_the_end() -> None:
 def test_the_tokens_of_an_arm_are_those_of_its_batches_padded_by_each_worker() -> None:
     lengths = np.array([5, 9, 2, 7, 3])
     train = TrainConfig(steps=4, batch_size=3, workers=2)
-    batches = [sorted(lengths[batch_places(step, 3, 5, 1)]) for step in range(4)]
+    batches = [sorted(lengths[row_numbers(step, step + 1, 3, 5, 1)]) for step in range(4)]
     assert arm_tokens(lengths, train, seed=1, tokens=100) == sum(2 * batch[2] + batch[1] for batch in batches)
     assert arm_tokens(lengths, train, seed=1, tokens=1) == sum(sum(batch) for batch in batches)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.tables import SAMPLES
 from pipeline.model.length_batches import length_batches
-from pipeline.train.batches import STEP, Share, batch_places, halved, make_steps, padded_tokens, row_numbers, share_out
+from pipeline.train.batches import STEP, Share, halved, make_step, padded_tokens, row_numbers, share_out
 
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=30)
 
@@ -33,37 +33,25 @@ def rows() -> pa.Table:
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
-    places = [place for step in range(6) for place in batch_places(step, batch_size=5, n_rows=10, seed=3)]
-    epochs = [places[:10], places[10:20], places[20:]]
+    numbers = row_numbers(0, 6, batch_size=5, n_rows=10, seed=3).tolist()
+    epochs = [numbers[:10], numbers[10:20], numbers[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert places[:10] != [p for step in range(2) for p in batch_places(step, 5, 10, seed=4)]
+    assert epochs[0] != row_numbers(0, 2, 5, 10, seed=4).tolist()
 
 
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 9), first=st.integers(0, 20), count=st.integers(0, 20))
 def test_rows_are_those_of_the_epochs_permutations(n_rows: int, batch_size: int, first: int, count: int) -> None:
     epochs = -(-batch_size * (first + count) // n_rows)
-    order = [place for epoch in range(epochs) for place in np.random.default_rng([5, epoch]).permutation(n_rows).tolist()]
+    order = [row for epoch in range(epochs) for row in np.random.default_rng([5, epoch]).permutation(n_rows).tolist()]
     expected = order[batch_size * first : batch_size * (first + count)]
     assert row_numbers(first, first + count, batch_size, n_rows, seed=5).tolist() == expected
-
-
-def test_more_tokens_than_one_array_holds_are_no_matter() -> None:
-    """400 times 26 MB, in memory once."""
-    chunk = pa.table(
-        {"input_ids": [np.arange(n, n + 65_000, dtype=np.int32) for n in range(100)], "learn_mask": [[True] * 3] * 100}
-    )
-    rows = pa.concat_tables([chunk] * 400)
-    steps = list(make_steps(rows, Share(4, seed=0, rank=0, workers=1, tokens=1), 0, 2))
-    seen = [row["ids"][0] for step in steps for batch in step["passes"] for row in batch]
-    places = [batch_places(step, 4, len(rows), 0) for step in (0, 1)]
-    assert sorted(seen) == sorted(place % 100 for step in places for place in step)
 
 
 @given(lengths=LENGTHS, workers=st.integers(1, 5), tokens=st.integers(1, 200))
 def test_workers_share_all_rows_in_equally_many_passes(lengths: list[int], workers: int, tokens: int) -> None:
     shares = share_out(lengths, workers, tokens)
-    assert sorted(place for share in shares for batch in share for place in batch) == list(range(len(lengths)))
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1
     assert padded_tokens(lengths, workers, tokens) >= sum(lengths)
     assert padded_tokens(lengths, workers, tokens=1) == sum(lengths)
@@ -85,18 +73,18 @@ def test_halved_passes_make_the_largest_smaller_unless_each_has_one_row(lengths:
 @pytest.mark.parametrize(("workers", "tokens"), [(1, 1000), (3, 40), (6, 40)])
 def test_the_workers_steps_are_the_global_batch(rows: pa.Table, workers: int, tokens: int) -> None:
     shares = [Share(5, seed=1, rank=rank, workers=workers, tokens=tokens) for rank in range(workers)]
-    for number, steps in enumerate(zip(*(make_steps(rows, share, 0, 6) for share in shares), strict=True)):
+    for number in range(6):
+        numbers = row_numbers(number, number + 1, 5, len(rows), seed=1)
+        steps = [make_step(rows.take(numbers), number, share) for share in shares]
         given = [row for step in steps for batch in step["passes"] for row in batch]
         learned = [row["ids"][0] for row in given if any(row["learn"])]
-        assert sorted(learned) == sorted(batch_places(number, 5, len(rows), 1))
+        assert sorted(learned) == sorted(numbers.tolist())
         assert {step["n_learned"] for step in steps} == {10}
         assert {step["number"] for step in steps} == {number}
-        assert pa.Table.from_pylist(list(steps), schema=STEP).to_pylist() == list(steps)
+        assert pa.Table.from_pylist(steps, schema=STEP).to_pylist() == steps
 
 
 def test_going_on_in_the_middle_of_an_epoch_misses_and_repeats_nothing(rows: pa.Table) -> None:
-    share = Share(4, seed=0, rank=0, workers=1, tokens=100)
-    whole = list(make_steps(rows, share, 0, 13))
-    assert [*make_steps(rows, share, 0, 5), *make_steps(rows, share, 5, 13)] == whole
-    seen = [row["ids"][0] for step in whole for batch in step["passes"] for row in batch]
-    assert sorted(seen) == sorted(list(range(13)) * 4)
+    whole = row_numbers(0, 13, 4, len(rows), seed=0).tolist()
+    assert [*row_numbers(0, 5, 4, len(rows), seed=0), *row_numbers(5, 13, 4, len(rows), seed=0)] == whole
+    assert sorted(whole) == sorted(list(range(13)) * 4)

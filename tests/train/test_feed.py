@@ -12,7 +12,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.train import feed
 from pipeline.train.arm import Job
-from pipeline.train.batches import Share, make_steps, row_numbers
+from pipeline.train.batches import Share, make_step, row_numbers
 from pipeline.train.feed import AHEAD, BATCH_ROWS, NodeRows, StepFeed, made_ahead, write_rows
 
 
@@ -41,8 +41,10 @@ def test_the_feed_is_the_steps_in_their_order_from_any_step_on(job: Callable[...
     one = replace(job(steps=41, batch_size=4), data=in_parts(tmp_path / "data", rows, 15))
     share = Share(4, one.arm.seed, rank=1, workers=2, tokens=6)
     steps = StepFeed(one)
-    assert list(steps(share, 5, 41)) == list(make_steps(rows, share, 5, 41))
-    assert list(steps(share, 0, 3)) == list(make_steps(rows, share, 0, 3))
+    for first, end in ((5, 41), (0, 3)):
+        numbers = row_numbers(first, end, 4, len(rows), share.seed).reshape(-1, 4)
+        expected = [make_step(rows.take(some), step, share) for step, some in enumerate(numbers, start=first)]
+        assert list(steps(share, first, end)) == expected
     assert list(steps(share, 41, 41)) == []
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.core.storage import Folder
 from pipeline.model.completion_loss import Batch, collate, score_tokens
 from pipeline.train.arm import CURVE_FILE, STATE, Arm, Job
-from pipeline.train.batches import batch_places
+from pipeline.train.batches import row_numbers
 from pipeline.train.evaluate import Rows, Score, as_metrics, evaluate, evaluate_on_test
 from pipeline.train.loop import Finetuning, Write, evaluation_steps
 
@@ -64,8 +64,8 @@ def test_first_loss_equals_that_of_transformers(job: Callable[..., Job], data: F
     rows = data.read_table("train.parquet")
     model = AutoModelForCausalLM.from_pretrained(job().base)
     total, count = 0.0, 0
-    for place in batch_places(0, 8, len(rows), 0):
-        ids, learn = (torch.tensor([rows[name][place].as_py()]) for name in ("input_ids", "learn_mask"))
+    for row in row_numbers(0, 1, 8, len(rows), 0).tolist():
+        ids, learn = (torch.tensor([rows[name][row].as_py()]) for name in ("input_ids", "learn_mask"))
         labels = ids.masked_fill(~learn, -100)
         total += model(ids, labels=labels).loss.item() * int(learn[:, 1:].sum())
         count += int(learn[:, 1:].sum())
