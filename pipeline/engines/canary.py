@@ -34,7 +34,7 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
 
-ROWS, LENGTH = 4, 64
+ROWS, LENGTH = 4, 32
 """Rows that are scored, and the tokens of each at most: the last ones of its completion and what precedes them."""
 
 RANK = 8
@@ -44,7 +44,7 @@ TOLERANCE = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.15}
 """Nats a token that rounding may change the loss of one row, by the type that the engine computes in."""
 
 EFFECT = 0.5
-"""Nats a token by which the known adapter is to change the loss of a row, up or down, in the mean over the rows."""
+"""Nats a token by which the known adapter is to change the loss of the first row, up or down."""
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
 """Norms of the adapter's delta weights, as shares of the norms of the weights that they change: the first with that effect,
@@ -190,15 +190,15 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
 
 def _with_effect(model: Any, folder: Path, samples: pa.Table, base_S: Losses) -> tuple[float, Losses]:
     """The first strength that has the effect, and the losses at it; PEFT puts the adapter into the model once for all."""
-    adapted = put_on(model, folder).eval()
+    adapted, first = put_on(model, folder).eval(), samples.slice(0, 1)
     try:
         for strength in STRENGTHS:
             for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
                 layer.set_scale(adapted.active_adapter, strength)
-            known_S = _plain_losses(adapted, samples)
-            if np.abs(known_S - base_S).mean() > EFFECT:
+            found = _plain_losses(adapted, first)
+            if abs(found[0] - base_S[0]) > EFFECT:
                 break
-        return strength, known_S
+        return strength, np.concatenate([found, _plain_losses(adapted, samples.slice(1))])
     finally:
         adapted.unload()
 

@@ -146,7 +146,7 @@ def test_rows_are_cut_to_the_end_of_their_completion() -> None:
         }
     )
     long, short = short_rows(rows).to_pylist()
-    assert long["input_ids"] == list(range(56, 120))
+    assert long["input_ids"] == list(range(88, 120))
     assert sum(long["completion_mask"]) == 30
     assert short["input_ids"] == [1, 2, 3]
 
