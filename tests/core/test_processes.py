@@ -24,7 +24,7 @@ def test_one_that_has_ended_is_gone_before_and_after_its_parent_heard_of_it() ->
         about = json.loads(process.stdout.readline())
         assert not is_gone(about)
         process.kill()
-        process.stdout.read()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its files are closed some moments before it has ended
         assert is_gone(about)
         process.wait()
         assert is_gone(about)
