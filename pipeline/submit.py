@@ -14,7 +14,6 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from pipeline.cluster.connect import TOKEN_HINT, require_answer
 from pipeline.config import Config
 from pipeline.core.errors import InputError, first_line
 from pipeline.core.ledger import digest
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.settings import checked, read_yaml
 from pipeline.core.storage import Folder
 from pipeline.refresh.refresh import RefreshConfig
@@ -194,10 +194,10 @@ def _attempt(name: str, number: str | None) -> int:
 
 
 def _send(client: JobSubmissionClient, number: str, command: str, config: Mapping[str, Any]) -> str:
-    with tempfile.TemporaryDirectory(prefix="mashup-submit-") as folder:
-        Path(folder, CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
+    with temporary_folder() as folder:
+        (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
         environment = {
-            "working_dir": folder,
+            "working_dir": str(folder),
             "py_modules": [str(Path(__file__).parents[1] / package) for package in ("pipeline", "jobs")],
             "excludes": ["__pycache__"],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},

@@ -14,8 +14,9 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from pipeline.core.errors import InputError
@@ -42,6 +43,40 @@ def private(folder: Path | None, name: str) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InputError(f"{folder}: {name} cannot be kept here, as others can write to it; set TMPDIR to another folder")
     return folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder. What a process that is killed leaves of its own goes with the next one on this node.
+
+    Raises:
+        InputError: as `private`.
+    """
+    folder, held = _new_temporary_folder()
+    try:
+        yield folder
+    finally:
+        os.close(held)
+        remove(folder)
+
+
+@cache
+def folder_of_process() -> Path:
+    """As `temporary_folder`, but kept until this process has ended."""
+    return _new_temporary_folder()[0]
+
+
+def remove_unused(shared: Path) -> None:
+    """Remove what processes that are gone left in a folder of `private`."""
+    for left in shared.iterdir():
+        remove(left)
+
+
+def _new_temporary_folder() -> tuple[Path, int]:
+    shared = private(None, "temporary")
+    remove_unused(shared)
+    folder = shared / uuid.uuid4().hex
+    return folder, obtain(folder, Path.mkdir)
 
 
 def obtain(entry: Path, make: Callable[[Path], None]) -> int:

@@ -4,7 +4,6 @@ Tasks read and tokenise the files and leave shards; the draw is made of the shar
 says. What the driver holds are counts, and the sample.
 """
 
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError, is_transient, one_line
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
@@ -80,8 +80,8 @@ def draw_samples(config: Config, folder: Folder, check: Callable[[], None]) -> D
 
 def take_samples(config: Config) -> Splits:
     """The same of a small target and on one machine, with the splits in memory."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Folder.at(scratch)
+    with temporary_folder() as scratch:
+        folder = Folder.at(str(scratch))
         drawn = draw_samples(config, folder, lambda: None)
         return Splits(drawn.search, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
 

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from pipeline.adapters.adapter import Adapter, from_factors, put_on, write_adapt
 from pipeline.adapters.low_rank import Factors
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
@@ -90,9 +90,9 @@ def proven_scorer(engine: str, config: EngineConfig, samples: pa.Table, passes: 
     file = f"{digest(about)}.json"
     if passes.is_complete(file):
         return build_scorer(engine, config)
-    with TemporaryDirectory(prefix="mashup-canary-") as scratch:
+    with temporary_folder() as scratch:
         started = time.perf_counter()
-        canary = make_canary(config, short_rows(samples), Path(scratch))
+        canary = make_canary(config, short_rows(samples), scratch)
         made = time.perf_counter()
         scorer = build_scorer(engine, config)
         if canary is not None:

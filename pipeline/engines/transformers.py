@@ -1,13 +1,12 @@
 """The portable scoring engine: transformers and PEFT, one adapter after the other. The oracle of the tests."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 
 from pipeline.adapters.adapter import for_engine, put_on
 from pipeline.core.file_names import WEIGHTS_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.model.base_model import device, fast_dtype, load_model
@@ -37,9 +36,9 @@ class TransformersScorer:
         try:
             with (
                 self.loaded.reading(candidate.folder / WEIGHTS_FILE),
-                TemporaryDirectory(prefix="mashup-plain-") as scratch,
+                temporary_folder() as scratch,
             ):
-                adapted = put_on(self.model, for_engine(candidate.folder, Path(scratch))).eval()
+                adapted = put_on(self.model, for_engine(candidate.folder, scratch)).eval()
         except Exception:
             self._load()  # what PEFT had put into the layers before it failed would be scored with the next one
             raise

@@ -1,6 +1,5 @@
 """Recipes -> adapters on disk. Donors are fetched and read once for all recipes."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from pipeline.adapters.adapter import Adapter, Indexed, hash_of, read_indexed, write_adapter
 from pipeline.core.errors import AdapterError
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.merge.recipes import CPU, Recipe, merge
 from pipeline.model.base_model import device, linear_shapes
@@ -46,8 +46,8 @@ def build(
     shapes, _ = linear_shapes(base)
     built: dict[str, Built] = {}
     refused: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        donors = _read_donors(recipes, indexed, Path(cache))
+    with temporary_folder() as cache:
+        donors = _read_donors(recipes, indexed, cache)
         for name, recipe in recipes.items():
             try:
                 merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, on=on)
@@ -67,10 +67,10 @@ def build_on_device(
 
 def store(adapter: Adapter, target: Folder, name: str) -> str:
     """Write an adapter into the folder `name` under `target`. Returns its adapter_hash."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_adapter(Path(scratch), adapter)
-        target.upload(Path(scratch), name)
-        return hash_of(Path(scratch))
+    with temporary_folder() as scratch:
+        write_adapter(scratch, adapter)
+        target.upload(scratch, name)
+        return hash_of(scratch)
 
 
 def _read_donors(recipes: Mapping[str, Recipe], indexed: Mapping[str, Indexed], cache: Path) -> dict[str, Adapter]:

@@ -1,9 +1,7 @@
 """Starts that a mashup should be better than, made for the comparison alone."""
 
 import random
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -11,6 +9,7 @@ from pipeline.adapters.adapter import read_adapter
 from pipeline.adapters.catalogue import indexed_by_id
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.merge.build import build, store
@@ -74,7 +73,7 @@ def _write_controls(
     if "random_delta" in inits and not n_donors:
         refused["random_delta"] = "there is no mashup whose norm it could have"
     elif "random_delta" in inits:
-        with tempfile.TemporaryDirectory() as cache:
-            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, Path(cache)))
+        with temporary_folder() as cache:
+            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, cache))
         store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
     return refused

@@ -5,8 +5,6 @@ Shapes: K donors, M modules that any of them adapts, in the order of their names
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.adapter import Adapter, Indexed, read_indexed
+from pipeline.core.node_folder import temporary_folder
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import collate, completion_nll
 from pipeline.model.length_batches import length_batches
@@ -116,8 +115,8 @@ def _modules(donors: Sequence[Adapter]) -> list[str]:
 
 def _model_with_donors(base: str, indexed: Sequence[Indexed], dtype: str) -> tuple[Any, Tensor, list[str]]:
     """The frozen base with the donors in equal parts, their weights (M, K), and the modules."""
-    with TemporaryDirectory() as cache:
-        donors = [read_indexed(one, Path(cache)) for one in indexed]
+    with temporary_folder() as cache:
+        donors = [read_indexed(one, cache) for one in indexed]
     model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
     weights_MK = torch.full((len(_modules(donors)), len(donors)), 1 / len(donors), device=device())
     return model, weights_MK, add_donors(model, donors, weights_MK)

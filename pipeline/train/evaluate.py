@@ -1,10 +1,8 @@
 """Validation and test metrics of a causal LM, teacher-forced."""
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +14,7 @@ from torch import Tensor
 from pipeline.adapters.adapter import put_on
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.file_names import CONFIG_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import device, fast_dtype, load_model
 from pipeline.model.completion_loss import Batch, collate, copied_to, score_tokens
@@ -130,8 +129,8 @@ def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoint: Folder) ->
 
 def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
     """A whole model, or the base with an adapter."""
-    with tempfile.TemporaryDirectory() as cache:
+    with temporary_folder() as cache:
         if checkpoint.exists(CONFIG_FILE):
-            return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, Path(cache))).eval())
-        download_model(checkpoint, Path(cache))
-        return load_model(cache, dtype)
+            return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, cache)).eval())
+        download_model(checkpoint, cache)
+        return load_model(str(cache), dtype)

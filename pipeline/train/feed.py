@@ -59,8 +59,7 @@ class NodeRows:
             folder: where they are kept; by default one of this user's in the machine's temporary folder.
         """
         shared = node_folder.private(folder, "rows")
-        for left in shared.iterdir():  # by processes that were killed
-            node_folder.remove(left)
+        node_folder.remove_unused(shared)
         entry = shared / digest(data.uri, data.sub("train.parquet").state(), steps, batch_size, seed)
 
         def write(target: Path) -> None:

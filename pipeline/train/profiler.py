@@ -1,13 +1,12 @@
 """A trace of a few training steps, for chrome://tracing or ui.perfetto.dev."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from torch.profiler import profile, schedule
 
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 
 WARM, STEPS = 1, 3
@@ -29,6 +28,6 @@ def traced(name: str, folder: Folder | None) -> Iterator[Callable[[], None]]:
 
 
 def _store(name: str, folder: Folder, profiler: profile) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        profiler.export_chrome_trace(str(Path(scratch) / name))
-        folder.copy_file(name, Folder.at(scratch))
+    with temporary_folder() as scratch:
+        profiler.export_chrome_trace(str(scratch / name))
+        folder.copy_file(name, Folder.at(str(scratch)))

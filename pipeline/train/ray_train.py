@@ -5,8 +5,8 @@ world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -23,6 +23,7 @@ from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require,
 from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.config import TrainConfig
 from pipeline.core.errors import PassTooLargeError
+from pipeline.core.node_folder import folder_of_process
 from pipeline.core.storage import Folder
 from pipeline.core.tables import COMPARISON
 from pipeline.train.arm import CURVE_FILE, Job
@@ -184,8 +185,9 @@ class _Reports:
             self.written.result()
         given: dict[str, Any] = {}
         if write := snapshot():
-            folder = tempfile.mkdtemp()
-            self.written = self.writer.submit(write, Path(folder))
+            folder = folder_of_process() / uuid.uuid4().hex  # Ray removes it once it is stored
+            folder.mkdir()
+            self.written = self.writer.submit(write, folder)
             upload = partial(_upload, self.storage, self.written)
             given = {"checkpoint": Checkpoint.from_directory(folder), "checkpoint_upload_fn": upload}
         ray.train.report(

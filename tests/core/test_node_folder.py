@@ -1,6 +1,8 @@
 """Folders that the processes of a node share: made once, kept while in use, and none that others could have put there."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import InputError
-from pipeline.core.node_folder import obtain, private, remove
+from pipeline.core.node_folder import obtain, private, remove, temporary_folder
 
 
 def writer(made: list[Path]) -> Callable[[Path], None]:
@@ -70,3 +72,38 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows cannot be kept here, as others can write to it"):
         private(tmp_path / "open", "rows")
     assert private(tmp_path / "own", "rows").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_temporary_folder_goes_with_its_block_and_those_of_killed_processes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = """
+import os, signal
+from pipeline.core.node_folder import folder_of_process, temporary_folder
+(folder_of_process() / "file").touch()
+with temporary_folder() as folder:
+    (folder / "file").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
+    (shared,) = tmp_path.iterdir()
+    assert len(list(shared.glob("*/file"))) == 2
+    with temporary_folder() as folder, temporary_folder() as other:
+        assert sorted(shared.iterdir()) == sorted([folder, other])
+        (folder / "file").touch()
+    assert not list(shared.iterdir())
+
+
+def test_what_a_process_keeps_is_there_until_it_ends(tmp_path: Path) -> None:
+    code = """
+from pipeline.core.node_folder import folder_of_process, temporary_folder
+folder = folder_of_process()
+with temporary_folder():
+    pass
+print(folder.is_dir() and folder == folder_of_process())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n", done.stderr
