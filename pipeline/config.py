@@ -285,7 +285,7 @@ class Config(Section):
     """A whole run."""
 
     run: str = Field(description="folder of the run: a local path or s3://...")
-    base: str = Field(description="base model: Hub id or local folder")
+    base: str = Field(description="base model: Hub id (org/name, org/name@revision), local folder or s3://...")
     pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
     exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
     target: TargetConfig

@@ -15,10 +15,11 @@ Repos = Mapping[str, Mapping[str, bytes]]
 
 
 @contextmanager
-def serve_hub(repos: Repos) -> Iterator[tuple[str, list[str]]]:
-    """Serve repositories; gives the endpoint, and the files that were asked for, as they are."""
+def serve_hub(repos: Repos, refused: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Serve repositories; gives the endpoint, and the files that were asked for, as they are. The first `refused` requests are
+    told to come later."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repos, asked))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repos, asked, refused))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -29,7 +30,9 @@ def serve_hub(repos: Repos) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-def _handler(repos: Repos, asked: list[str]) -> type[BaseHTTPRequestHandler]:
+def _handler(repos: Repos, asked: list[str], refused: int) -> type[BaseHTTPRequestHandler]:
+    left = iter(range(refused))
+
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self._answer()
@@ -41,6 +44,8 @@ def _handler(repos: Repos, asked: list[str]) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(self._answer())
 
         def _answer(self) -> bytes:
+            if next(left, None) is not None:
+                return self._send(429, b"", "text/plain", {})
             parts = urlsplit(self.path).path.strip("/").split("/")
             is_api = parts[0] == "api"
             repo = "/".join(parts[2:4] if is_api else parts[:2])

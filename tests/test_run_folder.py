@@ -30,7 +30,7 @@ with Run.open(sys.argv[1]).locked() as run:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config(run=str(tmp_path), base="org/model", pool="pool", target=TargetConfig(train="train.jsonl"))
+    return Config(run=str(tmp_path), base="/models/base", pool="pool", target=TargetConfig(train="train.jsonl"))
 
 
 def test_a_run_is_opened_by_the_version_that_made_it(config: Config) -> None:
@@ -135,9 +135,15 @@ COMMANDS = {
 def test_a_second_driver_ends_at_once_and_changes_nothing(
     driver: subprocess.Popen[str], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"CONFIG": f"{tmp_path}.yaml", "BASE": "org/model", "POOL": "pool", "TARGET": f"{tmp_path}.jsonl", "RUN": config.run}
+    places = {
+        "CONFIG": f"{tmp_path}.yaml",
+        "BASE": "/models/base",
+        "POOL": "pool",
+        "TARGET": f"{tmp_path}.jsonl",
+        "RUN": config.run,
+    }
     Path(places["TARGET"]).write_text("{}\n")
-    asked = {"run": config.run, "base": "org/model", "pool": "pool", "target": {"train": places["TARGET"]}}
+    asked = {"run": config.run, "base": "/models/base", "pool": "pool", "target": {"train": places["TARGET"]}}
     Path(places["CONFIG"]).write_text(yaml.safe_dump(asked))
     before = files(config.run)
     for command, words in COMMANDS.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
+from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, verdict
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.model.base_model import Shapes
@@ -194,7 +195,7 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=_target_modules(list(deltas), shapes),
-        base_model_name_or_path=base,
+        base_model_name_or_path=name_of(base),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

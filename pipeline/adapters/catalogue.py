@@ -3,7 +3,6 @@
 import hashlib
 import math
 import secrets
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -28,8 +27,10 @@ from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.adapters.validation import check_declared, largest_adapter, read_declared, unknown_fields
 from pipeline.cluster.telemetry import worker_log
+from pipeline.core.base_ref import name_of
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import Shapes, linear_shapes
@@ -204,10 +205,10 @@ class Inspector:
             raise AdapterError("a full checkpoint, and there is no folder to factor it into")
         found = factor_checkpoint(folder, self.base, self.shapes, self.head)
         target, name = Folder.at(self.factored), hashlib.sha256(adapter_id.encode()).hexdigest()[:32]  # an id may hold ../
-        with tempfile.TemporaryDirectory() as scratch:
-            write_adapter(Path(scratch), found.adapter)
-            target.upload(Path(scratch), name)
-            about = _describe(Path(scratch) / WEIGHTS_FILE, found.adapter)
+        with temporary_folder() as scratch:
+            write_adapter(scratch, found.adapter)
+            target.upload(scratch, name)
+            about = _describe(scratch / WEIGHTS_FILE, found.adapter)
         return about | self._looks(found.adapter) | {"uri": target.sub(name).uri, "warning": found.describe()}
 
     def _looks(self, adapter: Adapter) -> dict[str, Any]:
@@ -257,9 +258,9 @@ def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
 def _other_base(adapter: Adapter, base: str) -> str | None:
     """Shapes decide; a base of another name is worth a word, as a local folder seldom bears its Hub id."""
     claimed = adapter.config.base_model_name_or_path
-    if not claimed or Path(claimed).name == Path(base).name:
+    if not claimed or Path(claimed).name == Path(name_of(base)).name:
         return None
-    return f"says that it was trained on {without_secret(claimed)}; its shapes fit {base}"
+    return f"says that it was trained on {without_secret(claimed)}; its shapes fit {name_of(base)}"
 
 
 def _of_newer_peft(fields: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Bring an adapter's files onto this machine: from a local folder, the Hub or an object store."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,6 +9,7 @@ from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationErro
 
 from pipeline.core.errors import AdapterError, InputError, first_line, is_transient
 from pipeline.core.file_names import FILES
+from pipeline.core.hub import HubBusyError, from_hub
 from pipeline.core.storage import Folder
 
 HUB = "hf://"
@@ -75,23 +77,21 @@ def require_size(where: str, size: int, max_bytes: int) -> None:
 
 def _from_hub(repo: str, max_bytes: int) -> Path:
     try:
-        try:
-            files = snapshot_download(repo, allow_patterns=FILES, dry_run=True)
-        except DryRunError as error:
-            return _from_hub_cache(repo, error.__cause__ or error)
-        require_size("the Hub", sum(file.file_size or 0 for file in files), max_bytes)
-        return Path(snapshot_download(repo, allow_patterns=FILES))
+        return from_hub(partial(_ask_hub, repo, max_bytes))
+    except HubBusyError:
+        raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _unreachable(error) from error
+        why = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ else error
+        raise FetchError(f"cannot be fetched from the Hub and is not in its cache ({first_line(why)})") from error
 
 
-def _from_hub_cache(repo: str, why: BaseException) -> Path:
-    """Where the Hub cannot be asked, its cache may have the adapter."""
+def _ask_hub(repo: str, max_bytes: int) -> Path:
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise _unreachable(why) from why
-
-
-def _unreachable(error: BaseException) -> FetchError:
-    return FetchError(f"cannot be fetched from the Hub and is not in its cache ({first_line(error)})")
+        files = snapshot_download(repo, allow_patterns=FILES, dry_run=True)
+    except DryRunError as error:  # where the Hub cannot be asked, its cache may have the adapter
+        try:
+            return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise error from error.__cause__
+    require_size("the Hub", sum(file.file_size or 0 for file in files), max_bytes)
+    return Path(snapshot_download(repo, allow_patterns=FILES))

@@ -24,6 +24,7 @@ from pyarrow import fs
 from pipeline.adapters.fetch import HUB
 from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
 from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, PICKLES, WEIGHTS_FILE
+from pipeline.core.hub import from_hub
 from pipeline.core.ledger import digest
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
@@ -166,7 +167,7 @@ def _look_at_one(uri: str) -> Seen:
     """What is wrong with an adapter is said by the index; what may pass is not taken for a state of it."""
     try:
         if uri.startswith(HUB):  # in whose cache the folder of a file is called by the commit
-            commit = Path(hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE)).parent.name
+            commit = Path(from_hub(lambda: hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE))).parent.name
             return commit, commit
         folder = Folder.at(uri)
         found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))

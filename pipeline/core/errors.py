@@ -2,6 +2,8 @@
 
 import errno
 
+from pipeline.core.hub import HubBusyError
+
 
 class InputError(ValueError):
     """What the user gave cannot be worked with. The command line prints it and exits with code 2."""
@@ -51,6 +53,8 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT)
 def is_transient(error: BaseException) -> bool:
     """Whether an error is of the disk, the network, the object store or credentials that have expired, and not of what was asked:
     the same may work later."""
+    if isinstance(error, HubBusyError):
+        return True
     marks = (*UNREACHABLE, *OVERLOADED, *EXPIRED)
     return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in marks))
 
@@ -74,7 +78,7 @@ def first_line(error: BaseException) -> str:
 
 def unknown_base(base: str, error: BaseException) -> InputError:
     """Of a base model that a library cannot find or read, by the library's `error`."""
-    return InputError(f"{base}: unknown base model; give a local folder or a Hub id within reach ({first_line(error)})")
+    return InputError(f"{base}: unknown base model; give a local folder, a Hub id within reach or s3://... ({first_line(error)})")
 
 
 def one_line(error: BaseException) -> str:

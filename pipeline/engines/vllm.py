@@ -8,7 +8,6 @@ workers of vLLM, which with tensor parallelism are processes that vLLM's own exe
 import ctypes
 import itertools
 import signal
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +17,18 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
 from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from pipeline.adapters.adapter import for_engine
 from pipeline.core.file_names import WEIGHTS_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_prompt_logprobs import START
-from pipeline.model.base_model import context_length, fast_dtype
+from pipeline.model.base_model import context_length, fast_dtype, source, vocabulary
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
@@ -176,8 +175,8 @@ class VllmScorer:
 
     def _load(self, folder: Path) -> Held:
         """Have vLLM read an adapter, before there are requests for it: one that it refuses then leaves nothing behind."""
-        with self.loaded.reading(folder / WEIGHTS_FILE), tempfile.TemporaryDirectory(prefix="mashup-plain-") as scratch:
-            plain = for_engine(folder, Path(scratch))
+        with self.loaded.reading(folder / WEIGHTS_FILE), temporary_folder() as scratch:
+            plain = for_engine(folder, scratch)
             # Not under the adapter's id: an engine serves several races, whose ids may be alike.
             held = Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)
             self._make_room(held.bytes)
@@ -205,9 +204,11 @@ def _end_with_parent(worker: Any) -> None:
 
 
 def _arguments(config: EngineConfig) -> dict[str, Any]:
+    path, revision = source(config.base, weights=True)
     return {
         **({} if current_platform.is_cpu() else _on_gpus(config.base)),
-        "model": config.base,
+        "model": path,
+        "revision": revision,
         "load_format": "safetensors",  # never pickle
         "skip_tokenizer_init": True,  # rows are token ids already
         "dtype": str(fast_dtype(config.dtype)).removeprefix("torch."),
@@ -231,7 +232,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
 def _on_gpus(base: str) -> dict[str, Any]:
     """Logits in float32, as those of bfloat16 have an error of 0.06 nats at 16, and room for them. On CPUs vLLM would copy the
     head's weights for this in each step. Its batch-invariant products know no output of another type than the inputs'."""
-    logits = LOGITS_COPIES * LOGITS_TOKENS * AutoConfig.from_pretrained(base).get_text_config().vocab_size * 4
+    logits = LOGITS_COPIES * LOGITS_TOKENS * vocabulary(base) * 4
     share = MEMORY_SHARE - logits / current_platform.get_device_total_memory()
     head: dict[str, Any] = {} if envs.VLLM_BATCH_INVARIANT else {"hf_overrides": {"head_dtype": "float32"}}
     return {"gpu_memory_utilization": share, **head}

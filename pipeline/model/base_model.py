@@ -14,10 +14,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from pipeline.core import node_folder
+from pipeline.core.base_ref import is_stored, looks_local, name_of, split, state_of
 from pipeline.core.errors import InputError, first_line, one_line, unknown_base
 from pipeline.core.file_names import CONFIG_FILE
+from pipeline.core.hub import HubBusyError, from_hub
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
 
 FIRST_VALUES = 256
+
+DESCRIBING, WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken"), (".safetensors",)
+"""What is fetched of a base in an object store; never pickle."""
 
 Shapes = dict[str, tuple[int, int]]
 """Module path, as in `model.layers.0.self_attn.q_proj` -> (out features, in features)."""
@@ -39,6 +47,11 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
 def count_parameters(base: str) -> int:
     """How many weights the base model has, from its config alone."""
     return sum(weights.numel() for weights in _skeleton(base).parameters())
+
+
+def vocabulary(base: str) -> int:
+    """How many logits the base model gives for each token, by its config."""
+    return int(_from_pretrained(AutoConfig, base).get_text_config().vocab_size)
 
 
 def context_length(base: str) -> int:
@@ -71,9 +84,22 @@ def load_model(base: str, dtype: torch.dtype, on: torch.device | None = None, sh
         shared_out: in place of one device, its layers over all the GPUs of this process.
     """
     device_map = "auto" if shared_out else {"": on or device()}
-    return AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device_map
-    ).eval()
+    settings: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "device_map": device_map}
+    path, revision = source(base, weights=True)
+    model = from_hub(lambda: AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, **settings))
+    model.name_or_path = model.config._name_or_path = name_of(base)  # what others call it goes into adapters' configs
+    return model.eval()
+
+
+def source(base: str, weights: bool) -> tuple[str, str | None]:
+    """What transformers and vLLM load a base by: a local folder or a Hub id, and the revision.
+
+    Args:
+        weights: whether they are to be there; a base of an object store is fetched to this node, once for all processes.
+    """
+    if is_stored(base):
+        return str(_fetched(base, weights)), None
+    return split(base)
 
 
 def weights_folder(base: str) -> Path:
@@ -82,10 +108,11 @@ def weights_folder(base: str) -> Path:
     Raises:
         InputError: the Hub cannot be reached and its cache has no snapshot.
     """
-    if Path(base).is_dir():
-        return Path(base)
+    path, revision = source(base, weights=True)
+    if Path(path).is_dir():
+        return Path(path)
     try:
-        return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(from_hub(lambda: snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({first_line(error)})") from error
 
@@ -94,15 +121,19 @@ def weights_folder(base: str) -> Path:
 def fingerprint(base: str) -> str:
     """What tells one base model from another on any machine; 16 hexadecimal digits.
 
-    Of a Hub id: the commit of its config in the Hub's cache. Of a local folder: its config and, of each tensor, name, type,
-    shape and first values, so that a model of any size is told in a moment.
+    Of a Hub id: the commit of its config in the Hub's cache. Of an object store: its config, and of its files size and time. Of a
+    local folder: its config and, of each tensor, name, type, shape and first values, so that a model of any size is told in a
+    moment.
 
     Raises:
         InputError: the base model is not known.
     """
     config = _from_pretrained(AutoConfig, base)
+    name, version = split(base)
+    if is_stored(base):
+        return _short((_fetched(base, weights=False) / "config.json").read_bytes() + (version or state_of(name)).encode())
     if not Path(base).is_dir():
-        return _short(f"{base} {config._commit_hash}".encode())
+        return _short(f"{name} {config._commit_hash}".encode())
     content = (Path(base) / "config.json").read_bytes()
     files = sorted(Path(base).glob("*.safetensors"))
     if not files:
@@ -145,6 +176,29 @@ def cpu_dtype() -> torch.dtype:
     return torch.bfloat16 if hardware else torch.float32
 
 
+@lru_cache(maxsize=8)
+def _fetched(base: str, weights: bool) -> Path:
+    """A base of an object store on this node's disk, where it stays while this process lives; the next one that fetches another
+    removes it.
+
+    Raises:
+        InputError: there is none, or it is another one by now.
+    """
+    name, version = split(base)
+    store, shared = Folder.at(name), node_folder.private(None, "bases")
+    names = [file for file in store.list_files() if file.endswith((*DESCRIBING, *(WEIGHTS if weights else ())))]
+
+    def fetch(target: Path) -> None:
+        node_folder.remove_unused(shared)
+        store.download(names, target)
+        if (now := state_of(name)) != (version or now):
+            raise InputError(f"{name}: this base model has changed since the run began; run it again")
+
+    folder = shared / digest(name, version or state_of(name), weights)
+    node_folder.obtain(folder, fetch)
+    return folder
+
+
 def _skeleton(base: str) -> Any:
     """The base model without values for its weights."""
     config = _from_pretrained(AutoConfig, base)
@@ -167,14 +221,16 @@ def _cached_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def _from_pretrained(kind: Any, base: str) -> Any:
-    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
-    if looks_local and not Path(base).is_dir():
-        raise InputError(f"{base}: no such folder; 'base' is a local model folder or a Hub id such as org/name")
-    if any(Path(base).glob("pytorch_model*.bin*")) and not any(Path(base).glob("*.safetensors")):
+    if looks_local(base) and not Path(base).is_dir():
+        raise InputError(f"{base}: no such folder; 'base' is a local model folder, a Hub id such as org/name or s3://...")
+    path, revision = source(base, weights=False)
+    if any(Path(path).glob("pytorch_model*.bin*")) and not any(Path(path).glob("*.safetensors")):
         raise InputError(f"{base}: its weights are pickle, which is never opened; save the model as safetensors")
-    if (Path(base) / CONFIG_FILE).exists():  # transformers would put it on the base, and vLLM would not
+    if (Path(path) / CONFIG_FILE).exists():  # transformers would put it on the base, and vLLM would not
         raise InputError(f"{base}: this folder also holds an adapter ({CONFIG_FILE}); give one with the base model alone")
     try:
-        return kind.from_pretrained(base, trust_remote_code=False)
+        return from_hub(lambda: kind.from_pretrained(path, revision=revision, trust_remote_code=False))
+    except HubBusyError:
+        raise
     except Exception as error:  # of whatever kind: transformers trusts these files
         raise unknown_base(base, error) from error

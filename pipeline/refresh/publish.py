@@ -5,9 +5,7 @@ start (`uri` null).
 """
 
 import math
-import tempfile
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +13,8 @@ import pyarrow as pa
 from pipeline.adapters.adapter import hash_of
 from pipeline.adapters.catalogue import donors_of
 from pipeline.adapters.fetch import fetch_adapter
+from pipeline.core.base_ref import name_of
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
@@ -65,7 +65,7 @@ def _describe(run: Run) -> Json:
     return {
         "uri": None,
         "verdict": selection["verdict"],
-        "base": run.config.base,
+        "base": name_of(run.config.base),
         "base_fingerprint": fingerprint(run.config.base),
         "adapter_hash": _hash(run.folder.sub("mashup").uri) if best else None,
         "recipe": best.get("name"),
@@ -113,5 +113,5 @@ def _copy(run: Folder, target: Folder) -> str:
 
 def _hash(uri: str) -> str:
     """The adapter_hash of a merged adapter, as the catalogue has it of donors."""
-    with tempfile.TemporaryDirectory() as cache:
-        return hash_of(fetch_adapter(uri, Path(cache)))
+    with temporary_folder() as cache:
+        return hash_of(fetch_adapter(uri, cache))

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from huggingface_hub import hf_hub_download
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pipeline.adapters.pool import pool_state
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
-from pipeline.core.errors import InputError, one_line, unknown_base
+from pipeline.core.base_ref import pinned
+from pipeline.core.errors import InputError, one_line
 from pipeline.core.ledger import digest
 from pipeline.core.lock import Lock, LockLostError
 from pipeline.core.progress import Progress
@@ -147,13 +147,7 @@ def _data_state(target: TargetConfig) -> list[Any]:
 
 
 def _base_state(base: str) -> list[Any]:
-    """Of a local folder its files; of a Hub id the path of its config in the Hub's cache, which names the commit."""
-    if Path(base).expanduser().is_dir():
-        return Folder.at(base).state()
-    try:
-        return [hf_hub_download(base, "config.json")]
-    except (OSError, ValueError) as error:
-        raise unknown_base(base, error) from error
+    return Folder.at(base).state() if Path(base).expanduser().is_dir() else [pinned(base)]
 
 
 def _renew_all(

@@ -10,6 +10,7 @@ import yaml
 from pipeline import __version__
 from pipeline.adapters.licences import conflicts, front_matter
 from pipeline.config import Config
+from pipeline.core.base_ref import name_of
 from pipeline.report.words import DASH, METHODS, Json, count, nll, percent, signed, single_line
 
 TAGS = ["lora", "mashup-learning", "merge"]
@@ -28,7 +29,7 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
     """
     if selection["verdict"] != "mashup":
         raise ValueError(f"selection.json: the verdict is {selection['verdict']!r}; only a mashup has a model card")
-    base = _base_model(config.base, selection["donors"])
+    base = _base_model(name_of(config.base), selection["donors"])
     licence = front_matter([donor["license"] for donor in selection["donors"]])
     front = {"base_model": base, **licence, "library_name": "peft", "tags": TAGS}
     parts = [

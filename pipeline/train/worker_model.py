@@ -5,7 +5,6 @@ A checkpoint holds whole weights and moments, so that it is the same whatever th
 weights out (FSDP2).
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +28,8 @@ from torch.utils._pytree import tree_map_only
 from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, read_adapter, write_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
+from pipeline.core.base_ref import name_of
+from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
 from pipeline.model.completion_loss import Batch, completion_nll, score_tokens
@@ -148,9 +149,9 @@ class Trainable:
     def save(self, folder: Path, trained: dict[str, Any]) -> None:
         """Write the adapter, or the model, as others read it."""
         if self.start:
-            with tempfile.TemporaryDirectory() as fresh:
+            with temporary_folder() as fresh:
                 self.model.save_pretrained(fresh, state_dict=trained)
-                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(Path(fresh))))
+                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(fresh)))
             return
         self.model.save_pretrained(str(folder), state_dict=trained)
         if self.job.full:
@@ -161,9 +162,9 @@ def trained(job: Job, checkpoint: Folder, workers: int) -> Trainable:
     """What an arm left at `checkpoint`, spread over the workers as it was in training; `job` is that of any arm."""
     if not job.full:
         return Trainable(replace(job, arm=replace(job.arm, init="trained"), start=checkpoint, folded=False), workers)
-    with tempfile.TemporaryDirectory() as local:
-        download_model(checkpoint, Path(local))
-        return Trainable(replace(job, arm=replace(job.arm, init="base"), base=local), workers)
+    with temporary_folder() as local:
+        download_model(checkpoint, local)
+        return Trainable(replace(job, arm=replace(job.arm, init="base"), base=str(local)), workers)
 
 
 @contextmanager
@@ -206,8 +207,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 @contextmanager
 def _start(job: Job) -> Iterator[Path | None]:
     """The local folder of the adapter to start from; None: from the base."""
-    with tempfile.TemporaryDirectory() as cache:
-        yield None if job.arm.init == "base" else fetch_adapter(job.start.uri, Path(cache))
+    with temporary_folder() as cache:
+        yield None if job.arm.init == "base" else fetch_adapter(job.start.uri, cache)
 
 
 def _build(job: Job, start: Path | None) -> Any:
@@ -224,7 +225,7 @@ def _build(job: Job, start: Path | None) -> Any:
         r=job.lora.rank,
         lora_alpha=job.lora.alpha,
         target_modules=list(job.lora.target_modules),
-        base_model_name_or_path=job.base,
+        base_model_name_or_path=name_of(job.base),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, fresh)

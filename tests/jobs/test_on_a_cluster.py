@@ -1,6 +1,6 @@
 """Jobs on a cluster of three nodes that asks for a token: sent by `mashup submit` and by Ray's own command, refused, stopped,
-taken up again, and what is left when the head is lost. All data are in an object store; nodes share nothing but the base model's
-folder, and each has room for one of two training workers.
+taken up again, and what is left when the head is lost. All is in an object store, the base model, too, and nothing of it on what
+the nodes share; each has room for one of two training workers.
 """
 
 import json
@@ -72,10 +72,11 @@ def world(
     Folder.at("s3://cluster?allow_bucket_creation=true").create()
     bucket = Folder.at("s3://cluster")
     bucket.upload(folder / "pool", "pool")
+    bucket.upload(Path(tiny_base), "base")
     bucket.write_bytes("train.jsonl", (folder / "train.jsonl").read_bytes())
     config = {
         "run": "s3://cluster/whole",
-        "base": tiny_base,
+        "base": "s3://cluster/base",
         "pool": "s3://cluster/pool",
         "target": {"train": "s3://cluster/train.jsonl"},
         "search": {"samples": 24, "engine": "transformers", "cpus_per_actor": 1},

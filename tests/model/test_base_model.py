@@ -1,8 +1,12 @@
 """The base model: its linear layers from the config alone, its tokenizer, and messages for a wrong one."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
 from pipeline.model import base_model
 from pipeline.model.base_model import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
 
@@ -24,6 +30,51 @@ def test_shapes_are_those_of_the_loaded_model(base: str, request: pytest.Fixture
     assert shapes == expected
     assert head == "lm_head"
     assert count_parameters(folder) == sum(weights.numel() for weights in model.parameters())
+
+
+@pytest.fixture
+def stored_base(tiny_base: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The base in an object store, among other files, and a disk of one's own for what is fetched."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = Folder.at(bucket)
+    store.upload(Path(tiny_base), "base")
+    store.write_bytes("base/training_args.bin", b"pickle")
+    return pinned(f"{bucket}/base")
+
+
+def fetched(disk: Path) -> list[list[str]]:
+    """What lies of bases on a disk."""
+    return sorted(sorted(file.name for file in folder.iterdir()) for folder in disk.glob("mashup-bases-*/*"))
+
+
+def test_a_base_of_an_object_store_is_the_local_one_and_fetched_once(stored_base: str, tiny_base: str, tmp_path: Path) -> None:
+    assert linear_shapes(stored_base) == linear_shapes(tiny_base)
+    assert load_tokenizer(stored_base).get_vocab() == load_tokenizer(tiny_base).get_vocab()
+    (described,) = fetched(tmp_path)
+    assert "config.json" in described
+    assert not [name for name in described if name.endswith((".safetensors", ".bin"))]
+    ids = torch.tensor([[5, 6, 7]])
+    model, local = (load_model(base, torch.float32) for base in (stored_base, tiny_base))
+    assert torch.equal(model(ids).logits, local(ids).logits)
+    assert model.name_or_path == stored_base.partition("@")[0]
+    found = fetched(tmp_path)
+    assert sum("model.safetensors" in names for names in found) == 1
+    for folder in tmp_path.glob("mashup-bases-*/*"):
+        (folder / "mark").touch()
+    code = f"from pipeline.model.base_model import weights_folder; print((weights_folder({stored_base!r}) / 'mark').exists())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_base_of_an_object_store_that_changes_during_a_run_is_refused(stored_base: str) -> None:
+    first = fingerprint(stored_base)
+    name = stored_base.partition("@")[0]
+    Folder.at(name).write_text("generation_config.json", "{}")
+    assert fingerprint(pinned(name)) != first
+    with pytest.raises(InputError, match="has changed since the run began"):
+        load_model(stored_base, torch.float32)
 
 
 @pytest.mark.parametrize("base", ["/no/such/folder", "./nothing-here", "org/name/more"])
@@ -60,6 +111,8 @@ def test_weights_are_read_straight_to_where_they_go(tiny_base: str, monkeypatch:
     given: list[Any] = []
 
     class Model:
+        config = SimpleNamespace()
+
         def eval(self) -> "Model":
             return self
 

@@ -132,8 +132,8 @@ def test_settings_are_looked_at_too(content: dict[str, Any]) -> None:
 
 
 def test_an_unknown_base_is_said(content: dict[str, Any]) -> None:
-    for base in ("/no/such/folder", "nobody/nothing"):
-        with pytest.raises(InputError, match=f"{base}: unknown base model"):
+    for base, why in {"/no/such/folder": "no such folder", "nobody/nothing": "unknown base model"}.items():
+        with pytest.raises(InputError, match=f"{base}: {why}"):
             refresh(RefreshConfig.model_validate(content | {"base": base}))
 
 

@@ -1,0 +1,57 @@
+"""The Hugging Face Hub: what is asked of it again where it does not answer, and which errors say nothing of what was asked."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PAUSES = (1, 2, 4, 8, 16, 32)
+"""Seconds between two requests, beside those that the Hub's own library leaves."""
+
+BUSY = (408, 429)
+"""HTTP statuses, beside those of 500 and above."""
+
+
+class HubBusyError(OSError):
+    """The Hub does not answer, or limits the rate of requests. It may answer later."""
+
+
+def from_hub(ask: Callable[[], T]) -> T:
+    """What a request of the Hub gives, which is made again for a minute where it may pass what is in the way.
+
+    Raises:
+        HubBusyError: the Hub does not answer.
+        Exception: as `ask`, where the Hub has answered, or is not to be asked.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return ask()
+        except Exception as error:  # of whatever kind: transformers and the Hub's library wrap what others raise
+            if not is_busy(error):
+                raise
+            if pause is None:
+                reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+                way_out = "the same command goes on later; HF_HUB_OFFLINE=1 takes what is in the Hub's cache"
+                raise HubBusyError(f"the Hub does not answer, or limits requests ({reason[0]}); {way_out}") from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether an error came of a Hub that cannot be reached, fails or limits requests: by the names that the Hub's library and
+    its HTTP client have for such errors, under whatever others they lie."""
+    for one in _causes(error):
+        names = {kind.__name__ for kind in type(one).__mro__}
+        if "OfflineModeIsEnabled" in names:
+            return False
+        status = getattr(getattr(one, "response", None), "status_code", 0)
+        if "TransportError" in names or status in BUSY or status >= 500:
+            return True
+    return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
