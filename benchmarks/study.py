@@ -148,7 +148,7 @@ def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
         key = digest(config.base, config.train.model_dump(), shape)[:8]
         arms = [Arm("base", rate, seed) for rate in config.train.learning_rates]
         jobs = [Job(arm, config.base, shape, config.train, place.sub("data"), place, key) for arm in arms]
-        outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True))
+        outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True), place.uri)
         best = min(outcomes, key=lambda outcome: min(point["eval_nll"] for point in outcome["curve"]))
         copy_weights(place.sub("train", *best["checkpoint"].split("/")), donor)
         donor.write_json(TRAINING_FILE, {"task": task, "lr": best["lr"], "seed": seed, "best_step": best["best_step"]})

@@ -30,7 +30,7 @@ from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.data.tokenise import tokenise
 from pipeline.model.base_model import fast_dtype, load_model, load_tokenizer
 from pipeline.model.completion_loss import completion_nll, score_tokens
-from pipeline.train.batches import batch_places
+from pipeline.train.batches import row_numbers
 from pipeline.train.evaluate import Rows, as_metrics, evaluate
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -135,7 +135,7 @@ def _finetune(model: PeftModel, rows: Rows, recipe: Recipe) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP * recipe.steps), recipe.steps)
     model.train()
     for step in range(recipe.steps):
-        batch = rows.batch(batch_places(step, BATCH_ROWS, len(rows), recipe.seed))
+        batch = rows.batch(row_numbers(step, step + 1, BATCH_ROWS, len(rows), recipe.seed).tolist())
         loss = completion_nll(model.get_base_model(), batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

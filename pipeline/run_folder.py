@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,8 +13,10 @@ from pyarrow import fs
 
 from pipeline import __version__
 from pipeline.cluster.connect import connect
+from pipeline.cluster.shared_paths import SharedPaths
 from pipeline.cluster.telemetry import tell_stage
 from pipeline.config import Config, build_config
+from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import FILE, Ledger, Outputs
 from pipeline.core.lock import Lock
@@ -48,7 +50,15 @@ class Run:
     @cached_property
     def ledger(self) -> Ledger:
         """Read when it is first asked for; by who works here, once nobody else does."""
-        return Ledger(self.folder, STAGES, tell_stage, self.progress.say, self.check)
+        return Ledger(self.folder, STAGES, partial(tell_stage, self.folder.uri), self.progress.say, self.check)
+
+    @cached_property
+    def shared_paths(self) -> SharedPaths:
+        """What all nodes must see."""
+        config, target = self.config, self.config.target
+        data = {f"target.{role}": getattr(target, role) for role in ("train", "validation", "test")}
+        written = {"run": config.run, "search.store": config.search.store}
+        return SharedPaths({"pool": config.pool, "base": config.base, **data}, written)
 
     @contextmanager
     def locked(self) -> Iterator["Run"]:
@@ -56,9 +66,11 @@ class Run:
 
         Raises:
             LockTakenError: one does already; the message says which.
+            InputError: there is no such base model; its version is pinned here, for all who will load it.
         """
         with Lock(self.folder.sub(LOCK), say=self.progress.say) as self._lock:
             self.__dict__.pop("ledger", None)  # others may have written since it was read
+            self.config = self.config.model_copy(update={"base": pinned(self.config.base)})
             try:
                 yield self
             finally:
@@ -125,11 +137,16 @@ class Run:
         return False
 
     def start_ray(self) -> None:
-        """Join or start the cluster; what it took stands in the ledger beside the stages."""
+        """Join or start the cluster; what it took stands in the ledger beside the stages.
+
+        Raises:
+            InputError: one of its nodes does not see a path of the run.
+        """
         seconds = connect()
         if seconds > 1:
             self.ledger.note("ray", seconds)
         self._once_joined(self)
+        self.shared_paths.check()
 
     def needs(self, stage: str, table: str, command: str) -> None:
         """Check that an earlier stage is done.

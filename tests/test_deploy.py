@@ -152,6 +152,18 @@ def test_adapters_are_kept_on_a_disk_that_can_feed_a_gpu(cluster: dict[str, Any]
         assert volumes[places["/dev/shm"]]["medium"] == "Memory"
 
 
+def test_what_pods_write_is_on_volumes_of_a_size_that_is_asked_for() -> None:
+    """Else it fills the node's disk, and the kubelet ends whom it likes."""
+    for spec in clusters():
+        for template in (spec["headGroupSpec"], spec["workerGroupSpecs"][0]):
+            pod = template["template"]["spec"]
+            (container,) = pod["containers"]
+            mounted = {mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] in ("/tmp", "/scratch")}
+            sizes = [int(one["emptyDir"]["sizeLimit"].removesuffix("Gi")) for one in pod["volumes"] if one["name"] in mounted]
+            assert len(sizes) == len(mounted) > 0
+            assert container["resources"]["requests"]["ephemeral-storage"] == f"{sum(sizes)}Gi"
+
+
 def test_the_manifests_are_what_kubernetes_expects() -> None:
     """Unknown fields are errors. The pod templates inside Ray's own kinds are core Kubernetes, and checked as such."""
     version = kubernetes_validate.latest_version()
@@ -262,7 +274,7 @@ def test_a_refresh_never_meets_another_and_its_names_agree() -> None:
     token = env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
     assert token == {"name": found["RayCluster/mashup"]["spec"]["authOptions"]["secretName"], "key": "auth_token"}
     for cluster in clusters():
-        (volume,) = cluster["headGroupSpec"]["template"]["spec"]["volumes"]
+        volume = cluster["headGroupSpec"]["template"]["spec"]["volumes"][0]
         assert f"ConfigMap/{volume['configMap']['name']}" in found
 
 

@@ -1,7 +1,7 @@
 """What a run tells those who watch its cluster: Ray metrics, and log lines of workers that say where they come from.
 
 Each node gives its metrics at its metrics endpoint, in Prometheus' format; Ray puts `ray_` before the names and labels the node
-and, as WorkerId, the run's driver. Without a cluster nothing is told.
+and, as WorkerId, the run's driver; `run` is the run's folder. Without a cluster nothing is told.
 """
 
 import logging
@@ -13,13 +13,13 @@ from ray.util import get_node_ip_address
 from ray.util.metrics import Gauge
 
 METRICS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "mashup_stage_seconds": ("Wall-clock of a stage over all attempts at it, in seconds.", ("stage",)),
-    "mashup_search_engines": ("Scoring engines that have come up since the race began.", ()),
-    "mashup_search_rung": ("The rung that the race is in, counted from 1.", ()),
-    "mashup_search_outstanding": ("Queue: candidates of the rung that have no scores yet.", ()),
-    "mashup_search_adapter_samples": ("Pairs of a candidate and a sample that the race has scored.", ()),
-    "mashup_search_tokens_per_second": ("Tokens a second that one engine scores, the mean over the race.", ()),
-    "mashup_train_tokens_per_second": ("Tokens a second of an arm, padding included, evaluation apart.", ("arm",)),
+    "mashup_stage_seconds": ("Wall-clock of a stage over all attempts at it, in seconds.", ("run", "stage")),
+    "mashup_search_engines": ("Scoring engines that have come up since the race began.", ("run",)),
+    "mashup_search_rung": ("The rung that the race is in, counted from 1.", ("run",)),
+    "mashup_search_outstanding": ("Queue: candidates of the rung that have no scores yet.", ("run",)),
+    "mashup_search_adapter_samples": ("Pairs of a candidate and a sample that the race has scored.", ("run",)),
+    "mashup_search_tokens_per_second": ("Tokens a second that one engine scores, the mean over the race.", ("run",)),
+    "mashup_train_tokens_per_second": ("Tokens a second of an arm, padding included, evaluation apart.", ("run", "arm")),
 }
 """Name -> what it is, with its unit, and its tags. All are gauges."""
 
@@ -28,20 +28,20 @@ LINE = "%(asctime)s %(levelname)s stage=%(stage)s adapter=%(adapter)s node=%(nod
 WorkerLog = logging.LoggerAdapter[logging.Logger]
 
 
-def tell(name: str, value: float, **tags: str) -> None:
+def tell(name: str, value: float, run: str, **tags: str) -> None:
     """Set one of METRICS."""
     if ray.is_initialized():
-        _gauge(name).set(value, tags)
+        _gauge(name).set(value, {"run": run, **tags})
 
 
-def tell_stage(stage: str, seconds: float) -> None:
-    tell("mashup_stage_seconds", seconds, stage=stage)
+def tell_stage(run: str, stage: str, seconds: float) -> None:
+    tell("mashup_stage_seconds", seconds, run, stage=stage)
 
 
-def tell_training(arm: str, tokens: int, seconds: float) -> None:
+def tell_training(run: str, arm: str, tokens: int, seconds: float) -> None:
     """How fast an arm trains: `tokens` in `seconds` so far."""
     if seconds:
-        tell("mashup_train_tokens_per_second", tokens / seconds, arm=arm)
+        tell("mashup_train_tokens_per_second", tokens / seconds, run, arm=arm)
 
 
 def worker_log(stage: str, adapter: str = "-") -> WorkerLog:

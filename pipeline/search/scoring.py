@@ -14,7 +14,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
-from pipeline.engines.scorer import EngineConfig, too_large
+from pipeline.engines.scorer import EngineConfig, engine_version, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
@@ -133,9 +133,10 @@ def race(
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
     board, began = RaceProgress(), time.perf_counter()
     for board in engines.race(work, engine, schedule, limit):
-        _measure(board)
+        _measure(run.folder.uri, board)
         _tell(run, board, len(work.candidates), len(work.samples))
         run.ledger.beat()
+        run.shared_paths.check()  # of nodes that have joined
     if not board.seen or not board.seen[0]:
         reason = read_failures(work.failures).get(BASE_ID)
         work.failures.delete("")  # so that the same command tries again
@@ -190,15 +191,16 @@ def speed_of(board: RaceProgress, wall: float) -> dict[str, float]:
 def _store(run: Run) -> ScoreStore:
     search = run.config.search
     uri = search.store or run.folder.sub("store").uri
-    return ScoreStore.at(uri, fingerprint(run.config.base), search.engine, scoring_dtype(search))
+    engine = f"{search.engine}-{engine_version(search.engine)}"
+    return ScoreStore.at(uri, fingerprint(run.config.base), engine, scoring_dtype(search))
 
 
-def _measure(board: RaceProgress) -> None:
+def _measure(run: str, board: RaceProgress) -> None:
     """How far a race is, what waits in it and how fast it goes, as Ray metrics."""
     for name in ("engines", "rung", "outstanding", "adapter_samples"):
-        tell(f"mashup_search_{name}", getattr(board, name))
+        tell(f"mashup_search_{name}", getattr(board, name), run)
     if board.seconds:
-        tell("mashup_search_tokens_per_second", board.tokens / board.seconds)
+        tell("mashup_search_tokens_per_second", board.tokens / board.seconds, run)
 
 
 def _tell(run: Run, board: RaceProgress, n_candidates: int, n_samples: int) -> None:

@@ -1,7 +1,7 @@
 """Which rows a training step takes, and how the workers share them out. Pure functions of seed and step, so that a run which
 resumes, or has another number of workers, goes on with the same rows in the same order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -40,7 +40,7 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
         run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
     with run.ledger.perform("compare", key) as details:
         trained = run.folder.sub("train")
-        outcomes = train_arms(jobs, trained, _said_and_timed(run), config.track)
+        outcomes = train_arms(jobs, trained, _said_and_timed(run), run.folder.uri, config.track)
         curves, result = compare_arms(jobs, outcomes, trained)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.check()
@@ -73,7 +73,7 @@ def train_one(run: Run, lora: Lora, init: str | None, lr: float | None, seed: in
     job = make_jobs(run, [arm], lora)[0]
     if profile:
         job = _profiled(run, job)
-    outcome = train_arms([job], run.folder.sub("train"), run.progress.say, run.config.track)[0]
+    outcome = train_arms([job], run.folder.sub("train"), run.progress.say, run.folder.uri, run.config.track)[0]
     return run.folder.sub("train", outcome["checkpoint"]).uri
 
 

@@ -1,7 +1,8 @@
 """Trains arms side by side: Ray Tune runs one trial for each, and each trial is a Ray Train run."""
 
+import io
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from ray import tune
@@ -25,11 +26,12 @@ Outcome = dict[str, Any]
 
 
 def train_arms(
-    jobs: Sequence[Job], storage: Folder, say: Callable[[str], None], tracked: TrackConfig | None = None
+    jobs: Sequence[Job], storage: Folder, say: Callable[[str], None], run: str, tracked: TrackConfig | None = None
 ) -> list[Outcome]:
     """Train every arm that has no result yet in `storage`, side by side where the cluster has room.
 
     Args:
+        run: what its metrics call the run.
         tracked: where the curves go besides.
 
     Raises:
@@ -40,7 +42,7 @@ def train_arms(
     if todo:
         tracked = tracked or TrackConfig()
         tracking.check(tracked)
-        _tune(todo, storage, [_Follow(say, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
+        _tune(todo, storage, [_Follow(say, run, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
     outcomes = [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
     for outcome in outcomes:
         keep_best(storage, outcome["checkpoint"])  # of each: who is killed in it once did not come to all
@@ -68,7 +70,8 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
             callbacks=callbacks,
         ),
     )
-    results = tuner.fit()
+    with redirect_stdout(io.StringIO()):  # Tune prints what it is set up with, whatever its verbosity
+        results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} of {len(jobs)} training arms failed: {one_line(results.errors[0])}")
 
@@ -89,8 +92,8 @@ def _about(job: Job) -> dict[str, Any]:
 class _Follow(tune.Callback):
     """Says each evaluation of each arm as it comes."""
 
-    def __init__(self, say: Callable[[str], None], steps: int) -> None:
-        self._say, self._steps = say, steps
+    def __init__(self, say: Callable[[str], None], run: str, steps: int) -> None:
+        self._say, self._run, self._steps = say, run, steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks with the state of the experiment; the terminal stays here."""
@@ -98,7 +101,7 @@ class _Follow(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "eval_nll" in result:  # the last result of a trial carries no metrics
-            tell_training(_trial_name(trial), result["tokens"], result["seconds"])
+            tell_training(self._run, _trial_name(trial), result["tokens"], result["seconds"])
             where = f"{_trial_name(trial)}: step {result['step']}/{self._steps}"
             self._say(f"{where}, validation NLL {result['eval_nll']:.4f}, {result['seconds']:.0f} s of training")
 

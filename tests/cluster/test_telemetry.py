@@ -2,6 +2,7 @@
 
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.search.scoreboard import RaceProgress
 def test_nothing_is_told_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(telemetry, "_gauge", lambda name: pytest.fail("a gauge was made"))
-    telemetry.tell("mashup_search_rung", 1)
+    telemetry.tell("mashup_search_rung", 1, "a-run")
 
 
 def exported(names: set[str]) -> dict[str, float]:
@@ -37,28 +38,29 @@ def _parse(line: str) -> tuple[str, float]:
     name, _, rest = line.removeprefix("ray_").partition("{")
     labels, _, value = rest.rpartition("} ")
     tags = dict(label.split("=", 1) for label in labels.split(",") if "=" in label)
-    own = [tags[tag].strip('"') for tag in ("stage", "arm") if tag in tags]
+    own = [tags[tag].strip('"') for tag in ("run", "stage", "arm") if tag in tags]
     return ":".join([name, *own]), float(value)
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
-    ledger = Ledger(Folder.at(tmp_path), {"probing": Outputs([])}, telemetry.tell_stage)
+    ledger = Ledger(Folder.at(tmp_path), {"probing": Outputs([])}, partial(telemetry.tell_stage, "a-run"))
     with ledger.perform("probing", "key"):
         pass
-    telemetry.tell_training("some-arm", tokens=300, seconds=2.0)
-    telemetry.tell_training("not-begun", tokens=0, seconds=0.0)
-    scoring._measure(RaceProgress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5))
+    telemetry.tell_training("a-run", "some-arm", tokens=300, seconds=2.0)
+    telemetry.tell_training("a-run", "not-begun", tokens=0, seconds=0.0)
+    race = RaceProgress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5)
+    scoring._measure("a-run", race)
     expected = {
-        "mashup_train_tokens_per_second:some-arm": 150.0,
-        "mashup_search_engines": 2.0,
-        "mashup_search_rung": 1.0,
-        "mashup_search_outstanding": 5.0,
-        "mashup_search_adapter_samples": 12.0,
-        "mashup_search_tokens_per_second": 300.0,
+        "mashup_train_tokens_per_second:a-run:some-arm": 150.0,
+        "mashup_search_engines:a-run": 2.0,
+        "mashup_search_rung:a-run": 1.0,
+        "mashup_search_outstanding:a-run": 5.0,
+        "mashup_search_adapter_samples:a-run": 12.0,
+        "mashup_search_tokens_per_second:a-run": 300.0,
     }
-    found = exported({"mashup_stage_seconds:probing", *expected})
-    assert found["mashup_stage_seconds:probing"] == pytest.approx(ledger.seconds("probing"))
+    found = exported({"mashup_stage_seconds:a-run:probing", *expected})
+    assert found["mashup_stage_seconds:a-run:probing"] == pytest.approx(ledger.seconds("probing"))
     assert {name: found[name] for name in expected} == expected
-    assert "mashup_train_tokens_per_second:not-begun" not in found
+    assert "mashup_train_tokens_per_second:a-run:not-begun" not in found
     assert {name.partition(":")[0] for name in found} == telemetry.METRICS.keys()

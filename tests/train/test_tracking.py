@@ -47,7 +47,7 @@ def test_an_arm_is_tracked_in_both(
     monkeypatch.setattr(tune, "tell_training", lambda *figures: told.append(figures))
     arm, store = job(steps=4, evaluations=2), str(tmp_path / "store")
     storage = Folder.at(tmp_path / "train")
-    (outcome,) = tune.train_arms([arm], storage, lambda text: None, TrackConfig(tensorboard=True, mlflow=store))
+    (outcome,) = tune.train_arms([arm], storage, lambda text: None, "run", TrackConfig(tensorboard=True, mlflow=store))
     curve = [(max(1, row["step"]), row["eval_nll"]) for row in outcome["curve"]]
     assert [step for step, _ in curve] == [1, 2, 4]
 

@@ -31,8 +31,8 @@ def test_an_arm_that_has_a_result_is_not_trained_again(jobs: list[Job], tmp_path
 
     monkeypatch.setattr(tune, "_tune", train)
     storage = Folder.at(tmp_path)
-    tune.train_arms(jobs[1:2], storage, print)
-    found = tune.train_arms(jobs, storage, print)
+    tune.train_arms(jobs[1:2], storage, print, "run")
+    found = tune.train_arms(jobs, storage, print, "run")
     assert [outcome["seed"] for outcome in found] == [0, 1, 2]
     assert trained == [1, 0, 2]
     assert not list(tmp_path.rglob(f"{STATE}*"))  # nobody goes on with them
@@ -52,7 +52,7 @@ def test_an_arm_is_steered_from_the_head_and_may_have_all_cpus(
     monkeypatch.setattr(tune, "require_workers", lambda train: None)
     monkeypatch.setattr(tune, "arms_at_once", lambda train, arms: 1)
     monkeypatch.setattr(tune, "_drive", drive)
-    (outcome,) = tune.train_arms(jobs[:1], Folder.at(tmp_path), print)
+    (outcome,) = tune.train_arms(jobs[:1], Folder.at(tmp_path), print, "run")
     head = next(node["NodeID"] for node in ray.nodes() if tune.HEAD in node["Resources"])
     assert outcome["node"] == head
     assert "CPU" not in outcome["asked"]
@@ -63,12 +63,12 @@ def test_arms_that_failed_are_counted_and_one_is_quoted(jobs: list[Job], tmp_pat
     monkeypatch.setattr(tune, "arms_at_once", lambda train, arms: 1)
     monkeypatch.setattr(tune.tune.Tuner, "fit", lambda tuner: SimpleNamespace(errors=[RuntimeError("the disk is full")]))
     with pytest.raises(RuntimeError, match=r"1 of 3 training arms failed: .*the disk is full"):
-        tune.train_arms(jobs, Folder.at(tmp_path), print)
+        tune.train_arms(jobs, Folder.at(tmp_path), print, "run")
 
 
 def test_an_evaluation_is_said_as_it_comes(jobs: list[Job]) -> None:
     said: list[str] = []
-    follow = tune._Follow(said.append, steps=8)
+    follow = tune._Follow(said.append, "run", steps=8)
     trial = SimpleNamespace(config={"arm": {"name": jobs[0].name}})
     follow.on_trial_result(1, [], trial, {"step": 4, "eval_nll": 1.5, "tokens": 10, "seconds": 2.0})
     follow.on_trial_result(1, [], trial, {"done": True})
