@@ -1,18 +1,20 @@
 """One process at a time, on a local folder or an object store: `with Lock(folder) as lock: ...`.
 
 pyarrow writes to an object store without conditions, so this is Lamport's bakery (A new solution of Dijkstra's concurrent
-programming problem, Communications of the ACM 17 (8), 1974), which needs nothing but writes and listings that all see at once, as
-local disks, S3 and Google Cloud Storage give. Who comes says so (`choosing.<id>`), takes a number above all that it sees
-(`number.<n>.<id>`), waits until nobody is choosing, and looks again: the smallest number holds the lock. Unlike in the bakery,
-the others do not wait for their turn but give up. No file that a listing has to find is ever written twice.
+programming problem, Communications of the ACM 17 (8), 1974), which needs nothing but writes and listings that all see at once,
+as local disks, S3 and Google Cloud Storage give. A process that wants the lock writes `choosing.<id>`, takes a number above
+all that it sees (`number.<n>.<id>`), waits until no other is choosing, and looks again: the smallest number holds the lock.
+Unlike in the bakery, the others do not wait for their turn but give up. No file that a listing has to find is ever written
+twice.
 
-`beat.<id>` is written anew every quarter of the expiry, as long as the work gets on: who hangs for DEADLINE beats no more. Where
-a beat is older than the expiry, by the store's own clock, its process is dead, asleep or hangs, and the others remove what it
-left; at once where it was a process of this machine and is gone. Who slept that long and wakes finds its number gone: `check`
-raises, and is to be called before anything that only the holder may do. Whom nobody passed meanwhile holds the lock still.
+The holder writes `beat.<id>` anew every quarter of the expiry, as long as its work gets on; after DEADLINE without progress it
+stops. Where a beat is older than the expiry, by the store's own clock, its process is dead, asleep or hangs, and the others
+remove what it left; at once where it was a process of this machine and is gone. A holder that slept that long and wakes finds
+its number gone: `check` raises, and is to be called before anything that only the holder may do. If no other came meanwhile,
+it still holds the lock.
 
-Of a process on another machine nobody sees whether it is dead before its beat is too old. Who has a `say` waits for that, and
-gives up once another beat comes: a job that is started again on another node, as its own was taken away, goes on by itself.
+Whether a process on another machine is dead cannot be seen before its beat is too old. A lock with a `say` waits for that, and
+gives up once another beat comes: so a job that is started again on another node, as its own was taken away, goes on by itself.
 """
 
 import threading
