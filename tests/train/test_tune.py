@@ -1,5 +1,8 @@
 """Arms side by side: which of them are trained. How one is trained: tests/train/test_ray_train.py and test_tracking.py."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,3 +76,16 @@ def test_an_evaluation_is_said_as_it_comes(jobs: list[Job]) -> None:
     follow.on_trial_result(1, [], trial, {"step": 4, "eval_nll": 1.5, "tokens": 10, "seconds": 2.0})
     follow.on_trial_result(1, [], trial, {"done": True})
     assert said == [f"{jobs[0].name}: step 4/8, validation NLL 1.5000, 2 s of training"]
+
+
+@pytest.mark.long
+def test_the_loss_of_the_node_that_trains_costs_an_arm_nothing_but_time(tiny_base: str, data: Folder, tmp_path: Path) -> None:
+    found = {}
+    for fault in ("none", "node"):
+        command = [sys.executable, str(Path(__file__).with_name("lost_node.py")), str(tmp_path), tiny_base, data.uri, fault]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[fault] = json.loads((tmp_path / f"{fault}.json").read_text())
+    assert (found["none"]["nodes"], found["node"]["nodes"]) == (1, 2)
+    assert [row["step"] for row in found["node"]["curve"]] == [0, 2, 4, 6, 8]
+    assert json.dumps(found["node"]) == json.dumps(found["none"] | {"nodes": 2})  # as text, in which NaN is NaN
