@@ -26,7 +26,7 @@ from pipeline.merge.controls import make_controls
 from pipeline.merge.mashup import merge_donors, merge_key
 from pipeline.merge.selection import largest_merge
 from pipeline.plan.calibrate import calibrate
-from pipeline.plan.estimate import estimate_before_search, settle, write_plan
+from pipeline.plan.estimate import compare_with_plan, estimate_before_search, write_plan
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, require_engine, warm_up
@@ -102,7 +102,7 @@ def compare(run: Run) -> None:
     choice, catalogue = run.folder.read_json("selection.json"), donors_of(run.folder)
     shapes = shapes_of(run, catalogue)
     controls = make_controls(run, len(choice["donors"]), catalogue, shapes)
-    compare_starts(run, choice, controls, shapes.trained, settle)
+    compare_starts(run, choice, controls, shapes.trained, compare_with_plan)
 
 
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:

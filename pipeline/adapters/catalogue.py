@@ -84,7 +84,7 @@ def build_catalogue(
         count(sum(map(len, parts)), len(found))
     rows = pa.concat_tables(parts).sort_by("adapter_id")
     if kept:
-        kept.settle(rows)
+        kept.merge_files(rows)
     catalogue = compare(rows)
     _require_valid(catalogue, pool)
     return catalogue

@@ -23,7 +23,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     pool = look_at(config.pool, config.exclude)
-    key = digest(VERSION, fingerprint(config.base), pool.listing, pool.state)
+    key = digest(VERSION, CHECKS, fingerprint(config.base), pool.listing, pool.state)
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(pool.found)} adapters of {config.pool} against {config.base}")

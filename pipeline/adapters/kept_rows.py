@@ -65,7 +65,7 @@ class KeptRows:
         names = pa.array([one.adapter_id for one in same], pa.string())  # a pool above or below calls them otherwise
         return rows.set_column(0, "adapter_id", names)
 
-    def settle(self, rows: pa.Table) -> None:
+    def merge_files(self, rows: pa.Table) -> None:
         """Make one file of the rows of this index and of those of other adapters that were known."""
         blocks = [name for name in self._folder.list_files(".parquet") if name.startswith(self.blocks.index)]
         if not blocks and len(self._names) <= 1:

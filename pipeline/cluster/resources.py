@@ -58,7 +58,7 @@ def worker_resources(cpus: float | str, gpus: int | str, workers: int = 1, spare
     return Resources(max(1, node_cpus - spare) / here, 0, max(1, node_cpus // here))
 
 
-def engine_slots(resources: Resources, spare: int = 1) -> int:
+def worker_slots(resources: Resources, spare: int = 1) -> int:
     """How many workers of this kind the cluster holds at once; `spare` CPUs of each node stay free for Ray Data."""
     slots = 0
     for node in live_nodes():
@@ -69,8 +69,8 @@ def engine_slots(resources: Resources, spare: int = 1) -> int:
 
 def workers_at_once(resources: Resources, wanted: int, ahead: int = MOST_AHEAD, spare: int = 1) -> int:
     """How many of `wanted` workers of this kind to ask for at once: as many as the nodes hold that are up, or `ahead` of them
-    where an autoscaler may bring further nodes. `spare` as of `engine_slots`."""
-    slots = engine_slots(resources, spare)
+    where an autoscaler may bring further nodes. `spare` as of `worker_slots`."""
+    slots = worker_slots(resources, spare)
     return min(wanted, max(slots, ahead) if may_grow() else slots)
 
 

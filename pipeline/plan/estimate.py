@@ -41,7 +41,7 @@ from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_r
 from pipeline.search.race import Race
 from pipeline.search.rates import Rates
 from pipeline.search.scoreboard import Scoreboard, Work
-from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, rates_of, servable
+from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, rates_of, servable
 from pipeline.train.arm import pass_tokens
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
 from pipeline.train.starts import list_arms, make_jobs, shapes_of
@@ -71,7 +71,7 @@ def estimate_before_search(run: Run) -> None:
     run.progress.say("at the speed of earlier runs: " + ", ".join(f"{name} {duration(cost['seconds'])}" for name, cost in stages))
 
 
-def settle(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_with_plan(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """At the end of a run: keep what it measured for the next ones, and set its estimate, if there is one, against the truth.
 
     Returns:
@@ -97,7 +97,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     catalogue = run.folder.read_table("catalogue.parquet")
     valid, failures = valid_adapters(catalogue), run.folder.sub("failures")
     usable = servable(run, valid, failures)
-    work, schedule = line_up(run, usable, drawn, failures)
+    work, schedule = prepare_race(run, usable, drawn, failures)
     race = Scoreboard(work, schedule).race
     scoring, merging = _scoring(run, race, usable, drawn, merged)
     rates = rates_of(run)

@@ -68,7 +68,7 @@ def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder)
     return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures, run.ledger.running or "search")
 
 
-def line_up(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
+def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
     """The race that the search runs: the base and these adapters on these samples, within the budget."""
     work = make_work(run, in_order(run, catalogue, drawn).select(CANDIDATE), drawn, failures)
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget

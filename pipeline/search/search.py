@@ -15,7 +15,7 @@ from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.score_store import forget_failures, read_failures
-from pipeline.search.scoring import by_rank, largest_rank, line_up, make_engine, race, score_outliers, servable
+from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, race, score_outliers, servable
 
 
 def search(
@@ -47,7 +47,7 @@ def search(
         catalogue = servable(run, catalogue, failures)
         usual, outliers = by_rank(run, catalogue)
         score_outliers(run, engines, outliers, drawn, failures, details)
-        work, schedule = line_up(run, catalogue, drawn, failures)
+        work, schedule = prepare_race(run, catalogue, drawn, failures)
         engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
         known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()

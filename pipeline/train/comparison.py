@@ -18,17 +18,17 @@ from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages whose time is charged to the mashup."""
 
-Settle = Callable[[Run, list[Outcome]], dict[str, Any]]
+CompareWithPlan = Callable[[Run, list[Outcome]], dict[str, Any]]
 
 
-def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: Lora, settle: Settle) -> None:
+def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: Lora, compare_with_plan: CompareWithPlan) -> None:
     """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted.
 
     Args:
         choice: the selection, as in selection.json.
         controls: the starts in `starts/` that are compared besides.
         lora: the shape of the adapters that the arms train, where they do.
-        settle: gives what the summary says besides, from the outcomes of the arms.
+        compare_with_plan: gives what the summary says besides, from the outcomes of the arms.
     """
     config = run.config
     arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
@@ -45,7 +45,7 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.check()
         run.folder.write_table("comparison.parquet", curves)
-        run.folder.write_json("summary.json", _summary(run, choice, result) | settle(run, outcomes))
+        run.folder.write_json("summary.json", _summary(run, choice, result) | compare_with_plan(run, outcomes))
 
 
 def train_one(run: Run, lora: Lora, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:

@@ -391,7 +391,7 @@ def test_files_become_one_and_what_others_have_found_stays(tmp_path: Path) -> No
     mine.blocks.add([row("b", "t", 7)])
     mine.blocks.add([row("d", "", 7)])
     assert mine.of([listed("a"), listed("b", "t"), listed("c")])["adapter_id"].to_pylist() == ["a"]
-    mine.settle(pa.concat_tables([mine.of([listed("a")]), pa.Table.from_pylist([row("b", "t", 7)], schema=KEPT)]))
+    mine.merge_files(pa.concat_tables([mine.of([listed("a")]), pa.Table.from_pylist([row("b", "t", 7)], schema=KEPT)]))
     assert len(folder.list_files()) == 2
     found = KeptRows(folder).of([listed("a"), listed("b"), listed("b", "t"), listed("c"), listed("d", ""), listed("z")])
     assert [(one["adapter_id"], one["state"]) for one in found.to_pylist()] == [("a", "s"), ("b", "t"), ("c", "s"), ("z", "s")]
@@ -412,7 +412,7 @@ def test_sketches_of_two_salts_are_not_compared_and_a_file_that_is_cut_short_is_
     kept = KeptRows(folder)
     found = kept.of([listed(name) for name in "abc"])
     assert (kept.salt, found["adapter_id"].to_pylist()) == (8, ["b", "c"])
-    kept.settle(found)
+    kept.merge_files(found)
     assert len(folder.list_files()) == 1
 
 

@@ -12,11 +12,11 @@ from pipeline.cluster.resources import (
     CARRIED,
     Resources,
     describe,
-    engine_slots,
     require,
     torch_env,
     worker_env,
     worker_resources,
+    worker_slots,
     workers_at_once,
 )
 from pipeline.core.errors import InputError
@@ -37,14 +37,14 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_on_cpus_one_worker_computes_with_all_cores_and_leaves_one_to_ray(nodes: Any) -> None:
     nodes({"CPU": 2})
     assert worker_resources("auto", "auto") == Resources(cpus=1.0, gpus=0, threads=2)
-    assert engine_slots(worker_resources("auto", "auto")) == 1
+    assert worker_slots(worker_resources("auto", "auto")) == 1
 
 
 def test_an_engine_on_cpus_takes_a_whole_node(nodes: Any) -> None:
     nodes({"CPU": 8}, {"CPU": 8})
     whole = worker_resources("auto", "auto", spare=0)
     assert whole == Resources(cpus=8, gpus=0, threads=8)
-    assert engine_slots(whole, spare=0) == 2
+    assert worker_slots(whole, spare=0) == 2
 
 
 def test_workers_of_other_devices_or_of_more_of_them_are_of_another_kind(nodes: Any) -> None:
@@ -70,7 +70,7 @@ def test_where_there_are_gpus_each_worker_takes_one(nodes: Any) -> None:
     nodes({"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}, {"CPU": 8})
     one = worker_resources("auto", "auto")
     assert (one.cpus, one.gpus) == (1.0, 1)
-    assert engine_slots(one) == 8
+    assert worker_slots(one) == 8
     assert "TORCHDYNAMO_DISABLE" not in worker_env(one)["env_vars"]
 
 
@@ -78,7 +78,7 @@ def test_tensor_parallel_engines_take_several_gpus_and_run_in_the_actors_process
     nodes({"CPU": 32, "GPU": 8})
     wide = worker_resources("auto", 4)
     assert wide.gpus == 4
-    assert engine_slots(wide) == 2
+    assert worker_slots(wide) == 2
     assert worker_env(wide)["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
