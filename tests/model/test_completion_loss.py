@@ -1,7 +1,7 @@
 """Losses with the output head run where it counts, against full logits of plain transformers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from pipeline.model.completion_loss import (
     completion_logits,
     completion_nll,
     completion_targets,
+    copied_to,
     score_rows,
     sharing_pays,
 )
@@ -215,3 +216,26 @@ def test_rows_that_save_too_little_are_computed_whole(tiny_base: str) -> None:
     one, two = (collate([row] * rows, [[place > 25 for place in range(27)]] * rows, CPU) for rows in (1, 2))
     assert losses_and_gradients(model, one)[2] == [27]
     assert losses_and_gradients(model, two)[2] == [54]
+
+
+class OfTheHost:
+    """A tensor that notes how it is copied."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def pin_memory(self) -> "OfTheHost":
+        self.asked.append("pinned")
+        return self
+
+    def to(self, device: torch.device, **how: bool) -> "OfTheHost":
+        self.asked.append((device.type, how))
+        return self
+
+
+def test_copies_to_a_gpu_come_out_of_pinned_memory_and_nobody_waits_for_them() -> None:
+    to_gpu, to_cpu = OfTheHost(), OfTheHost()
+    copied_to(torch.device("cuda"), cast(Tensor, to_gpu))
+    copied_to(torch.device("cpu"), cast(Tensor, to_cpu))
+    assert to_gpu.asked == ["pinned", ("cuda", {"non_blocking": True})]
+    assert to_cpu.asked == [("cpu", {})]
