@@ -104,7 +104,7 @@ def _real(base: str, pool: str, tasks: Path, engine: Any, samples: int, quick: b
     search = SearchConfig(engine=engine, samples=samples)
     for task in sorted(tasks.glob("*/train.jsonl"))[: 1 if quick else None]:
         config = Config(run="-", base=base, pool=pool, target={"train": str(task)}, search=search)
-        drawn = take_samples(config).search
+        drawn = take_samples(config).sample
         yield Arena(task.parent.name, base, valid, drawn, search, tuple(leaves), max(valid["rank"].to_pylist()))
 
 

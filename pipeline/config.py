@@ -74,7 +74,10 @@ class Budget(Section):
     )
     seconds: float | None = Field(None, gt=0, description="of scoring, about; engine start excluded")
     confidence: float | None = Field(
-        None, gt=0.5, lt=1, description="drop an adapter only if it is worse than the last sure finalist at this one-sided level"
+        None,
+        gt=0.5,
+        lt=1,
+        description="drop an adapter only if it is worse than the last finalist, as it stands, at this one-sided level",
     )
 
     @model_validator(mode="before")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from pipeline.adapters.catalogue import donors_of
+from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.adapters.index import index
 from pipeline.config import Config
 from pipeline.core.storage import Folder
@@ -86,7 +86,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         samples(run)
         run.progress.stage("plan")
         run.start_ray()
-        catalogue, drawn = donors_of(run.folder), run.folder.read_table("samples.parquet")
+        catalogue, drawn = valid_adapters_of(run.folder), run.folder.read_table("samples.parquet")
         calibrate(run, catalogue)
         searched = run.ledger.done("search", search_key(run, catalogue, drawn))
         return write_plan(run, merged=searched and run.ledger.done("merge", merge_key(run)))
@@ -99,7 +99,7 @@ def compare(run: Run) -> None:
         InputError: the merge is not done.
     """
     run.needs("merge", "the selection", "mashup merge")
-    choice, catalogue = run.folder.read_json("selection.json"), donors_of(run.folder)
+    choice, catalogue = run.folder.read_json("selection.json"), valid_adapters_of(run.folder)
     shapes = shapes_of(run, catalogue)
     controls = make_controls(run, len(choice["donors"]), catalogue, shapes)
     compare_starts(run, choice, controls, shapes.trained, compare_with_plan)
@@ -108,7 +108,7 @@ def compare(run: Run) -> None:
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
     """Finetune one arm; as `train_one`."""
     run.needs("merge", "the selection", "mashup merge")
-    return train_one(run, shapes_of(run, donors_of(run.folder)).trained, init, lr, seed, profile)
+    return train_one(run, shapes_of(run, valid_adapters_of(run.folder)).trained, init, lr, seed, profile)
 
 
 def report(run: Run) -> str:

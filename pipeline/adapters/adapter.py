@@ -21,7 +21,7 @@ from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
 from pipeline.core.base_ref import name_of
-from pipeline.core.errors import AdapterError, verdict
+from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.model.base_model import Shapes
 
@@ -92,7 +92,7 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 halves[split_name(name)] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise verdict(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
+        raise as_adapter_error(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
     tensors = {module: (halves[module, "A"], halves[module, "B"]) for module in declared.sizes}
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):
@@ -134,7 +134,7 @@ def hash_of(folder: Path) -> str:
     try:
         return content_hash(file_sha256(folder / WEIGHTS_FILE), config)
     except OSError as error:
-        raise verdict(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
+        raise as_adapter_error(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
 
 
 def require_hash(folder: Path, expected: str) -> None:

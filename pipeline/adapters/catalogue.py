@@ -85,7 +85,7 @@ def build_catalogue(
     rows = pa.concat_tables(parts).sort_by("adapter_id")
     if kept:
         kept.merge_files(rows)
-    catalogue = compare(rows)
+    catalogue = compare_adapters(rows)
     _require_valid(catalogue, pool)
     return catalogue
 
@@ -100,7 +100,7 @@ def _inspected(left: pa.Table, given: dict[str, Any]) -> Iterable[pa.Table]:
     return rows.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
-def donors_of(run: Folder) -> pa.Table:
+def valid_adapters_of(run: Folder) -> pa.Table:
     """The valid adapters of a run's pool, schema CATALOGUE.
 
     Raises:
@@ -269,7 +269,7 @@ def _of_newer_peft(fields: list[str]) -> str | None:
     return f"fields of its config that this version of PEFT does not know are not heeded: {for_display(', '.join(fields), 100)}"
 
 
-def compare(table: pa.Table) -> pa.Table:
+def compare_adapters(table: pa.Table) -> pa.Table:
     """The catalogue of inspected rows (schema INSPECTED): of several valid adapters with equal delta weights the first is kept;
     those of one direction and another size are told as a family, and unusual ones get a warning."""
     rows = table.to_pylist()

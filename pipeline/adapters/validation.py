@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.adapters.target_modules import own_scales, tails, targets
 from pipeline.config import MAX_RANK
-from pipeline.core.errors import AdapterError, verdict
+from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import Shapes
@@ -149,7 +149,7 @@ def open_weights(path: Path) -> safe_open:
             )
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise verdict(error, f"corrupt weights: {path.name} cannot be read ({error})") from error
+        raise as_adapter_error(error, f"corrupt weights: {path.name} cannot be read ({error})") from error
 
 
 def check_dtype(name: str, dtype: str) -> None:
@@ -190,7 +190,7 @@ def _read_config(folder: Path) -> LoraConfig:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"corrupt config: {CONFIG_FILE} is not valid JSON ({error})") from error
     except OSError as error:
-        raise verdict(error, f"{CONFIG_FILE} cannot be read ({error.strerror})") from error
+        raise as_adapter_error(error, f"{CONFIG_FILE} cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise AdapterError(f"corrupt config: {CONFIG_FILE} holds no JSON object")
     _check_config(content)

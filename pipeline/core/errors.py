@@ -59,7 +59,7 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and (error.errno in PASSING or any(mark in str(error) for mark in marks))
 
 
-def verdict(error: Exception, reason: str) -> Exception:
+def as_adapter_error(error: Exception, reason: str) -> Exception:
     """What to raise of an adapter that cannot be read for an error: that it cannot be a donor, with the reason; but an error that
     may pass is none of the adapter's, and is raised as it is."""
     return error if is_transient(error) else AdapterError(reason)

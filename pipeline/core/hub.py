@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what is asked of it again where it does not answer, and which errors say nothing of what was asked."""
+"""The Hugging Face Hub: which of its errors are transient, and requests that are made again after them."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -5,9 +5,9 @@ Another key: what it left is removed and it runs anew, and the stages after it a
 attempts of one key, so that a run which was interrupted is honest about its cost; of an attempt that is killed, what passed
 since its last `beat` is lost.
 
-Where the one file cannot be read, as a disk or a person damaged it, the other is used. What either says is done is so only where
-its files are there, whole. Both are written before the results of a stage are removed, so that neither vouches for those of
-another input.
+Where the one file cannot be read, as a disk or a person damaged it, the other is used. A stage counts as done only if its output
+files are there, whole. Both files are written before the results of a stage are removed, so that neither names those of another
+input.
 """
 
 import hashlib

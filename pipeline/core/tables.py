@@ -37,8 +37,8 @@ SAMPLES = pa.schema(
         ("sample_id", pa.string()),  # sha256 of the token ids and the completion mask, 32 hexadecimal digits
         ("split", pa.string()),  # samples.parquet: search, holdout; data/: train, validation, test
         ("input_ids", pa.list_(pa.int32())),
-        ("completion_mask", pa.list_(pa.bool_())),  # tokens of the answer: what every NLL counts
-        ("learn_mask", pa.list_(pa.bool_())),  # these and the end of the turn: what training learns
+        ("completion_mask", pa.list_(pa.bool_())),  # tokens of the answer: what NLLs are over, but for train_nll
+        ("learn_mask", pa.list_(pa.bool_())),  # these and the end of the turn: what training learns, and train_nll is over
     ]
 )
 

@@ -1,8 +1,9 @@
 """File systems on which a file appears whole or not at all, whatever breaks its writing off.
 
-`put` is the one way in which anything of ours is written. The file systems here are pyarrow's own, but that `open_output_stream`
-goes the same way: they are given to Ray, which writes its state to a run folder with it. pyarrow's would leave what was written
-so far under the final name: a disk shows it at once, and an object store when the stream is closed, also by an exception.
+`put` is the one way in which anything of ours is written. The file systems here are pyarrow's own, except that
+`open_output_stream` goes the same way: they are given to Ray, which writes its state to a run folder with it. pyarrow's would
+leave what was written so far under the final name: a disk shows it at once, and an object store when the stream is closed, also
+by an exception.
 """
 
 import io

@@ -1,8 +1,8 @@
 """The draw: which of a target's rows are in which split, from the hashes in their shards (`shards.py`) alone; and its parts.
 
 Which rows are drawn depends on their content and the seed alone, not on their order or on how the files are split: each row has
-a draw key, the hash of seed and content, and the draw takes the lowest keys. Rows of one content have one key, so that all there
-is to decide of a row is decided within a range of keys: tasks take some ranges each, and the driver adds up their counts.
+a draw key, the hash of seed and content, and the draw takes the lowest keys. Rows of one content have one key, so that each range
+of keys is handled by itself: tasks take some ranges each, and the driver adds up their counts.
 """
 
 import uuid

@@ -17,9 +17,9 @@ def samples(run: Run) -> None:
         return
     with run.ledger.perform("samples", key):
         drawn = draw_samples(config, run.folder, run.check)
-        sizes = {split: len(split_of(drawn.search, split)) for split in ("search", "holdout")} | drawn.sizes
+        sizes = {split: len(split_of(drawn.sample, split)) for split in ("search", "holdout")} | drawn.sizes
         run.folder.write_json("samples.json", sizes | {"rows": drawn.counts})
-        run.folder.write_table("samples.parquet", drawn.search)
+        run.folder.write_table("samples.parquet", drawn.sample)
     run.progress.say(", ".join(f"{count} {name}" for name, count in sizes.items()))
     passed_over = {k: n for counts in drawn.counts.values() for k, n in counts.items() if k != "used" and n}
     if passed_over:

@@ -1,8 +1,8 @@
 """What the tasks that tokenise leave for the draw: usable rows in shards, sorted by draw key, and a report of each.
 
 A draw key is a number of 64 bits, and as a hash any is as likely as any other. So all draw keys are cut into RANGES of equal
-size, and a shard has its rows in as many pieces: who brings some ranges into order reads their pieces of all shards, and no byte
-besides. The hashes of the rows are written apart, as the draw needs nothing else.
+size, and a shard has its rows in as many pieces: a task that sorts some ranges reads their pieces of each shard alone. The hashes
+of the rows are written apart, as the draw needs nothing else.
 """
 
 import uuid

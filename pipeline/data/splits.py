@@ -45,7 +45,7 @@ Counts = dict[str, dict[str, int]]
 class Drawn:
     """What was drawn of a target: the sample, schema SAMPLES, and how many rows each training split has."""
 
-    search: pa.Table
+    sample: pa.Table
     sizes: dict[str, int]
     counts: Counts
 
@@ -54,7 +54,7 @@ class Drawn:
 class Splits:
     """What a target gives: tables of schema SAMPLES, and how many rows were passed over for which reason."""
 
-    search: pa.Table
+    sample: pa.Table
     training: dict[str, pa.Table]
     counts: Counts
 
@@ -83,7 +83,7 @@ def take_samples(config: Config) -> Splits:
     with temporary_folder() as scratch:
         folder = Folder.at(str(scratch))
         drawn = draw_samples(config, folder, lambda: None)
-        return Splits(drawn.search, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
+        return Splits(drawn.sample, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
 
 
 def _draw(config: Config, folder: Folder, data: Folder, check: Callable[[], None]) -> Drawn:

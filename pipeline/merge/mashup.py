@@ -1,6 +1,6 @@
 """The stage `merge`: leaderboard -> recipes -> candidates -> selection.json and mashup/."""
 
-from pipeline.adapters.catalogue import donors_of
+from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.config import SHORT_LIST
 from pipeline.core.ledger import digest
 from pipeline.core.tables import LEADERBOARD, SAMPLES, require
@@ -24,7 +24,7 @@ def merge_donors(run: Run, engines: Engines | None = None) -> None:
     if run.ready("merge", key):
         return
     engines = engines or Engines(run.config.search)
-    catalogue = donors_of(run.folder)
+    catalogue = valid_adapters_of(run.folder)
     leaderboard = require(run.folder.read_table("leaderboard.parquet"), LEADERBOARD, "leaderboard.parquet")
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     with run.ledger.perform("merge", key) as details:

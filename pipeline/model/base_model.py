@@ -1,4 +1,4 @@
-"""The base model as the ground that everything stands on: its config, tokenizer and the shapes of its linear layers."""
+"""The base model: its config, tokenizer, weights and the shapes of its linear layers."""
 
 import hashlib
 import sys

@@ -1,4 +1,4 @@
-"""Rows of like length in batches. Apart from the loss, so that code which only deals out rows imports no transformers."""
+"""Rows of like length in batches. In a module of its own, so that code which only deals out rows imports no transformers."""
 
 from collections.abc import Sequence
 

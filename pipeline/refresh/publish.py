@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.adapters.adapter import hash_of
-from pipeline.adapters.catalogue import donors_of
+from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
@@ -20,7 +20,7 @@ from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
-from pipeline.search.scoring import CANDIDATE, race_holdout
+from pipeline.search.scoring import CANDIDATE, score_on_holdout
 
 CURRENT = "current.json"
 
@@ -97,8 +97,8 @@ def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     more. A mashup that is among today's candidates was scored with them."""
     run.start_ray()
     published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
-    catalogue, drawn = donors_of(run.folder), run.folder.read_table("samples.parquet")
-    known, _ = race_holdout(run, engines, published, catalogue, drawn, current["rank"], {})
+    catalogue, drawn = valid_adapters_of(run.folder), run.folder.read_table("samples.parquet")
+    known, _ = score_on_holdout(run, engines, published, catalogue, drawn, current["rank"], {})
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
 
 

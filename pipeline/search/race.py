@@ -4,8 +4,8 @@ All candidates see the same samples in the same order. A rung is a number of sam
 scored on its samples, it closes: the best go on to the next rung, the others stop. Who goes on depends on the scores alone,
 neither on the order in which these come nor on the number of workers, so that a race which was broken off and taken up again
 ends like one that ran through, unless its budget is in seconds. Workers need not wait for a rung to close: a candidate that is
-sure to go on, however the missing scores turn out, is given out for the next rung at once. This is ASHA (arXiv 1810.05934), but
-that a candidate is promoted early only where the missing scores cannot change it.
+sure to go on, however the missing scores turn out, is given out for the next rung at once. This is like ASHA
+(arXiv 1810.05934), except that a candidate is promoted early only where the missing scores cannot change it.
 
 Shapes: N candidates, M some of them, S samples in the order in which they are scored.
 """
@@ -201,8 +201,8 @@ class Race:
         return dropped
 
     def survivors(self) -> Indices:
-        """Who of the open rung goes on: the lowest means, as many as the budget allows, without those that are surely above
-        the last of the best that are kept; and the base. In the order of scoring."""
+        """Who of the open rung goes on: the lowest means, as many as the budget allows, without those that are surely above the
+        last finalist so far; and the base. In the order of scoring."""
         best = self._not_out(self._ranked()[: self._quota()])
         return np.sort(np.append(best, BASE)) if not self.aside_N[BASE] else np.sort(best)
 

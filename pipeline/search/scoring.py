@@ -81,7 +81,7 @@ def largest_rank(run: Run, catalogue: pa.Table, merged: int = 0) -> int:
     return max(*catalogue["rank"].to_pylist(), 0 if too_large(run.config.search.engine, merged) else merged)
 
 
-def are_outliers(ranks: Sequence[int]) -> list[bool]:
+def rank_outliers(ranks: Sequence[int]) -> list[bool]:
     """Of each adapter of a pool, whether its rank is an outlier, which would make scoring slower for all others: on GPUs vLLM
     computes with the largest rank that an engine may hold, and keeps slots of it."""
     allowed = math.ceil(OUTLIERS * len(ranks))
@@ -97,7 +97,7 @@ def by_rank(run: Run, catalogue: pa.Table) -> tuple[pa.Table, pa.Table]:
     search = run.config.search
     if search.engine != "vllm" or not scoring_resources(search).gpus:
         return catalogue, catalogue.slice(0, 0)
-    apart = pa.array(are_outliers(catalogue["rank"].to_pylist()), pa.bool_())
+    apart = pa.array(rank_outliers(catalogue["rank"].to_pylist()), pa.bool_())
     return catalogue.filter(pc.invert(apart)), catalogue.filter(apart)
 
 
@@ -152,7 +152,7 @@ def race(
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
 
 
-def race_holdout(
+def score_on_holdout(
     run: Run,
     engines: Engines,
     adapters: pa.Table,

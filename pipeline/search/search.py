@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from pipeline.adapters.adapter import CHANGED
-from pipeline.adapters.catalogue import donors_of
+from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES, require
 from pipeline.data.splits import split_of
@@ -34,7 +34,7 @@ def search(
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
     config, engines = run.config, engines or Engines(run.config.search)
-    catalogue = donors_of(run.folder)
+    catalogue = valid_adapters_of(run.folder)
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     key = search_key(run, catalogue, drawn)
     if run.ready("search", key):

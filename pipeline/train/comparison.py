@@ -10,8 +10,7 @@ from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Job, Lora, copy_weights, row_ids
-from pipeline.train.compare import compare as compare_arms
-from pipeline.train.compare import with_overhead
+from pipeline.train.curves import compare_arms, with_overhead
 from pipeline.train.starts import list_arms, make_jobs
 from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
 

@@ -1,8 +1,8 @@
 """The steps of a training worker, made ahead of it from rows on its node's disk.
 
-A step's rows lie anywhere in the training split. So each row group that holds rows of an arm's steps is read once, ahead of them,
-and the rows are put down as an Arrow file without compression, which is mapped into memory: any row of it is at hand, and none is
-held. The workers of a node share the file, those of all arms with the same seed, and the last one removes it.
+A step's rows lie anywhere in the training split. So each row group that holds rows of an arm's steps is read once, ahead of
+them, and the rows are written to an Arrow file without compression, which is mapped into memory, not loaded. The workers of a
+node share the file, those of all arms with the same seed, and the last one removes it.
 """
 
 import os

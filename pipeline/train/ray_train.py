@@ -1,7 +1,7 @@
 """One arm under Ray Train: several workers over gloo on CPUs, NCCL on GPUs.
 
-The loop itself is `pipeline/train/loop.py`. Ray unpickles this module in processes that only steer; importing torch's and PEFT's
-world there costs ten seconds of a CPU each, so that it is left to the workers.
+The loop itself is `pipeline/train/loop.py`. Ray unpickles this module in its controller processes, too; importing torch's and
+PEFT's world there costs ten seconds of a CPU each, so that it is left to the workers.
 """
 
 import os

@@ -94,7 +94,7 @@ def test_rows_splits_and_order_are_those_of_all_rows_in_memory(
     drawn = draw_samples(config, Folder.at(tmp_path / "run"), no_check)
     tables = {role: Folder.at(tmp_path / "run/data").read_table(f"{role}.parquet") for role in drawn.sizes}
     assert len(part_names(Folder.at(tmp_path / "run/data"), "train.parquet")) > 3
-    assert found({**tables, "sample": drawn.search}) == without_place(plainly(config, files))
+    assert found({**tables, "sample": drawn.sample}) == without_place(plainly(config, files))
     assert drawn.sizes == {role: len(table) for role, table in tables.items()}
     assert drawn.counts["train"]["repeated (trained on, sampled once)"] == len(tables["train"]) - len(
         set(tables["train"]["sample_id"].to_pylist())
@@ -109,7 +109,7 @@ def test_a_content_that_fills_several_parts_is_on_one_side_and_sampled_once(
     files = {"train": [*rows(60), *rows(1, 7) * 50, *rows(60, 60)]}
     config = config_for(write_jsonl(tmp_path / "t.jsonl", files["train"]), samples=8)
     splits = take_samples(config)
-    assert found({**splits.training, "sample": splits.search}) == without_place(plainly(config, files))
+    assert found({**splits.training, "sample": splits.sample}) == without_place(plainly(config, files))
 
 
 @pytest.mark.usefixtures("small")
@@ -209,7 +209,7 @@ def test_a_run_folder_may_be_in_a_bucket(
     config = config_for(write_jsonl(tmp_path / "t.jsonl", rows(40)))
     folder = Folder.at(f"{bucket}/run")
     drawn, expected = draw_samples(config, folder, no_check), take_samples(config)
-    assert drawn.search.equals(expected.search)
+    assert drawn.sample.equals(expected.sample)
     assert folder.read_table("data/train.parquet").equals(expected.training["train"])
     assert not folder.exists("tokenised")
 

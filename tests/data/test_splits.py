@@ -32,7 +32,7 @@ def test_many_reasons_are_told_in_few(tmp_path: Path, config_for: Callable[..., 
 
 def shown(splits: Splits) -> list[Row]:
     """Everything that a run draws from."""
-    return [splits.search.to_pylist(), *(splits.training[role].to_pylist() for role in ("train", "validation", "test"))]
+    return [splits.sample.to_pylist(), *(splits.training[role].to_pylist() for role in ("train", "validation", "test"))]
 
 
 def write_as(kind: str, folder: Path, data: list[Row]) -> Path:
@@ -82,11 +82,11 @@ def test_splits_are_disjoint_and_complete(
     train, validation, test = (ids_of(splits, role) for role in ("train", "validation", "test"))
     assert (len(train), len(validation), len(test)) == (32, 4, 4)
     assert len({*train, *validation, *test}) == 40
-    drawn = splits.search["sample_id"].to_pylist()
+    drawn = splits.sample["sample_id"].to_pylist()
     assert set(drawn) <= set(train)
-    assert splits.search["split"].to_pylist() == ["search"] * 6 + ["holdout"] * 2
+    assert splits.sample["split"].to_pylist() == ["search"] * 6 + ["holdout"] * 2
     assert len(set(drawn)) == 8
-    assert all(table.schema.names == SAMPLES.names for table in [splits.search, *splits.training.values()])
+    assert all(table.schema.names == SAMPLES.names for table in [splits.sample, *splits.training.values()])
     assert {role: set(table["split"].to_pylist()) for role, table in splits.training.items()} == {
         "train": {"train"},
         "validation": {"validation"},
@@ -117,7 +117,7 @@ def test_repeated_rows_are_sampled_once_and_stay_on_one_side_of_a_split(
 ) -> None:
     data = [row for row in rows(12) for _ in range(5)]
     splits = take_samples(config_for(write_jsonl(tmp_path / "t.jsonl", data), samples=64))
-    drawn = splits.search["sample_id"].to_pylist()
+    drawn = splits.sample["sample_id"].to_pylist()
     train, validation, test = (set(ids_of(splits, role)) for role in ("train", "validation", "test"))
     assert sorted(drawn) == sorted(train)
     assert splits.counts["train"]["repeated (trained on, sampled once)"] == len(ids_of(splits, "train")) - len(train)

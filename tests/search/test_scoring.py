@@ -88,7 +88,7 @@ def test_what_earlier_runs_found_to_be_good_comes_first_among_adapters_of_like_r
     ],
 )
 def test_outliers_are_few_far_from_the_others_and_large(ranks: list[int], apart: set[int]) -> None:
-    assert {place for place, outlier in enumerate(scoring.are_outliers(ranks)) if outlier} == apart
+    assert {place for place, outlier in enumerate(scoring.rank_outliers(ranks)) if outlier} == apart
 
 
 @pytest.mark.parametrize(("engine", "gpus", "apart"), [("vllm", 1, ["huge"]), ("vllm", 0, []), ("transformers", 1, [])])

@@ -1,4 +1,4 @@
-"""The stage `compare`, and one arm by `mashup train`: what they refuse. What a comparison finds: tests/train/test_compare.py, and
+"""The stage `compare`, and one arm by `mashup train`: what they refuse. What a comparison finds: tests/train/test_curves.py, and
 tests/test_run.py."""
 
 import json

@@ -11,9 +11,9 @@ import ray
 from pipeline.cluster.resources import MOST_AHEAD, NODE_GROUP
 from pipeline.config import TrainConfig
 from pipeline.core.storage import Folder
-from pipeline.train import compare
+from pipeline.train import curves
 from pipeline.train.arm import Job
-from pipeline.train.compare import _chosen, parity, with_overhead
+from pipeline.train.curves import _chosen, parity, with_overhead
 from pipeline.train.ray_train import arms_at_once
 
 
@@ -99,7 +99,7 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
         asked.extend(checkpoints)
         yield from ((name, {"test_nll": 1.0, "test_token_accuracy": 0.5, "test_exact_match": 0.25}) for name in checkpoints)
 
-    monkeypatch.setattr(compare, "_tested", tested)
+    monkeypatch.setattr(curves, "_tested", tested)
     one, data, storage = job(), Folder.at(tmp_path / "data"), Folder.at(tmp_path / "train")
     for split in ("train", "validation", "test"):
         data.write_bytes(f"{split}.parquet", one.data.read_bytes(f"{split}.parquet"))
@@ -110,7 +110,7 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
 
     def tested_now(count: int) -> list[str]:
         asked.clear()
-        summary = compare.compare([one], outcomes[:count], storage)[1]
+        summary = curves.compare_arms([one], outcomes[:count], storage)[1]
         assert summary["inits"]["base"]["test_exact_match"]["mean"] == 0.25
         return list(asked)
 

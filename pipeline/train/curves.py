@@ -23,7 +23,7 @@ from pipeline.train.tune import Outcome
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
 
 
-def compare(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
+def compare_arms(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
     """The table of all curves, and what it comes to: per init the chosen rate and its test metrics, and the parity.
 
     Args:
