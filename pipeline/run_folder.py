@@ -16,10 +16,10 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.shared_paths import SharedPaths
 from pipeline.cluster.telemetry import tell_stage
 from pipeline.config import Config, build_config
-from pipeline.core.base_ref import pinned
+from pipeline.core.base_ref import name_of, pinned
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import FILE, Ledger, Outputs
-from pipeline.core.lock import Lock
+from pipeline.core.lock import Lock, nobody_else
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder, lies_in
 from pipeline.core.tables import VERSION
@@ -58,7 +58,7 @@ class Run:
         config, target = self.config, self.config.target
         data = {f"target.{role}": getattr(target, role) for role in ("train", "validation", "test")}
         written = {"run": config.run, "search.store": config.search.store}
-        return SharedPaths({"pool": config.pool, "base": config.base, **data}, written)
+        return SharedPaths({"pool": config.pool, "base": name_of(config.base), **data}, written)
 
     @contextmanager
     def locked(self) -> Iterator["Run"]:
@@ -82,8 +82,12 @@ class Run:
         Raises:
             LockLostError: it slept, or got on no more, for so long that another one may be at work here.
         """
-        if self._lock:
-            self._lock.check()
+        self.held()
+
+    @property
+    def held(self) -> Callable[[], None]:
+        """`check`, for other processes."""
+        return self._lock.held if self._lock else nobody_else
 
     @classmethod
     def open(cls, uri: str) -> "Run":

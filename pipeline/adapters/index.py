@@ -7,6 +7,7 @@ import peft
 from pipeline.adapters.catalogue import CHECKS, build_catalogue, valid_adapters
 from pipeline.adapters.kept_rows import KEPT, KeptRows
 from pipeline.adapters.pool import look_at
+from pipeline.core.base_ref import name_of
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import VERSION
@@ -26,7 +27,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     key = digest(VERSION, CHECKS, fingerprint(config.base), pool.listing, pool.state)
     if run.ready("index", key):
         return
-    run.progress.say(f"checking {len(pool.found)} adapters of {config.pool} against {config.base}")
+    run.progress.say(f"checking {len(pool.found)} adapters of {config.pool} against {name_of(config.base)}")
     meanwhile()
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
@@ -43,4 +44,4 @@ def _rows_folder(run: Run) -> Folder:
     """Where rows are kept for the next index of this base by these checks: beside the scores, where runs share these."""
     store, base = run.config.search.store, run.config.base
     home = Folder.at(store) if store else run.folder
-    return home.sub("rows", digest(CHECKS, str(KEPT), peft.__version__, fingerprint(base), base))
+    return home.sub("rows", digest(CHECKS, str(KEPT), peft.__version__, fingerprint(base), name_of(base)))

@@ -12,6 +12,12 @@ PAUSES = (1, 2, 4, 8, 16, 32)
 BUSY = (408, 429)
 """HTTP statuses, beside those of 500 and above."""
 
+NO_ADDRESS = {"UnsupportedProtocol", "LocalProtocolError"}
+"""Of the HTTP client's errors those of an endpoint that can never be reached."""
+
+XET = ("CAS Client Error", "error sending request")
+"""In what the client of the Hub's storage for large files raises, a plain RuntimeError, where that cannot be reached."""
+
 
 class HubBusyError(OSError):
     """The Hub does not answer, or limits the rate of requests. It may answer later."""
@@ -46,7 +52,8 @@ def is_busy(error: BaseException) -> bool:
         if "OfflineModeIsEnabled" in names:
             return False
         status = getattr(getattr(one, "response", None), "status_code", 0)
-        if "TransportError" in names or status in BUSY or status >= 500:
+        unreached = "TransportError" in names and not names & NO_ADDRESS
+        if unreached or status in BUSY or status >= 500 or (type(one) is RuntimeError and any(mark in str(one) for mark in XET)):
             return True
     return False
 

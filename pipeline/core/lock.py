@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, NoReturn
@@ -47,6 +48,30 @@ class LockTakenError(RuntimeError):
 
 class LockLostError(RuntimeError):
     """This process gave no sign of life for so long that others may hold the lock now."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """To be called, in whichever process, before anything that only the holder of a lock may do.
+
+    Raises:
+        LockLostError: it is not held any more.
+    """
+
+    folder: Folder
+    mark: str
+    expiry: float
+
+    def __call__(self) -> None:
+        if not self.folder.exists(self.mark):
+            raise LockLostError(
+                f"{self.folder.uri}: this process gave no sign of life for {self.expiry:g} s and lost the lock; "
+                "another one may be at work here now"
+            )
+
+
+def nobody_else() -> None:
+    """In place of `Held` where no other process can be at work, as in a temporary folder."""
 
 
 class Lock:
@@ -87,8 +112,11 @@ class Lock:
         Raises:
             LockLostError: it is not.
         """
-        if not self.folder.exists(self._number):
-            self._lost()
+        self.held()
+
+    @property
+    def held(self) -> Held:
+        return Held(self.folder, self._number, self.expiry)
 
     def _take(self) -> None:
         about = {**this_process(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
@@ -97,8 +125,7 @@ class Lock:
         last = max((_number(name) for name in self._entries("number")), default=0)
         self._number = f"number.{last + 1:09d}.{self._id}"
         self.folder.write_json(self._number, about)
-        if not self.folder.exists(choosing):  # removed: others did not wait for this number, which may be below theirs
-            self._lost()
+        Held(self.folder, choosing, self.expiry)()  # removed: others did not wait for this number, which may be below theirs
         self.folder.delete(choosing)
         while self._entries("choosing"):
             time.sleep(POLL)
@@ -153,12 +180,6 @@ class Lock:
     def _give_up(self, about: dict[str, Any]) -> NoReturn:
         who = f"since {about['since']} ({_who(about)})" if about else "until a moment ago"
         raise LockTakenError(f"{self.folder.uri}: another process is at work here {who}; try again when it has ended, or end it")
-
-    def _lost(self) -> NoReturn:
-        raise LockLostError(
-            f"{self.folder.uri}: this process gave no sign of life for {self.expiry:g} s and lost the lock; "
-            "another one may be at work here now"
-        )
 
     def _beat(self) -> None:
         self.folder.write_text(f"beat.{self._id}", "")

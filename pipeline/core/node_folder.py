@@ -11,6 +11,7 @@ locked exclusively is in nobody's use.
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
 import uuid
@@ -34,7 +35,8 @@ def private(folder: Path | None, name: str) -> Path:
     Raises:
         InputError: it cannot be made, or others can write to it.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"mashup-{name}-{os.getuid()}"
+    # With the node's name: where several nodes have one disk, a lock of one is not seen from the others.
+    folder = folder or Path(tempfile.gettempdir()) / f"mashup-{name}-{os.getuid()}-{socket.gethostname()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
@@ -100,6 +102,7 @@ def _make(entry: Path, make: Callable[[Path], None]) -> int | None:
         if entry.exists():
             return lock(entry, fcntl.LOCK_SH)
         files = partial / "files"
+        shutil.rmtree(files, ignore_errors=True)  # of one that ended half-way
         make(files)
         held = lock(files, fcntl.LOCK_SH)
         files.rename(entry)
@@ -115,14 +118,16 @@ def lock(folder: Path, kind: int) -> int | None:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
+    held = False
     try:
         fcntl.flock(handle, kind)
-        if os.path.samestat(os.fstat(handle), folder.stat()):
-            return handle
+        held = os.path.samestat(os.fstat(handle), folder.stat())
     except (BlockingIOError, FileNotFoundError):
         pass
-    os.close(handle)  # it was renamed, removed or made anew while we waited
-    return None
+    finally:
+        if not held:  # it was renamed, removed or made anew while we waited
+            os.close(handle)
+    return handle if held else None
 
 
 def remove(folder: Path) -> bool:

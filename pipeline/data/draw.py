@@ -99,11 +99,12 @@ class Draw:
         return before + rows, contents + sum(found[role].contents for found in self._found[:part])
 
     def write(self, cuts: dict[str, Cut], data: Folder, check: Callable[[], None]) -> None:
-        """Write the splits as `<name>.parquet/<part>.parquet`, schema SAMPLES. `check` raises where another process does so."""
+        """Write the splits as `<name>.parquet/<part>.parquet`, schema SAMPLES. Before each part `check` is called,
+        by the task that writes it: it raises where another process may write by now."""
         check()
         attempt, write = uuid.uuid4().hex[:8], ray.remote(num_cpus=1)(_write_part)
         tasks = [
-            write.remote(self._shards, name, cut.role, self._ranges[part], inside, data, f"{part:05d}-{attempt}")
+            write.remote(self._shards, name, cut.role, self._ranges[part], inside, data, f"{part:05d}-{attempt}", check)
             for name, cut in cuts.items()
             for part, inside in enumerate(self._inside(cut))
             if inside[0] < inside[1]
@@ -142,9 +143,17 @@ def _whole_contents(shards: Shards, role: str, ranges: tuple[int, int], stop: in
 
 
 def _write_part(
-    shards: Shards, name: str, role: str, ranges: tuple[int, int], inside: Sequence[int], data: Folder, file: str
+    shards: Shards,
+    name: str,
+    role: str,
+    ranges: tuple[int, int],
+    inside: Sequence[int],
+    data: Folder,
+    file: str,
+    check: Callable[[], None],
 ) -> None:
     start, stop = inside
     rows = shards.rows(role, ranges).slice(start, stop - start)
     split = pa.array([name] * len(rows), pa.string())
+    check()
     write_part(data, f"{name}.parquet/{file}.parquet", rows.append_column("split", split).select(SAMPLES.names))

@@ -16,7 +16,8 @@ def samples(run: Run) -> None:
     if run.ready("samples", key):
         return
     with run.ledger.perform("samples", key):
-        drawn = draw_samples(config, run.folder, run.check)
+        drawn = draw_samples(config, run.folder, run.held)
+        run.check()
         sizes = {split: len(split_of(drawn.sample, split)) for split in ("search", "holdout")} | drawn.sizes
         run.folder.write_json("samples.json", sizes | {"rows": drawn.counts})
         run.folder.write_table("samples.parquet", drawn.sample)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError, is_transient, one_line
+from pipeline.core.lock import nobody_else
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
@@ -82,7 +83,7 @@ def take_samples(config: Config) -> Splits:
     """The same of a small target and on one machine, with the splits in memory."""
     with temporary_folder() as scratch:
         folder = Folder.at(str(scratch))
-        drawn = draw_samples(config, folder, lambda: None)
+        drawn = draw_samples(config, folder, nobody_else)
         return Splits(drawn.sample, {role: folder.read_table(f"data/{role}.parquet") for role in ROLES}, drawn.counts)
 
 
@@ -161,6 +162,8 @@ def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Tabl
     try:
         tables = [report.select(SHARDS.names).cast(SHARDS) for report in reports if report.num_rows]
     except (OSError, pa.ArrowException) as error:
+        if is_transient(error):
+            raise
         if harmed := next(filter(None, map(unreadable, paths.values())), None):
             raise InputError(harmed) from error
         raise
@@ -179,7 +182,7 @@ def _require_usable(reports: pa.Table, role: str, path: str, counts: Mapping[str
     """
     if counts.get("malformed"):
         told = _of_role(reports, role)
-        lines = dict(pair for pairs in told["lines"].to_pylist() for pair in pairs)
+        lines = sum((Counter(dict(pairs)) for pairs in told["lines"].to_pylist()), Counter[int]())
         blocks = [block for malformed in told["malformed"].to_pylist() for block in malformed]
         where = first_malformed(path, lines, min(blocks)) if blocks else f"{path}: a row is not a JSON object"
         raise InputError(f"{where}; each line must be one JSON object, in UTF-8")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.core import node_folder
-from pipeline.core.base_ref import is_stored, looks_local, name_of, split, state_of
+from pipeline.core.base_ref import is_stored, looks_local, name_of, pinned, split, state_of
 from pipeline.core.errors import InputError, first_line, one_line, unknown_base
 from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.hub import HubBusyError, from_hub
@@ -128,12 +128,12 @@ def fingerprint(base: str) -> str:
     Raises:
         InputError: the base model is not known.
     """
-    config = _from_pretrained(AutoConfig, base)
-    name, version = split(base)
+    _from_pretrained(AutoConfig, base)
+    name, version = split(pinned(base))
     if is_stored(base):
-        return _short((_fetched(base, weights=False) / "config.json").read_bytes() + (version or state_of(name)).encode())
+        return _short((_fetched(f"{name}@{version}", weights=False) / "config.json").read_bytes() + str(version).encode())
     if not Path(base).is_dir():
-        return _short(f"{name} {config._commit_hash}".encode())
+        return _short(f"{name} {version}".encode())
     content = (Path(base) / "config.json").read_bytes()
     files = sorted(Path(base).glob("*.safetensors"))
     if not files:

@@ -112,6 +112,7 @@ def refresh(config: RefreshConfig, report_noop: bool = False) -> dict[str, Any]:
     home = Folder.at(config.home)
     home.create()
     with Lock(home.sub("lock"), say=Progress().say) as lock:
+        config = config.model_copy(update={"base": pinned(config.base)})  # once, for the index and all targets
         history = History.of(home)
         looked = look(config)
         due = {name: changed for name, seen in looked.items() if (changed := history.changed(name, seen)) is not None}

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pipeline.adapters.licences import conflicts
+from pipeline.core.base_ref import name_of
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
 from pipeline.report import plots, words
@@ -79,6 +80,7 @@ def render(files: RunFiles) -> str:
     """The page as HTML."""
     return template("page.html").render(
         files=files,
+        base=name_of(files.config.get("base") or ""),
         target=(files.config.get("target") or {}).get("train"),
         verdict=words.verdict(files.summary, files.selection),
         headlines=words.headlines(files.summary) if files.summary else [],

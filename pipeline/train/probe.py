@@ -18,6 +18,7 @@ from pipeline.train.arm import Job
 
 def write_probe_data(data: Folder, holdout: pa.Table, target: Folder) -> None:
     """The training rows without the held-out ones, and these as what is validated on."""
+    target.delete("train.parquet")  # of an attempt that broke off, or of an older version
     held = holdout["sample_id"].combine_chunks()
     for number, file in enumerate(part_names(data, "train.parquet")):
         rows = data.read_table(file)

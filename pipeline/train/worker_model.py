@@ -150,10 +150,12 @@ class Trainable:
         """Write the adapter, or the model, as others read it."""
         if self.start:
             with temporary_folder() as fresh:
-                self.model.save_pretrained(fresh, state_dict=trained)
+                self.model.save_pretrained(fresh, state_dict=trained, save_embedding_layers=False)
                 write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(fresh)))
             return
-        self.model.save_pretrained(str(folder), state_dict=trained)
+        # Else PEFT asks the Hub, at each checkpoint, whether the base's vocabulary has grown.
+        settings = {} if self.job.full else {"save_embedding_layers": False}
+        self.model.save_pretrained(str(folder), state_dict=trained, **settings)
         if self.job.full:
             load_tokenizer(self.job.base).save_pretrained(str(folder))
 

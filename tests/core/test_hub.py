@@ -27,8 +27,18 @@ def caused(outer: Exception, cause: BaseException) -> Exception:
     return outer
 
 
-BUSY = [TransportError("no route"), caused(OSError("cannot connect"), TransportError("timed out"))]
+class UnsupportedProtocol(TransportError):  # noqa: N818
+    """As the Hub's HTTP client calls it."""
+
+
+BUSY = [
+    TransportError("no route"),
+    caused(OSError("cannot connect"), TransportError("timed out")),
+    RuntimeError("Task error: CAS Client Error: Request Error: error sending request for url"),
+]
 NOT_BUSY = [
+    UnsupportedProtocol("an endpoint without http://"),
+    RuntimeError("of another library"),
     OSError("no space left"),
     caused(FileNotFoundError("not in the cache"), OfflineModeIsEnabled("HF_HUB_OFFLINE=1")),
     ValueError("no such id"),

@@ -34,6 +34,20 @@ def test_a_folder_is_made_once_and_stays_while_somebody_holds_it(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_one_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "entry.partial/files").mkdir(parents=True)
+    (tmp_path / "entry.partial/files/half").touch()
+    os.close(obtain(tmp_path / "entry", writer([])))
+    assert [file.name for file in (tmp_path / "entry").iterdir()] == ["file"]
+
+
+def test_nodes_that_share_a_disk_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    here = private(None, "rows")
+    monkeypatch.setattr("socket.gethostname", lambda: "another-node")
+    assert private(None, "rows") != here
+
+
 def test_who_comes_meanwhile_waits_for_the_first(tmp_path: Path) -> None:
     begun, go, made, held = threading.Event(), threading.Event(), list[Path](), list[int]()
 

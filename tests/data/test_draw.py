@@ -13,7 +13,7 @@ from target_rows import Row, rows
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError
-from pipeline.core.lock import LockLostError
+from pipeline.core.lock import LockLostError, nobody_else
 from pipeline.core.parts import part_names
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
@@ -56,10 +56,6 @@ def plainly(config: Config, files: dict[str, list[Row]]) -> Tables:
     return {name: [{"split": name, **row} for row in table] for name, table in splits.items()}
 
 
-def no_check() -> None:
-    """Nobody else is at work."""
-
-
 def refuse() -> None:
     raise LockLostError("passed by another")
 
@@ -91,7 +87,7 @@ def test_rows_splits_and_order_are_those_of_all_rows_in_memory(
 ) -> None:
     paths = {role: write_jsonl(tmp_path / f"{role}.jsonl", data) for role, data in files.items()}
     config = config_for(**paths, samples=30, seed=3, validation_rows=5, test_rows=9)
-    drawn = draw_samples(config, Folder.at(tmp_path / "run"), no_check)
+    drawn = draw_samples(config, Folder.at(tmp_path / "run"), nobody_else)
     tables = {role: Folder.at(tmp_path / "run/data").read_table(f"{role}.parquet") for role in drawn.sizes}
     assert len(part_names(Folder.at(tmp_path / "run/data"), "train.parquet")) > 3
     assert found({**tables, "sample": drawn.sample}) == without_place(plainly(config, files))
@@ -136,6 +132,16 @@ def test_lines_are_counted_through_the_blocks_of_a_file(tmp_path: Path, config_f
 
 
 @pytest.mark.usefixtures("small")
+def test_a_row_that_fills_whole_blocks_keeps_no_later_line_from_being_named(
+    tmp_path: Path, config_for: Callable[..., Config]
+) -> None:
+    long = json.dumps({"prompt": "x" * 5000, "completion": "yes"})
+    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps(rows(1)[0]), long, '{"prompt"']))
+    with pytest.raises(InputError, match="line 3 is malformed JSON"):
+        take_samples(config_for(tmp_path / "t.jsonl"))
+
+
+@pytest.mark.usefixtures("small")
 def test_an_array_is_read_whole_and_its_entries_are_counted(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     (tmp_path / "t.json").write_text(json.dumps([*rows(100), 5]))
     assert len(readers.json_blocks(str(tmp_path / "t.json"))) == 1
@@ -163,12 +169,12 @@ def test_parts_of_an_attempt_that_was_given_up_do_not_count(
     tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Any
 ) -> None:
     config, folder = config_for(write_jsonl(tmp_path / "t.jsonl", rows(100))), Folder.at(tmp_path / "run")
-    draw_samples(config, folder, no_check)
+    draw_samples(config, folder, nobody_else)
     expected = folder.read_table("data/train.parquet")
     for name in ("00000-other.parquet", "99999-other.parquet"):
         folder.write_table(f"data/train.parquet/{name}", expected)
     folder.write_bytes("tokenised/left.rows", b"x")
-    draw_samples(config, folder, no_check)
+    draw_samples(config, folder, nobody_else)
     assert folder.read_table("data/train.parquet").equals(expected)
     assert not folder.exists("tokenised")
 
@@ -176,7 +182,7 @@ def test_parts_of_an_attempt_that_was_given_up_do_not_count(
 @pytest.mark.usefixtures("small")
 def test_a_refused_target_leaves_nothing(tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Any) -> None:
     with pytest.raises(InputError, match="too few to search with"):
-        draw_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(3))), Folder.at(tmp_path / "run"), no_check)
+        draw_samples(config_for(write_jsonl(tmp_path / "t.jsonl", rows(3))), Folder.at(tmp_path / "run"), nobody_else)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
@@ -197,6 +203,17 @@ def test_who_may_write_no_more_leaves_the_splits_and_the_shards_of_others(
         draw_samples(config, folder, check)
     assert folder.exists("data/train.parquet/00000-other.parquet")
     assert folder.exists("tokenised/other/a.rows")
+    marker = tmp_path / "passed"
+
+    def pass_once() -> None:
+        if marker.exists():
+            raise LockLostError("passed by another")
+        marker.touch()
+
+    late = Folder.at(tmp_path / "late")
+    with pytest.raises(LockLostError):  # by the tasks, which are asked before each part
+        draw_samples(config, late, pass_once)
+    assert not late.exists("data")
     other = Folder.at(tmp_path / "other")
     with pytest.raises(LockLostError):
         draw_samples(config, other, refuse)
@@ -208,7 +225,7 @@ def test_a_run_folder_may_be_in_a_bucket(
 ) -> None:
     config = config_for(write_jsonl(tmp_path / "t.jsonl", rows(40)))
     folder = Folder.at(f"{bucket}/run")
-    drawn, expected = draw_samples(config, folder, no_check), take_samples(config)
+    drawn, expected = draw_samples(config, folder, nobody_else), take_samples(config)
     assert drawn.sample.equals(expected.sample)
     assert folder.read_table("data/train.parquet").equals(expected.training["train"])
     assert not folder.exists("tokenised")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import COMMIT, serve_hub
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -66,6 +67,22 @@ def test_a_base_of_an_object_store_is_the_local_one_and_fetched_once(stored_base
         [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_base_of_the_hub_is_told_by_its_commit(tiny_base: str, tmp_path: Path) -> None:
+    code = """
+import sys
+from pipeline.model.base_model import fingerprint, linear_shapes
+for base in sys.argv[1:]:
+    print(fingerprint(base), len(linear_shapes(base)[0]))
+"""
+    files = {file.name: file.read_bytes() for file in Path(tiny_base).iterdir()}
+    with serve_hub({"org/base": files}) as (endpoint, _):
+        there = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", code, "org/base", f"org/base@{COMMIT}"]
+        done = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
+    expected = f"{base_model._short(f'org/base {COMMIT}'.encode())} {len(linear_shapes(tiny_base)[0])}"
+    assert done.stdout.splitlines() == [expected] * 2, done.stderr
 
 
 def test_a_base_of_an_object_store_that_changes_during_a_run_is_refused(stored_base: str) -> None:

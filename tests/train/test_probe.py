@@ -28,6 +28,15 @@ def test_a_split_in_parts_is_gone_through_part_by_part(tmp_path: Path, data: Fol
     assert target.read_table("train.parquet").equals(pa.concat_tables([train.slice(0, 15), train.slice(25)]))
 
 
+def test_what_an_earlier_attempt_left_does_not_count(tmp_path: Path, data: Folder) -> None:
+    train, target = data.read_table("train.parquet"), Folder.at(tmp_path)
+    target.write_table("train.parquet", train)  # as older versions did, one file
+    for _ in range(2):
+        write_probe_data(data, train.slice(0, 5), target)
+        assert target.read_table("train.parquet").equals(train.slice(5))
+        target.write_table("train.parquet/99999.parquet", train)
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_probe_is_a_short_finetuning_and_is_made_once(tmp_path: Path, job: Callable[..., Job]) -> None:
     results = Folder.at(tmp_path)
