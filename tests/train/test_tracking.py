@@ -43,7 +43,7 @@ def test_an_arm_is_tracked_in_both(
     job: Callable[..., Job], tmp_path: Path, worker_logs: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same losses at the same steps as in the arm's own curve; the start is drawn at step 1."""
-    told: list[tuple[str, int, float]] = []
+    told: list[tuple[str, str, int, float]] = []
     monkeypatch.setattr(tune, "tell_training", lambda *figures: told.append(figures))
     arm, store = job(steps=4, evaluations=2), str(tmp_path / "store")
     storage = Folder.at(tmp_path / "train")
@@ -68,7 +68,7 @@ def test_an_arm_is_tracked_in_both(
     }
     assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "eval_nll")] == curve
 
-    assert [(name, tokens) for name, tokens, _ in told] == [(arm.name, row["tokens"]) for row in outcome["curve"]]
+    assert [figures[:3] for figures in told] == [("run", arm.name, row["tokens"]) for row in outcome["curve"]]
     assert f"INFO stage=train adapter={arm.arm.name} node=" in worker_logs()
 
 
