@@ -307,9 +307,9 @@ def ray_session(object_store: str) -> Iterator[None]:
     """One local Ray cluster for all tests that need one; its workers inherit the way to the object store."""
     import ray
 
-    from pipeline.cluster.connect import set_data_context
+    from pipeline.cluster.connect import set_data_context, start
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start(num_cpus=4, include_dashboard=False)
     set_data_context()
     yield
     ray.shutdown()

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -45,7 +46,7 @@ def connect() -> float:
         if address := os.environ.get("RAY_ADDRESS"):
             _join(address)
         else:
-            _start()
+            start()
         _have_time_to_stop()
     set_data_context()
     return time.perf_counter() - started
@@ -93,11 +94,12 @@ def _wants_token(error: BaseException) -> bool:
     return AuthenticationError.__name__ in f"{error!r} {error.__cause__!r} {error.__context__!r}"
 
 
-def _start() -> None:
-    """A start is tried again: on a busy machine some of Ray's processes may come too late for the others, which then give up."""
+def start(**settings: Any) -> None:
+    """Start a cluster on this machine, with Ray's own settings. It is tried again: on a busy machine some of Ray's processes may
+    come too late for the others, which then give up."""
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR", **settings)
             return
         except Exception:  # Ray raises no narrower one
             ray.shutdown()
