@@ -74,7 +74,7 @@ def scores(run: Path) -> list[tuple[Any, ...]]:
 
 RESULTS = {
     "pipeline.adapters.index": "catalogue.parquet",
-    "pipeline.data.draw": "samples.parquet",
+    "pipeline.data.sample": "samples.parquet",
     "pipeline.search.search": "leaderboard.parquet",
     "pipeline.merge.mashup": "selection.json",
     "pipeline.train.comparison": "comparison.parquet",

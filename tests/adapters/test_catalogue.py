@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
-from pipeline.adapters.catalogue import build_catalogue, compare, inspect_batch
+from pipeline.adapters.catalogue import build_catalogue, compare_adapters, inspect_batch
 from pipeline.adapters.pool import LISTING, list_adapters
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
@@ -136,7 +136,7 @@ def test_one_donor_under_many_names_counts_once(tmp_path: Path, tiny_base: str, 
         write_adapter(tmp_path / name, Adapter(one.config, tensors))
     make_adapter(tmp_path / "zero", tiny_base, std=0.0)
     make_adapter(tmp_path / "another", tiny_base, std=0.3, seed=1)
-    rows = entries(compare(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
+    rows = entries(compare_adapters(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
     assert rows["other factors"]["reason"] == "duplicate of one: the same delta weights in other factors"
     assert "those of one times 0.3;" in rows["other size"]["warning"]
     assert {name: row["family"] for name, row in rows.items()} == {
@@ -154,7 +154,7 @@ def test_near_copies_are_told_as_a_family(tmp_path: Path, tiny_base: str, make_a
     noisy = {m: (a_RI + 0.08 * a_RI.std() * torch.randn_like(a_RI), b_OR) for m, (a_RI, b_OR) in one.tensors.items()}
     write_adapter(tmp_path / "near", Adapter(one.config, noisy))
     make_adapter(tmp_path / "other", tiny_base, std=0.3, seed=1)
-    rows = entries(compare(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
+    rows = entries(compare_adapters(inspected_table(tiny_base, tmp_path).sort_by("adapter_id")))
     assert [rows[name]["family"] for name in ("near", "one", "other")] == ["near", "near", "other"]
     assert "nearly those of near" in rows["one"]["warning"]
 
