@@ -128,10 +128,11 @@ def fingerprint(base: str) -> str:
     Raises:
         InputError: the base model is not known.
     """
+    base = pinned(base)
     _from_pretrained(AutoConfig, base)
-    name, version = split(pinned(base))
+    name, version = split(base)
     if is_stored(base):
-        return _short((_fetched(f"{name}@{version}", weights=False) / "config.json").read_bytes() + str(version).encode())
+        return _short((_fetched(base, weights=False) / "config.json").read_bytes() + str(version).encode())
     if not Path(base).is_dir():
         return _short(f"{name} {version}".encode())
     content = (Path(base) / "config.json").read_bytes()
