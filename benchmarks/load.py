@@ -24,21 +24,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import typer
 import yaml
 
+from benchmarks.memory import Peaks, own_peak
 from benchmarks.pools import byte_tokenizer, random_adapters, tiny_base
 from pipeline.adapters.index import index
 from pipeline.config import load_config
@@ -46,9 +44,6 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.data.sample import samples
 from pipeline.run_folder import Run
-
-LOOKS = 0.2
-"""Seconds between two looks at the workers' memory."""
 
 SAME = 1e-4
 """Nats by which two values of one score may differ: the rows of a batch are padded to its longest."""
@@ -131,31 +126,11 @@ def measure(stage: str, config: str) -> None:
     """Run one stage in this process, and print its seconds and the peaks of memory in megabytes."""
     run = Run(load_config(config))
     run.start_ray()
-    largest, over = [0.0], threading.Event()
-    watch = threading.Thread(target=_watch_workers, args=(largest, over))
-    watch.start()
     started = time.perf_counter()
-    {"index": index, "samples": samples}[stage](run)
+    with Peaks() as peaks:
+        {"index": index, "samples": samples}[stage](run)
     seconds = time.perf_counter() - started
-    over.set()
-    watch.join()
-    print(json.dumps({"seconds": round(seconds, 1), "driver_mb": round(_peak()), "worker_mb": round(largest[0])}))
-
-
-def _peak() -> float:
-    """The most memory of this process so far, in megabytes. What `resource` says may be that of the process which started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def _watch_workers(largest: list[float], over: threading.Event) -> None:
-    """Note the most that a Ray worker of this process holds for itself."""
-    while not over.wait(LOOKS):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if "ray::" in " ".join(process.cmdline()):
-                    memory = process.memory_info()
-                    largest[0] = max(largest[0], (memory.rss - memory.shared) / 2**20)
+    print(json.dumps({"seconds": round(seconds, 1), "driver_mb": round(own_peak()), "worker_mb": round(peaks.worker)}))
 
 
 def _grown(stage: str, few: dict[str, float], many: dict[str, float]) -> dict[str, float]:

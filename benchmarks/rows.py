@@ -16,31 +16,23 @@ some 30 in a row) and with `--rows`, each in processes of their own. The last li
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import psutil
-import ray
 import typer
-from ray._private.internal_api import node_stats
 
 from benchmarks.load import load_base
+from benchmarks.memory import Peaks, own_peak
 from benchmarks.pools import TARGETS
 from pipeline.config import Config, SearchConfig, TargetConfig, TrainConfig
 from pipeline.data.sample import samples
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.ray_train import fit
-
-LOOKS = 0.1
-"""Seconds between two looks at the memory of all processes."""
 
 STEPS, BATCH_ROWS = 50, 32
 KINDS = ("driver", "worker", "trainer")
@@ -91,7 +83,7 @@ def measure(folder: str, base: str) -> None:
         outcome = fit(job, run.folder.sub("train"))
     trained = outcome["curve"][-1]["seconds"]
     found = {
-        "driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "driver_mb": own_peak(),
         "object_store_mb": max(drawing.object_store, training.object_store),
         "worker_mb": drawing.worker,
         "trainer_mb": training.worker,
@@ -104,37 +96,6 @@ def measure(folder: str, base: str) -> None:
             {**{name: round(value, 1) for name, value in found.items()}, "wait_share": outcome["waiting_seconds"] / trained}
         )
     )
-
-
-class Peaks:
-    """The most memory of this process' Ray workers and of its object store while it is entered, in megabytes."""
-
-    def __init__(self) -> None:
-        self.worker = self.object_store = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> "Peaks":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        node = ray.nodes()[0]
-        while not self._over.wait(LOOKS):
-            store = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
-            self.object_store = max(self.object_store, store.object_store_bytes_used / 2**20)
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    self._look(process)
-
-    def _look(self, process: psutil.Process) -> None:
-        if "ray::" in " ".join(process.cmdline()):
-            memory = process.memory_info()
-            self.worker = max(self.worker, (memory.rss - memory.shared) / 2**20)
 
 
 if __name__ == "__main__":
