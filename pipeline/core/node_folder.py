@@ -113,10 +113,10 @@ def _make(entry: Path, make: Callable[[Path], None]) -> int | None:
 
 
 def lock(folder: Path, kind: int) -> int | None:
-    """A handle that locks a folder; None where it is gone or, with LOCK_NB, in use."""
+    """A handle that locks a folder; None where it is gone, is a stray file or, with LOCK_NB, in use."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     held = False
     try:

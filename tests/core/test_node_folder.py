@@ -88,6 +88,15 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     assert private(tmp_path / "own", "rows").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_stray_file_beside_them_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stray = private(None, "temporary") / "notes.txt"
+    stray.write_text("mine")
+    with temporary_folder() as folder:
+        assert folder.is_dir()
+    assert stray.read_text() == "mine"
+
+
 def test_a_temporary_folder_goes_with_its_block_and_those_of_killed_processes_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from pipeline.engines.scorer import EngineConfig
 from pipeline.plan import estimate as planning
 from pipeline.plan.estimate import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.run import plan_run, run_all
-from pipeline.run_folder import Run
+from pipeline.run_folder import LOCK, Run
 from pipeline.search.race import Race, make_schedule
 from pipeline.search.scoreboard import Work
 from pipeline.search.scoring import CANDIDATE
@@ -93,7 +93,7 @@ def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(
     plan = json.loads((run / "plan.json").read_text())
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "stages.json", "stages.backup.json", "catalogue.parquet", "samples.parquet", "samples.json", "data"),
-        *("store", "plan.json"),
+        *("store", "plan.json", LOCK),
     }
     assert plan["candidates"] == {"found": 3, "valid": 2, "in_the_race": 2}
     calibrated = 3 * 8  # the base and two adapters on the first samples
