@@ -5,7 +5,7 @@
 Ratios, each of two things measured in this one run:
     search_over_engine        seconds a batch of adapters of the Ray Data search / of the bare engine in a process of its own
     train_over_bare           seconds of the training steps under Ray Train / of the same loop without Ray
-    driver_memory_growth, engine_..., scoreboard_...
+    driver_memory_growth, engine_..., dispatcher_...
                               peak memory of a process in a search of 10,000 adapters / of 100
 Start-up is left out of the first two and printed apart. The bare halves run before and after, so that a machine which grows
 slower or faster favours neither.
@@ -150,7 +150,7 @@ def _memory_growth(few: int, many: int) -> dict[str, float]:
 
 def print_peaks(count: int) -> None:
     """Index `count` adapters of a tiny base, search them within a tenth of the exhaustive cost, and print the peak memory of the
-    driver, of the engine's process and of the scoreboard's, in bytes."""
+    driver, of the engine's process and of the dispatcher's, in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = tiny_base(folder / "base")
@@ -160,11 +160,11 @@ def print_peaks(count: int) -> None:
         samples = random_samples(32, 16, VOCABULARY)
         search = SearchConfig(engine="transformers", adapters_per_batch=8, actors=1)
         work = everything(adapters, samples, folder / "scores")
-        peaks = {"engine": 0, "scoreboard": 0}
+        peaks = {"engine": 0, "dispatcher": 0}
         for _ in score_stream(
             work, engine_config(base, 2, TARGETS, search, max_tokens=32), search, make_schedule(count + 1, 24, 8, share=0.1)
         ):
-            for name, title in (("engine", "MapWorker"), ("scoreboard", "Scoreboard")):
+            for name, title in (("engine", "MapWorker"), ("dispatcher", "Dispatcher")):
                 peaks[name] = max(peaks[name], _memory_of(title))
     print(json.dumps({"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **peaks}))
 

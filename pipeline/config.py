@@ -130,7 +130,17 @@ class SearchConfig(Section):
     budget: Budget = Field(Budget(share=0.1), description="what the search may spend")
     store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")
-    adapters_per_batch: int = Field(4, ge=1, le=MAX_COUNT, description="adapters that one engine scores together")
+    adapters_per_batch: int | Auto = Field(
+        "auto", description="adapters that one engine scores together; auto: 4 on CPUs, on GPUs up to 32, as their size allows"
+    )
+    memory_cache_gb: float | Auto = Field(
+        "auto", description="memory for adapters that an engine may need again; auto: its share of a quarter of the node's"
+    )
+    disk_cache_gb: float | Auto = Field(
+        "auto",
+        description="disk of each node, under TMPDIR, for adapters of object stores; auto: half of what is free, in a Kubernetes "
+        "pod 64 at most, as the limit of its volume cannot be seen",
+    )
     actors: int | Auto = Field("auto", description="engines at most; auto: as many as the cluster holds")
     cpus_per_actor: float | Auto = Field("auto", description="CPUs of an engine; auto: without GPUs a whole node's")
     gpus_per_actor: int | Auto = Field("auto", description="auto: 1 where the cluster has GPUs; above 1: tensor parallelism")
@@ -139,6 +149,20 @@ class SearchConfig(Section):
     @classmethod
     def in_range(cls, value: float | str, info: ValidationInfo) -> float | str:
         return _resources(value, info)
+
+    @field_validator("adapters_per_batch")
+    @classmethod
+    def at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= MAX_COUNT:
+            raise ValueError(f"must be from 1 to {MAX_COUNT}")
+        return value
+
+    @field_validator("memory_cache_gb", "disk_cache_gb")
+    @classmethod
+    def not_negative(cls, value: float | str) -> float | str:
+        if isinstance(value, float | int) and not 0 <= value <= MAX_COUNT:
+            raise ValueError(f"must be from 0 to {MAX_COUNT}")
+        return value
 
 
 class MergeConfig(Section):

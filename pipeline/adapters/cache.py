@@ -32,6 +32,7 @@ from pipeline.core.storage import MAX_HEADER_BYTES, Folder
 from pipeline.core.uploads import PART_BYTES
 
 MAX_CARD_BYTES = 1 << 20
+MOST_IN_POD = 64 << 30
 NAMES = "[0-9a-f]" * 32 + "-*"
 
 
@@ -53,7 +54,7 @@ class AdapterCache:
     def __init__(
         self,
         folder: Path | None = None,
-        max_bytes: int = 8 << 30,
+        max_bytes: int | None = None,
         threads: int = 4,
         ahead: int = 16,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
@@ -62,7 +63,8 @@ class AdapterCache:
         """
         Args:
             folder: where the adapters are kept; by default one of this user's in the machine's temporary folder.
-            max_bytes: limit in bytes; passed only by what is in use or being fetched.
+            max_bytes: limit in bytes; passed only by what is in use or being fetched. None: half of what is free on the disk and
+                what is here already; in a pod, where the limit of its volume cannot be seen, MOST_IN_POD.
             threads: fetches at the same time, for `prefetch`.
             ahead: prefetched adapters that may wait to be asked for; they count as in use.
             max_adapter_bytes: limit of one adapter; of a larger one nothing is fetched.
@@ -73,12 +75,14 @@ class AdapterCache:
             InputError: the folder cannot be made, or others can write to it.
         """
         self.folder = private(folder, "adapters")
-        self.max_bytes, self.max_adapter_bytes = max_bytes, max_adapter_bytes
+        self.max_bytes = self._half_of_disk() if max_bytes is None else max_bytes
+        self.max_adapter_bytes = max_adapter_bytes
         self.ahead, self.check = ahead, check
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
         self._guard = threading.Lock()
         self._coming: dict[str, Future[Hold]] = {}
         self._held: list[Hold] = []
+        self._entries: dict[str, Path] = {}
 
     def prefetch(self, uris: Iterable[str]) -> None:
         """Start to fetch, in this order, and return at once; above `ahead`, it is left to a later call or to `get`."""
@@ -113,6 +117,13 @@ class AdapterCache:
         if coming and not coming.cancel():
             coming.add_done_callback(lambda done: None if done.exception() else done.result().end())
 
+    def let_go_first(self, uris: Iterable[str]) -> None:
+        """Adapters that will not be wanted again: where room is short, they go before others."""
+        for uri in uris:
+            if entry := self._entries.pop(uri, None):
+                with suppress(FileNotFoundError):
+                    os.utime(entry, ns=(0, 0))
+
     @contextmanager
     def lease(self, uri: str) -> Iterator[Path]:
         """`get` on entry, `release` at the end."""
@@ -136,6 +147,7 @@ class AdapterCache:
             entry, lock = self._lock_entry(place)
         except OSError as error:
             raise unfetched(uri, error) from error
+        self._entries[uri] = entry
         return Hold(uri, entry, lock)
 
     def _lock_entry(self, store: Folder) -> tuple[Path, int]:
@@ -170,12 +182,17 @@ class AdapterCache:
             shutil.copyfileobj(source, file, PART_BYTES)
             file.truncate()
 
+    def _half_of_disk(self) -> int:
+        here = sum(_size(path) for path in self.folder.glob(NAMES))
+        half = (shutil.disk_usage(self.folder).free + here) // 2
+        return min(half, MOST_IN_POD) if "KUBERNETES_SERVICE_HOST" in os.environ else half
+
     def _make_room(self) -> None:
         """Remove what killed processes left and, above the limit, the adapters used longest ago; never what is in use."""
         total = 0
         entries: list[tuple[int, int, Path]] = []
         for path in self.folder.glob(NAMES):
-            size = int(path.name.removesuffix(PARTIAL).rpartition("-")[2])
+            size = _size(path)
             with suppress(FileNotFoundError):
                 if path.suffix == PARTIAL:
                     total += 0 if remove(path) else size  # fetches under way count in full
@@ -185,6 +202,10 @@ class AdapterCache:
         for _, size, path in sorted(entries):
             if total > self.max_bytes and remove(path):
                 total -= size
+
+
+def _size(entry: Path) -> int:
+    return int(entry.name.removesuffix(PARTIAL).rpartition("-")[2])
 
 
 def _infos(store: Folder) -> list[fs.FileInfo]:

@@ -84,6 +84,16 @@ def live_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def share_of_node() -> tuple[float, float]:
+    """The share of this node that this worker was given, by GPUs or where it has none by CPUs, and the node's memory in bytes as
+    Ray counts it. For a Ray worker."""
+    here = ray.get_runtime_context()
+    [node] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here.get_node_id()]
+    mine = here.get_assigned_resources()
+    kind = "GPU" if mine.get("GPU") else "CPU"
+    return mine.get(kind, 0.0) / node.get(kind, 1.0), node.get("memory", 0.0)
+
+
 def describe(resources: Resources, named: bool = True) -> str:
     """What computes in a worker of this kind, so that speeds measured on one kind are not taken for those of another: GPUs by
     the names that Ray has for them, CPUs by this machine's model.

@@ -4,7 +4,7 @@ Both engines give the same table, so that the slow and plain one (`transformers`
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +51,11 @@ class EngineConfig:
     max_tokens: int
     adapters_per_batch: int
     tensor_parallel_size: int = 1
+    kept_bytes: int | None = 1 << 30
+    """Weights of adapters that may stay in memory beside those of a batch, as a race comes back to them; None: what the worker
+    finds to be its share."""
+    disk_bytes: int | None = None
+    """Adapters of object stores on the node's disk; None: what the worker finds to be free."""
 
 
 @dataclass
@@ -85,7 +90,19 @@ class Loaded:
 class Scorer(Protocol):
     """Scores candidates on samples. It may be called again with the same candidate and further samples."""
 
-    loaded: Loaded
+    @property
+    def loaded(self) -> Loaded:
+        """Adapters that were read into memory."""
+        ...
+
+    def load_ahead(self, candidate: Candidate) -> None:
+        """Read an adapter that `score` is to be called with soon, as far as the engine can do so beside it. Called from another
+        thread than `score`. Never raises: an adapter that cannot be read fails where it is scored."""
+        ...
+
+    def let_go_first(self, folders: Collection[Path]) -> None:
+        """Adapters that will not be scored again, which are to make room for others."""
+        ...
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         """Score every candidate on every sample.

@@ -1,6 +1,7 @@
 """The portable scoring engine: transformers and PEFT, one adapter after the other. The oracle of the tests."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -23,6 +24,12 @@ class TransformersScorer:
     def __init__(self, config: EngineConfig) -> None:
         self.config, self.loaded = config, Loaded()
         self._load()
+
+    def load_ahead(self, candidate: Candidate) -> None:
+        """PEFT reads an adapter where it puts it on the model, which is being used meanwhile."""
+
+    def let_go_first(self, folders: Collection[Path]) -> None:
+        """None is kept."""
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         return pa.concat_tables([self._score(candidate, samples) for candidate in candidates])

@@ -6,9 +6,8 @@ workers of vLLM, which with tensor parallelism are processes that vLLM's own exe
 """
 
 import ctypes
-import itertools
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +20,10 @@ from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from pipeline.adapters.adapter import for_engine
-from pipeline.core.file_names import WEIGHTS_FILE
-from pipeline.core.node_folder import temporary_folder
 from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
+from pipeline.engines.vllm_adapters import MOST_KEPT, HeldAdapters
 from pipeline.engines.vllm_prompt_logprobs import START
 from pipeline.model.base_model import context_length, fast_dtype, source, vocabulary
 
@@ -44,18 +41,6 @@ capped logits, log-probabilities)."""
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent ends."""
-
-KEPT_BYTES, MOST_KEPT = 1 << 30, 512
-"""Weights of adapters that an engine keeps at hand, and how many, beside those of the batch: a race comes back to them on its
-next rung, and reading one takes as long as scoring it on several samples."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """An adapter in vLLM's memory, and the size of its weights."""
-
-    request: LoRARequest
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -114,21 +99,31 @@ class TokenArray:
 
 
 class VllmScorer:
-    """One vLLM engine. It holds the adapters of a batch and as many others as fit; those used longest ago make room."""
+    """One vLLM engine. It holds the adapters of a batch and as many others as fit."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._slots, self.loaded = config.adapters_per_batch, Loaded()
-        self._held: dict[Path, Held] = {}  # by their folders, the one used longest ago first
-        self._numbers = itertools.count(1)
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
             vllm_cpu_lora.register()
         self.llm = LLM(**_arguments(config))
-        if config.tensor_parallel_size > 1:
+        apart = config.tensor_parallel_size > 1
+        if apart:
             self.llm.collective_rpc(_end_with_parent)
+        self.adapters = HeldAdapters(self.llm.llm_engine, config.adapters_per_batch, config.kept_bytes or 0, ahead=not apart)
 
     @cached_property
     def logprobs(self) -> Logprobs:
         return TokenArray() if self.llm.llm_engine.vllm_config.use_v2_model_runner else TokenObjects()
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.adapters.loaded
+
+    def load_ahead(self, candidate: Candidate) -> None:
+        if candidate.folder:
+            self.adapters.read_ahead(candidate.folder)
+
+    def let_go_first(self, folders: Collection[Path]) -> None:
+        self.adapters.let_go_first(folders)
 
     def score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         # The base apart: in a batch with adapters, vLLM's own CPU code gives tokens without an adapter (index -1) the last one.
@@ -148,12 +143,22 @@ class VllmScorer:
 
     def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> pa.Table:
         rows = [_row(*row) for row in zip(samples["input_ids"].to_pylist(), samples["completion_mask"].to_pylist(), strict=True)]
-        requests = self._hold(candidates)
+        held = self.adapters.hold([candidate.folder for candidate in candidates if candidate.folder])
+        requests = [held[candidate.folder] if candidate.folder else None for candidate in candidates]
         outputs = self._generate(rows * len(candidates), [request for request in requests for _ in rows])
         scores = [self.logprobs.read(row, output) for row, output in zip(rows * len(candidates), outputs, strict=True)]
+        self._note_losses(candidates, scores)
         names = [candidate.adapter_id for candidate in candidates for _ in rows]
         columns = [names, samples["sample_id"].to_pylist() * len(candidates), *zip(*scores, strict=True)]
         return pa.table([pa.array(c, field.type) for c, field in zip(columns, SCORES, strict=True)], schema=SCORES)
+
+    def _note_losses(self, candidates: Sequence[Candidate], scores: Sequence[tuple[float, int, int | None]]) -> None:
+        """`scores`: as many of each candidate."""
+        each = len(scores) // len(candidates)
+        for place, candidate in enumerate(candidates):
+            if candidate.folder:
+                mine = scores[place * each : (place + 1) * each]
+                self.adapters.note(candidate.folder, sum(score[0] for score in mine) / sum(score[1] for score in mine))
 
     def _generate(self, rows: Sequence[Row], adapters: Sequence[LoRARequest | None]) -> list[RequestOutput]:
         """vLLM's outputs for each row with its adapter. Where a step fails, what has not ended is taken back: vLLM keeps it, and
@@ -165,29 +170,6 @@ class VllmScorer:
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-
-    def _hold(self, candidates: Sequence[Candidate]) -> list[LoRARequest | None]:
-        """What vLLM knows each candidate by. An adapter that it still holds is not read again."""
-        folders = dict.fromkeys(candidate.folder for candidate in candidates if candidate.folder is not None)
-        for folder in sorted(folders, key=lambda folder: folder not in self._held):
-            self._held[folder] = self._held.pop(folder) if folder in self._held else self._load(folder)
-        return [self._held[candidate.folder].request if candidate.folder else None for candidate in candidates]
-
-    def _load(self, folder: Path) -> Held:
-        """Have vLLM read an adapter, before there are requests for it: one that it refuses then leaves nothing behind."""
-        with self.loaded.reading(folder / WEIGHTS_FILE), temporary_folder() as scratch:
-            plain = for_engine(folder, scratch)
-            # Not under the adapter's id: an engine serves several races, whose ids may be alike.
-            held = Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)
-            self._make_room(held.bytes)
-            self.llm.llm_engine.add_lora(held.request)
-        return held
-
-    def _make_room(self, size: int) -> None:
-        """Let adapters go, those used longest ago first, until one of so many bytes fits; those of a batch always do."""
-        held = self._held
-        while len(held) >= self._slots and (len(held) >= MOST_KEPT or size + sum(h.bytes for h in held.values()) > KEPT_BYTES):
-            self.llm.llm_engine.remove_lora(held.pop(next(iter(held))).request.lora_int_id)
 
 
 def _empty_cache(worker: Any) -> None:
@@ -222,7 +204,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "disable_log_stats": True,
         "enable_lora": config.max_rank > 0,
         "max_loras": config.adapters_per_batch,
-        "max_cpu_loras": max(MOST_KEPT, config.adapters_per_batch),
+        "max_cpu_loras": MOST_KEPT + config.adapters_per_batch,
         "max_lora_rank": next(rank for rank in RANKS if rank >= config.max_rank),
         # Without the output head: the wrapper that vLLM puts around it for LoRA breaks prompt log-probabilities.
         "lora_target_modules": list(config.target_modules),

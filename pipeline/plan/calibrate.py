@@ -99,8 +99,8 @@ def _score_a_little(run: Run, valid: pa.Table) -> None:
     adapters = in_order(run, catalogue, drawn)
     store = make_work(run, adapters.select(CANDIDATE), few, failures).store
     unknown = np.isnan(store.load(adapters["adapter_hash"].to_pylist(), few).nll_NS).all(axis=1)
-    batch = adapters.filter(pa.array(unknown)).slice(0, run.config.search.adapters_per_batch)
     engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
+    batch = adapters.filter(pa.array(unknown)).slice(0, engine.adapters_per_batch)
     engines = Engines(run.config.search)
     with engines.kept():
         for samples in (few.slice(0, 1), few):

@@ -83,12 +83,13 @@ def knows_scoring(rates: Mapping[str, float]) -> bool:
 
 
 def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:
-    """Engine start, reading adapters and scoring; nothing is started where nothing is to be scored."""
+    """Engine start, and scoring or reading adapters, whichever takes longer, as an engine does both at a time; nothing is started
+    where nothing is to be scored."""
     if not work.tokens:
         return 0.0
     if not knows_scoring(rates):
         return None
-    working = work.tokens / rates["tokens_per_second"] + work.load_bytes * rates.get("load_seconds_per_byte", 0.0)
+    working = max(work.tokens / rates["tokens_per_second"], work.load_bytes * rates.get("load_seconds_per_byte", 0.0))
     return rates.get("start_seconds", 0.0) + min(work.limit, working / work.engines)
 
 

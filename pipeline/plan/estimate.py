@@ -20,7 +20,7 @@ from pipeline.core.parts import Parts
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.merge.selection import largest_merge, most_recipes
-from pipeline.model.base_model import count_parameters, fast_dtype, linear_shapes
+from pipeline.model.base_model import count_parameters, fast_dtype
 from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind, trained_lengths
 from pipeline.plan.costs import (
     Scoring,
@@ -37,7 +37,7 @@ from pipeline.plan.costs import (
 )
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
-from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources
+from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources, slot_bytes
 from pipeline.search.race import Race
 from pipeline.search.rates import Rates
 from pipeline.search.scoreboard import Scoreboard, Work
@@ -211,11 +211,12 @@ def memory_of_engine(name: str, engine: EngineConfig, resources: Resources) -> d
     """Bytes that an engine holds at least: the base's weights, slots for adapters of the largest rank on every module that one
     of the pool has, and on CPUs vLLM's cache. On a GPU vLLM takes most of what is left for that."""
     width = fast_dtype(engine.dtype).itemsize
-    shapes = linear_shapes(engine.base)[0].items()
-    features = sum(sum(shape) for module, shape in shapes if module.rpartition(".")[2] in engine.target_modules)
     slots = engine.adapters_per_batch if name == "vllm" else 1
     cache = int(worker_env(resources)["env_vars"]["VLLM_CPU_KVCACHE_SPACE"]) << 30 if name == "vllm" and not resources.gpus else 0
-    weights, adapters = count_parameters(engine.base) * width, slots * engine.max_rank * features * width
+    weights, adapters = (
+        count_parameters(engine.base) * width,
+        slots * slot_bytes(engine.base, engine.max_rank, engine.target_modules, engine.dtype),
+    )
     return {"weights": weights, "adapters": adapters, "cache": cache, "total": weights + adapters + cache}
 
 

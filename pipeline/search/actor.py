@@ -1,12 +1,18 @@
-"""The actor that holds one scoring engine: takes work from the scoreboard, scores it, stores the scores and reports them."""
+"""The actor that holds one scoring engine. Batches of work come to it through Ray Data, and it reports what it made of them.
+
+Two batches and more are in it at a time, each in a thread of its own: while one is scored, the adapters of the next are read into
+memory, and those of the one after it come onto this node.
+"""
 
 import faulthandler
-import math
 import os
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,144 +22,182 @@ import torch
 from ray.exceptions import RayActorError
 
 from pipeline.adapters.cache import AdapterCache
+from pipeline.cluster.resources import share_of_node
 from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.core.errors import AdapterError, first_line
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
+from pipeline.search.batch import Batch, Begun, Report
 from pipeline.search.indexed import IndexedAdapters
-from pipeline.search.lobby import OpenRace
-from pipeline.search.score_store import News, record_failures
-from pipeline.search.scoreboard import ScoringJob
+from pipeline.search.scoreboard import Work
+
+MEMORY_SHARE = 0.25
+"""Of a node's memory, for adapters that its engines may need again."""
+
+FETCHERS = 4
+"""Adapters that are fetched and checked at a time."""
+
+DONE = pa.schema([("batch", pa.string()), ("scores", pa.int64())])
 
 
 class ScoringActor:
-    """Holds one engine; called by Ray Data with a ticket."""
+    """Holds one engine; called by Ray Data with a batch of work."""
 
     patience = 600.0
     """Seconds that a batch may take beyond ten times what it should."""
 
-    def __init__(self, engine: str, config: EngineConfig, lobby: Any) -> None:
+    def __init__(self, engine: str, config: EngineConfig, dispatcher: Any) -> None:
         started = time.perf_counter()
-        self.lobby, self.number, self.batch = lobby, 0, config.adapters_per_batch
-        self.adapters, self.ahead, self.indexed = AdapterCache(ahead=2 * self.batch), set[str](), IndexedAdapters()
+        self.dispatcher = dispatcher
+        self.adapters, self.indexed = AdapterCache(max_bytes=config.disk_bytes), IndexedAdapters()
+        self.folders: dict[str, Path] = {}
+        self.fetchers = ThreadPoolExecutor(FETCHERS)
         self.name = ray.get_runtime_context().get_actor_id()  # the same after a restart
-        if not self._enter():
+        self.reading, self.scoring = threading.Lock(), threading.Lock()
+        self.engine = ThreadPoolExecutor(1)  # one thread for all calls: libraries keep settings by thread
+        work: Work | None = self._tell(dispatcher.work)
+        if work is None:
             raise RuntimeError("the search ended before this engine started")
-        self._tell(self.board.hello, self.name)
-        self.scorer = self._start(engine, config)
+        if config.kept_bytes is None:
+            share, memory = share_of_node()
+            config = replace(config, kept_bytes=round(MEMORY_SHARE * share * memory))
+        self.scorer = self._start(engine, config, work)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
-        self.warm = False
+        self.warm, self.idle_since = False, time.perf_counter()
+        self.loaded = self.scorer.loaded.so_far()
         startup = time.perf_counter() - started
-        self._log().info("engine up in %.1f s", startup)
-        self._tell(self.board.ready, startup)
+        worker_log(work.stage).info("engine up in %.1f s", startup)
+        self._tell(dispatcher.engine_up, self.name, startup)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Do the ticket's jobs; with `jobs` 0, all that there are until no further race is to come."""
-        left = batch["jobs"][0].as_py() or math.inf
-        while left > 0 and (job := self._next_job()):
-            self._do(job)
-            left -= 1
-        return batch
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Score a batch of work and report it. Runs in several threads."""
+        batch = Batch.from_block(block)
+        if not batch.alone:
+            return self._do(batch, self._in_turn)
+        # An engine died while it had this batch. If another does so now, it is of this one: no other is scored or read meanwhile.
+        with self.reading, self.scoring:
+            return self._do(batch, lambda candidates: nullcontext())
 
-    def _start(self, engine: str, config: EngineConfig) -> Scorer:
+    def _start(self, engine: str, config: EngineConfig, work: Work) -> Scorer:
         """An engine that can be believed. One that cannot ends the race, before it has scored anything."""
         try:
-            return proven_scorer(engine, config, self.work.samples, self.work.store.folder.sub("canary"))
+            return proven_scorer(engine, config, work.samples, work.store.folder.sub("canary"))
         except EngineFaultError as fault:
-            self._refuse(fault)
+            self._refuse(fault, work.stage)
             raise
 
-    def _refuse(self, fault: EngineFaultError) -> None:
-        self._log().error("%s", fault)
-        self._tell(self.board.refuse, str(fault))
-
-    def _next_job(self) -> ScoringJob | None:
-        """Of this race, or where it is over of the next one; None: there is none to come."""
-        while True:
-            job: ScoringJob | None = self._tell(self.board.take, self.name, self.batch)
-            if job or not self._enter():
-                return job
-            self._tell(self.board.ready, 0.0)
-
-    def _enter(self) -> bool:
-        """Wait for a race to take part in; False: none is to come."""
-        if (called := self._tell(self.lobby.wait, self.number)) is None:
-            return False
-        self.number, [race] = called
-        entered: OpenRace = ray.get(race)
-        self.work, self.board = entered.work, entered.board
-        self.news = News(self.work.store, self.work.samples, entered.files)
-        return True
+    def _refuse(self, fault: EngineFaultError, stage: str) -> None:
+        worker_log(stage).error("%s", fault)
+        self._tell(self.dispatcher.refuse, str(fault))
 
     def _tell(self, method: Any, *told: Any) -> Any:
-        """Call the lobby or the scoreboard. None: it is gone, as all is over."""
+        """Call the dispatcher. None: it is gone, as all is over."""
         try:
             return ray.get(method.remote(*told))
         except RayActorError:
             return None
 
-    def _do(self, job: ScoringJob) -> None:
-        samples = self.work.samples.take(job.samples)
-        found = self._found(job, samples)
-        missing = [row for row in job.candidates if row not in found]
-        rows = self.work.candidates.take(pa.array(missing, pa.int64()))  # there may be none
-        with ExitStack() as leases:
-            candidates, failures = self._fetch(rows, leases)
-            self._fetch_ahead(set(job.upcoming), set(rows["uri"].to_pylist()))
-            tokens, before = len(candidates) * sum(len(ids) for ids in samples["input_ids"]), self.scorer.loaded.so_far()
-            scores, failed = self._watched(candidates, samples, tokens)
-            failed |= self.indexed.changed(candidates)
-        scores = scores.filter(pc.invert(pc.is_in(scores["adapter_id"], pa.array(list(failed), pa.string()))))
-        record_failures(self.work.failures, failures | failed)
-        names = rows["adapter_id"].to_pylist()
-        self._note(names, failures | failed, len(samples))
-        if len(scores):
-            self.news.skip(self.work.store.write(scores, dict(zip(names, rows["adapter_hash"].to_pylist(), strict=True))))
-        nll = _by_row(scores, dict(zip(names, missing, strict=True)))
-        loaded = self.scorer.loaded.since(before)
-        self._tell(self.board.report, self.name, nll | found, tokens, len(found), loaded, self.warm)
-        self.warm = self.warm or any(candidate.folder for candidate in candidates)  # their kernels are compiled by now
+    def _do(self, batch: Batch, turn: Callable[[Sequence[Candidate]], AbstractContextManager[None]]) -> pa.Table:
+        came, scored = time.perf_counter(), 0
+        begun: Begun = self._tell(self.dispatcher.begin, self.name, batch.race, batch.number) or Begun([], [])
+        self._let_go(begun.stopped)
+        wanted = pc.is_in(batch.candidates["adapter_id"], pa.array(begun.wanted, pa.string()))
+        batch = replace(batch, candidates=batch.candidates.filter(wanted))
+        if begun.wanted:
+            with ExitStack() as leases:
+                candidates, failures = self._fetch(batch.candidates, leases)
+                with turn(candidates):
+                    report = self.engine.submit(self._score_batch, batch, candidates, failures, came).result()
+            self._tell(self.dispatcher.report, report)
+            scored = len(report.scores)
+        return pa.table([[batch.number], [scored]], schema=DONE)
+
+    @contextmanager
+    def _in_turn(self, candidates: Sequence[Candidate]) -> Iterator[None]:
+        """Read adapters into memory, and wait until the engine is free for them."""
+        with self.reading:
+            with self._reading_watched():
+                for candidate in candidates:
+                    self.scorer.load_ahead(candidate)
+            self.scoring.acquire()  # before the next batch is read: there is room in memory for one
+        try:
+            yield
+        finally:
+            self.scoring.release()
+
+    def _let_go(self, uris: Sequence[str]) -> None:
+        """Adapters that will not be scored again make room for others, in memory and on disk."""
+        self.scorer.let_go_first([folder for uri in uris if (folder := self.folders.pop(uri, None))])
+        self.adapters.let_go_first(uris)
 
     def _fetch(self, rows: pa.Table, leases: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
         """The adapters of a batch, as long as the leases last, and of those that cannot be had the reasons."""
         candidates: list[Candidate] = []
         failures: dict[str, str] = {}
-        for row in rows.to_pylist():
-            candidate = Candidate(row["adapter_id"], None)
+        coming = [(row["adapter_id"], self.fetchers.submit(self._obtain, **row)) for row in rows.to_pylist()]
+        for name, future in coming:
             try:
-                if candidate.adapter_id != BASE_ID:
-                    candidate = replace(candidate, folder=leases.enter_context(self.adapters.lease(row["uri"])))
-                    self.indexed.require(candidate, row["adapter_hash"])
-                candidates.append(candidate)
+                candidate, uri = future.result()
             except AdapterError as error:
-                failures[row["adapter_id"]] = str(error)
+                failures[name] = str(error)
+                continue
+            if uri:
+                leases.callback(self.adapters.release, uri)
+            candidates.append(candidate)
         return candidates, failures
 
-    def _found(self, job: ScoringJob, samples: pa.Table) -> dict[int, list[float]]:
-        """Losses of the candidates, by their rows, that another run has scored on these samples since the race began."""
-        hashes = self.work.candidates["adapter_hash"].take(job.candidates).to_pylist()
-        known = self.news.known(hashes, samples["sample_id"].to_pylist())
-        return {row: known[one] for row, one in zip(job.candidates, hashes, strict=True) if one in known}
-
-    def _fetch_ahead(self, upcoming: set[str], current: set[str]) -> None:
-        """Bring the next adapters onto this node while these are scored; give up those that went to other engines."""
-        for uri in self.ahead - upcoming - current:
+    def _obtain(self, adapter_id: str, uri: str | None, adapter_hash: str) -> tuple[Candidate, str | None]:
+        """An adapter that is on this node and is what was indexed, and what is to be released; the base needs nothing."""
+        if uri is None:
+            return Candidate(adapter_id, None), None
+        folder = self.folders[uri] = self.adapters.get(uri)
+        candidate = Candidate(adapter_id, folder)
+        try:
+            self.indexed.require(candidate, adapter_hash)
+        except AdapterError:
             self.adapters.release(uri)
-        self.adapters.prefetch(upcoming)
-        self.ahead = upcoming
+            raise
+        return candidate, uri
 
-    def _watched(self, candidates: Sequence[Candidate], samples: pa.Table, tokens: int) -> tuple[pa.Table, dict[str, str]]:
-        """Score a batch. A process that hangs in it is ended, wherever it hangs, so that Ray starts another one."""
+    def _score_batch(self, batch: Batch, candidates: Sequence[Candidate], failures: dict[str, str], came: float) -> Report:
+        started = time.perf_counter()
+        waited = started - max(came, self.idle_since)
+        tokens = len(candidates) * sum(len(ids) for ids in batch.samples["input_ids"])
+        with self._watched(tokens):
+            scores, failed = self._score(candidates, batch.samples, batch.stage)
+        failed |= self.indexed.changed(candidates)
+        scores = scores.filter(pc.invert(pc.is_in(scores["adapter_id"], pa.array(list(failed), pa.string()))))
+        self._note(batch, failures | failed)
+        loaded, self.loaded = self.scorer.loaded.since(self.loaded), self.scorer.loaded.so_far()
+        warm, self.warm = self.warm, self.warm or any(candidate.folder for candidate in candidates)  # kernels are compiled
+        self.idle_since = time.perf_counter()
+        seconds = self.idle_since - started
+        return Report(batch.race, batch.number, scores, failures | failed, tokens, seconds, max(0.0, waited), loaded, warm)
+
+    @contextmanager
+    def _reading_watched(self) -> Iterator[None]:
+        """Within, adapters are read; of a disk that hangs, this process would wait for ever."""
+        watch = threading.Timer(self.patience, _exit_with_traceback)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    @contextmanager
+    def _watched(self, tokens: int) -> Iterator[None]:
+        """Within, so many tokens are scored. A process that hangs in it is ended, wherever it hangs; Ray starts another."""
         started = time.perf_counter()
         faulthandler.dump_traceback_later(self.patience + 10 * tokens * self.token_seconds, exit=True)
         try:
-            return self._score(candidates, samples)
+            yield
         finally:
             faulthandler.cancel_dump_traceback_later()
             self.token_seconds = (time.perf_counter() - started) / max(1, tokens)
 
-    def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+    def _score(self, candidates: Sequence[Candidate], samples: pa.Table, stage: str) -> tuple[pa.Table, dict[str, str]]:
         """Score a batch; if it fails, each of its adapters alone, so that one adapter stops no other; if the engine's memory is
         too small for it, which says nothing of any adapter, in two parts."""
         if not candidates:
@@ -161,17 +205,19 @@ class ScoringActor:
         try:
             return self.scorer.score(candidates, samples), {}
         except Exception as error:  # engines raise what they like; the reason is kept
-            self._log(*(candidate.adapter_id for candidate in candidates)).warning("scoring failed", exc_info=True)
+            worker_log(stage, _names(candidates)).warning("scoring failed", exc_info=True)
             reason, too_large = f"scoring failed: {type(error).__name__}: {first_line(error)}", _is_out_of_memory(error)
         if len(candidates) == 1 and not too_large:
-            self._require_engine(samples)
+            self._require_engine(samples, stage)
             return SCORES.empty_table(), {candidates[0].adapter_id: reason}
-        batches = self._halves(candidates, samples) if too_large else [([candidate], samples) for candidate in candidates]
-        parts = [self._score(*batch) for batch in batches]
+        batches = self._halves(candidates, samples, stage) if too_large else [([candidate], samples) for candidate in candidates]
+        parts = [self._score(*batch, stage) for batch in batches]
         failures = {name: reason for _, failed in parts for name, reason in failed.items()}
         return pa.concat_tables([table for table, _ in parts]), failures
 
-    def _halves(self, candidates: Sequence[Candidate], samples: pa.Table) -> list[tuple[Sequence[Candidate], pa.Table]]:
+    def _halves(
+        self, candidates: Sequence[Candidate], samples: pa.Table, stage: str
+    ) -> list[tuple[Sequence[Candidate], pa.Table]]:
         """A batch as two: each has half of its samples, or of its candidates where it has one sample.
 
         Raises:
@@ -186,33 +232,32 @@ class ScoringActor:
             f"the engine's memory is too small for one adapter on one sample of {length} tokens; set a smaller "
             "target.max_tokens, or more GPUs for each engine (search.gpus_per_actor)"
         )
-        self._refuse(fault)
+        self._refuse(fault, stage)
         raise fault
 
-    def _require_engine(self, samples: pa.Table) -> None:
+    def _require_engine(self, samples: pa.Table, stage: str) -> None:
         """An engine that cannot score the base any more is dead, whatever killed it; Ray starts another process."""
         try:
             self.scorer.score([Candidate(BASE_ID, None)], samples.slice(0, 1))
         except Exception:
-            self._log(BASE_ID).exception("the engine is dead")
+            worker_log(stage, BASE_ID).exception("the engine is dead")
             os._exit(1)
 
-    def _note(self, names: Sequence[str], failures: dict[str, str], n_samples: int) -> None:
+    def _note(self, batch: Batch, failures: dict[str, str]) -> None:
         for name, reason in failures.items():
-            self._log(name).warning("set aside: %s", reason)
-        if scored := [name for name in names if name not in failures]:
-            self._log(*scored).info("scored on %d samples, %.3g s a token", n_samples, self.token_seconds)
-
-    def _log(self, *adapters: str) -> WorkerLog:
-        return worker_log(self.work.stage, ",".join(adapters) or "-")
+            worker_log(batch.stage, name).warning("set aside: %s", reason)
+        if scored := [name for name in batch.candidates["adapter_id"].to_pylist() if name not in failures]:
+            log: WorkerLog = worker_log(batch.stage, ",".join(scored))
+            log.info("scored on %d samples, %.3g s a token", len(batch.samples), self.token_seconds)
 
 
-def _by_row(scores: pa.Table, row_of: dict[str, int]) -> dict[int, list[float]]:
-    """Candidate's row -> its losses, sample after sample."""
-    found: dict[int, list[float]] = {}
-    for name, nll in zip(scores["adapter_id"].to_pylist(), scores["nll_sum"].to_pylist(), strict=True):
-        found.setdefault(row_of[name], []).append(nll)
-    return found
+def _exit_with_traceback() -> None:
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
+def _names(candidates: Sequence[Candidate]) -> str:
+    return ",".join(candidate.adapter_id for candidate in candidates)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

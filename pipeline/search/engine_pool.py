@@ -1,9 +1,13 @@
-"""The Ray Data pipeline of the search: a stream of tickets through a pool of actors, each with one scoring engine.
+"""The engines of a search, and the stream that feeds them: races -> batches of work -> a pool of engines -> scores.
 
-A ticket is a request for one batch of work: the scoreboard picks the batch when the ticket is used, as it depends on the scores
-so far. So one engine start serves the whole race, and the next one too: between two races engines wait in the lobby. Ray Data
-grows and shrinks the pool with the cluster, and tries the ticket of an actor that died again when it is up once more. An actor
-stores the scores of a batch, whole or not at all, before it reports them.
+    dispatcher          the actor in which the race is run (`dispatcher.py`, with the rules of `race.py`)
+    -> BatchSource      a Ray Data source that asks it for the next batch: which adapters, and the samples' token ids
+    -> ScoringActor     a pool of actors, each with one engine, over which Ray Data shares the batches out (`actor.py`)
+    -> dispatcher       takes the scores in, writes them behind the race, and opens the next rung
+
+Engines that stay up from one race to the next, as from the search to the merge, are a stream that has not ended. Ray Data grows
+the pool with the cluster, and gives the batch of an actor that died to it again when it is up once more. Scores go to the
+dispatcher by a call, as through Ray Data's own loop they would come some 0.3 s later, at the end of each rung.
 
 On a GPU vLLM's kernels add in an order that changes from call to call: a score that is made again may differ in its last bits. A
 search that is taken up again keeps all scores that are stored, and ends like one that ran through, but where two adapters are
@@ -11,16 +15,19 @@ closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM a
 """
 
 import math
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.data.context import AutoscalingConfig
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
@@ -28,38 +35,54 @@ from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
-from pipeline.model.base_model import cpu_dtype
+from pipeline.model.base_model import cpu_dtype, fast_dtype, linear_shapes
 from pipeline.search.actor import ScoringActor
-from pipeline.search.lobby import Lobby, OpenRace
+from pipeline.search.dispatcher import IN_FLIGHT, Dispatcher
 from pipeline.search.race import Schedule
-from pipeline.search.scoreboard import RaceProgress, Scoreboard, Work
-
-IN_FLIGHT = 2
-"""Tickets that an actor has at hand: the one that it works on and the next."""
+from pipeline.search.scoreboard import RaceProgress, Work
 
 POLL = 1.0
-"""Seconds between two looks at the scoreboard."""
+"""Seconds between two looks at how far a race is."""
 
-PATIENCE = 60.0
+TOGETHER, MOST_TOGETHER, SLOT_BYTES = 4, 32, 4 << 30
+"""Adapters that an engine scores together: at least, and on GPUs at most, where their slots take so many bytes of its memory."""
+
+GROW_AT, NEVER = 0.9, -1.0
+"""Batches at hand for each that an actor can have, at which Ray Data adds actors, and at which it lets some go."""
+
+PATIENCE = 20.0
 """Seconds that engines which are let go may take for it."""
-
-MAX_TICKETS = 512
-"""Of the first rung, and of those that end the race, each good for all the work that is left: Ray Data keeps a record of each in
-the driver's memory."""
 
 
 def engine_config(base: str, max_rank: int, target_modules: Iterable[str], search: SearchConfig, max_tokens: int) -> EngineConfig:
     """The engine that holds adapters up to `max_rank` on these modules."""
-    resources = scoring_resources(search)
+    resources, modules = scoring_resources(search), tuple(sorted(target_modules))
+    together = search.adapters_per_batch
+    if together == "auto":
+        fit = SLOT_BYTES // max(1, slot_bytes(base, max_rank, modules, scoring_dtype(search))) if resources.gpus else 0
+        together = min(max(fit, TOGETHER), MOST_TOGETHER)
     return EngineConfig(
         base=base,
         dtype=scoring_dtype(search),
         max_rank=max_rank,
-        target_modules=tuple(sorted(target_modules)),
+        target_modules=modules,
         max_tokens=max_tokens,
-        adapters_per_batch=search.adapters_per_batch,
+        adapters_per_batch=int(together),
         tensor_parallel_size=max(1, resources.gpus),
+        kept_bytes=_bytes(search.memory_cache_gb),
+        disk_bytes=_bytes(search.disk_cache_gb),
     )
+
+
+def _bytes(gigabytes: float | str) -> int | None:
+    return None if isinstance(gigabytes, str) else round(gigabytes * 1e9)
+
+
+def slot_bytes(base: str, rank: int, target_modules: Collection[str], dtype: str) -> int:
+    """What room for one adapter of this rank takes, on every layer whose name ends in one of these."""
+    shapes = linear_shapes(base)[0].items()
+    features = sum(sum(shape) for module, shape in shapes if module.rpartition(".")[2] in target_modules)
+    return features * rank * fast_dtype(dtype).itemsize
 
 
 def scoring_dtype(search: SearchConfig) -> str:
@@ -83,7 +106,8 @@ def scoring_kind(search: SearchConfig, named: bool = True) -> str:
 def engines_at_once(search: SearchConfig, candidates: int) -> int:
     """How many engines are asked for at once to score so many candidates, where the cluster is all ours. On one that grows, those
     that `search.actors` names; the race begins with the first that is up."""
-    batches = math.ceil(candidates / search.adapters_per_batch)
+    together = TOGETHER if search.adapters_per_batch == "auto" else search.adapters_per_batch
+    batches = math.ceil(candidates / together)
     wanted, ahead = (batches, MOST_AHEAD) if search.actors == "auto" else (min(batches, search.actors), search.actors)
     return max(1, workers_at_once(scoring_resources(search), wanted, ahead, spare=0))
 
@@ -131,8 +155,10 @@ class Engines:
     def __init__(self, search: SearchConfig) -> None:
         self._search = search
         self.keeping = False
+        self.expected = 0
+        """Candidates of the largest race to come: engines are started for so many."""
         self._engine: EngineConfig | None = None
-        self._lobby: Any = None
+        self._dispatcher: Any = None
         self._running: Future[int] | None = None
         self._races = 0
         self._idle = True
@@ -148,15 +174,18 @@ class Engines:
             InputError: no node of the cluster can hold an engine.
             EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
-        files = frozenset(work.store.files())
-        board = _on_this_node(Scoreboard).remote(work, schedule, seconds)
+        if self._running and (self._running.done() or not _serves(self._engine, engine)):
+            self.close()
+        self._dispatcher = self._dispatcher or _on_this_node(Dispatcher).remote()
+        self._races += 1
+        number, asked = self._races, ray.put((work, schedule, seconds, engine.adapters_per_batch))
         try:
-            if not ray.get(board.progress.remote()).over:
-                running = self._up(engine, len(work.candidates))
-                yield from self._follow(ray.put(OpenRace(work, board, files)), board, running)
-            yield ray.get(board.progress.remote())
+            self._open(number, asked)
+            while not (progress := self._progress(number, asked)).over:
+                self._require_engines(engine, max(self.expected, len(work.candidates)))
+                yield progress
+            yield progress
         finally:
-            ray.kill(board)
             if not self.keeping:
                 self.close()
 
@@ -180,51 +209,116 @@ class Engines:
         idle meanwhile. Whether they still hold their CPUs."""
         if scoring_resources(self._search).gpus:
             self.close()
-        return self._running is not None
+        return self.up
 
     def close(self) -> None:
         """End the engines that are up, such as where something else needs their place; a race starts others."""
-        if not self._running:
+        if not self._dispatcher:
             return
-        if self._idle:  # who broke a race off does not wait for engines at work
-            self._lobby.close.remote()
+        with suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
+            ray.get(self._dispatcher.close.remote(), timeout=PATIENCE)  # what a race that is broken off has scored is kept
+        if self._running and self._idle:  # who broke a race off does not wait for engines at work
             wait([self._running], timeout=PATIENCE)
-        ray.kill(self._lobby)
-        self._engine = self._running = None
+        ray.kill(self._dispatcher)
+        self._engine = self._running = self._dispatcher = None
 
-    def _up(self, engine: EngineConfig, candidates: int) -> "Future[int]":
-        """Engines that can hold what `engine` says, which run until the future ends."""
-        if self._running and (self._running.done() or not _serves(self._engine, engine)):
-            self.close()
+    def _open(self, number: int, asked: ray.ObjectRef) -> None:
+        self._idle = False
+        ray.get(self._dispatcher.open.remote(number, asked))
+
+    def _progress(self, number: int, asked: ray.ObjectRef) -> RaceProgress:
+        """How far a race is, once POLL has passed or it is over.
+
+        Raises:
+            EngineFaultError: an engine cannot be believed.
+        """
+        progress: RaceProgress | None
+        while (progress := ray.get(self._dispatcher.progress.remote(number, POLL if self._running else 0.0))) is None:
+            self._open(number, asked)  # the dispatcher's process died, and the new one knows of no race
+        if progress.fault:
+            raise EngineFaultError(progress.fault)
+        self._idle = progress.over
+        return progress
+
+    def _require_engines(self, engine: EngineConfig, candidates: int) -> None:
+        """See to it that there are engines, which run until `_running` ends; what fails in their stream is raised here."""
         if not self._running:
             require_engine(self._search)
-            self._engine, self._lobby = engine, _on_this_node(Lobby).remote()
-            tickets = _tickets(engine, self._search, self._lobby, candidates)
+            self._engine, stream = engine, _stream(engine, self._search, self._dispatcher, candidates)
             pool = ThreadPoolExecutor(max_workers=1)
-            self._running = pool.submit(lambda: sum(1 for _ in tickets.iter_rows()))
-            pool.shutdown(wait=False)  # who is interrupted goes on to take the lobby away, which ends the pipeline
-        return self._running
+            self._running = pool.submit(_drain, stream)
+            pool.shutdown(wait=False)  # who is interrupted goes on to take the dispatcher away, which ends the stream
+        elif self._running.done():
+            self._running.result()
+            raise RuntimeError("all engines ended before the race did")
 
-    def _follow(self, race: ray.ObjectRef, board: Any, running: "Future[int]") -> Iterator[RaceProgress]:
-        """Wait for the end of a race; what fails in the pipeline is raised here."""
-        self._races += 1
-        self._idle = False
-        while not (progress := ray.get(board.progress.remote())).over:
-            if progress.fault:
-                raise EngineFaultError(progress.fault)
-            if running.done():
-                running.result()
-                raise RuntimeError("all engines ended before the race did")
-            ray.get(self._lobby.call.remote(self._races, [race]))  # again and again: a lobby that starts anew knows of none
-            yield progress
-            time.sleep(POLL)
-        self._idle = True
+
+class BatchSource(Datasource):
+    """Gives what the dispatcher hands out, a block of one row each, until the stream is to end."""
+
+    def __init__(self, dispatcher: Any) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task, which goes on for as long as the stream does."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(partial(_blocks, self._dispatcher), unknown)]
+
+
+def _blocks(dispatcher: Any) -> Iterator[pa.Table]:
+    with suppress(RayActorError):  # the driver took it away: all is over
+        while (block := ray.get(dispatcher.next_batch.remote())) is not None:
+            yield block
+
+
+def _drain(stream: ray.data.Dataset) -> int:
+    """Let a stream flow to its end. Gives how many batches there were."""
+    return sum(1 for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+
+
+def _stream(engine: EngineConfig, search: SearchConfig, dispatcher: Any, candidates: int) -> ray.data.Dataset:
+    """Batches of work through a pool of engines, for so many candidates."""
+    resources = scoring_resources(search)
+    most = math.ceil(candidates / engine.adapters_per_batch) if search.actors == "auto" else search.actors
+    # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
+    least = engines_at_once(search, candidates)
+    batches = ray.data.read_datasource(
+        BatchSource(dispatcher), override_num_blocks=1, ray_remote_args=_here() | {"max_retries": 0}
+    )
+    scored = batches.map_batches(
+        ScoringActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=least,
+            max_size=max(least, most),
+            max_tasks_in_flight_per_actor=IN_FLIGHT,
+            max_concurrent_calls_per_actor=IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_args=(search.engine, engine, dispatcher),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env=worker_env(resources),
+    )
+    scored.context.target_max_block_size = 1  # a batch flows on as soon as it is there
+    scored.context.execution_no_progress_timeout_s = -1  # between two races there is none
+    scored.context.autoscaling_config = AutoscalingConfig(GROW_AT, NEVER)  # an engine that has nothing to do has a next rung
+    return scored
+
+
+def _here() -> dict[str, Any]:
+    """Other nodes come and go; what a search is steered by lives as long as the driver."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _on_this_node(actor: type) -> Any:
-    """Other nodes come and go; the scoreboard lives as long as the driver's."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
+    return ray.remote(actor).options(**_here(), max_restarts=-1, max_task_retries=-1)
 
 
 def _serves(up: EngineConfig | None, asked: EngineConfig) -> bool:
@@ -234,24 +328,4 @@ def _serves(up: EngineConfig | None, asked: EngineConfig) -> bool:
         and replace(up, max_rank=asked.max_rank, target_modules=asked.target_modules) == asked
         and up.max_rank >= asked.max_rank
         and set(up.target_modules) >= set(asked.target_modules)
-    )
-
-
-def _tickets(engine: EngineConfig, search: SearchConfig, lobby: Any, candidates: int) -> ray.data.Dataset:
-    resources = scoring_resources(search)
-    batches = math.ceil(candidates / engine.adapters_per_batch)
-    most = batches if search.actors == "auto" else search.actors
-    jobs = [math.ceil(batches / MAX_TICKETS)] * min(batches, MAX_TICKETS) + [0] * min(MAX_TICKETS, IN_FLIGHT * most)
-    return ray.data.from_arrow([pa.table({"jobs": [number]}) for number in jobs]).map_batches(
-        ScoringActor,
-        batch_size=None,
-        batch_format="pyarrow",
-        # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
-        compute=ActorPoolStrategy(
-            min_size=engines_at_once(search, candidates), max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
-        ),
-        fn_constructor_args=(search.engine, engine, lobby),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        runtime_env=worker_env(resources),
     )

@@ -123,11 +123,16 @@ class Race:
         self.rungs_N = np.zeros(len(nll_NS), np.int64)
         """How many rungs each candidate entered."""
         self.rung = -1
+        self.stopped: list[int] = []
+        """Candidates that will not be scored again, in the order in which that was known."""
         self._spent = 0.0
         self._pending: deque[int] = deque()
         self._lacking: set[int] = set()
         self._taken: set[int] = set()
-        self._open(np.arange(len(nll_NS)))
+        self._early: set[int] = set()
+        """Of those that wait, who does so for the next rung."""
+        self._entrants = np.arange(len(nll_NS))
+        self._open(self._entrants)
         self._advance()
 
     @property
@@ -152,10 +157,11 @@ class Race:
     def take(self, count: int) -> tuple[list[int], Indices]:
         """Up to `count` candidates to score next, and the samples that all of them lack; empty where nothing can be done now."""
         if not self._pending:
-            self._pending.extend(self._sure())
+            self._early.update(sure := self._sure())
+            self._pending.extend(sure)
         taken: list[int] = []
         samples = np.empty(0, np.int64)
-        while self.upcoming(1) and len(taken) < count:
+        while self.head() is not None and len(taken) < count:
             lacks = self._lacks(self._pending[0])
             if taken and not np.array_equal(lacks, samples):
                 break
@@ -164,11 +170,15 @@ class Race:
         self._taken.update(taken)
         return taken, samples
 
-    def upcoming(self, count: int) -> list[int]:
-        """Who will be taken next, as far as that is known."""
-        while self._pending and self.aside_N[self._pending[0]]:
+    def head(self) -> int | None:
+        """Who will be taken next, as far as that is known; those whose scores came from elsewhere while they waited are not."""
+        while self._pending and not self._waits(self._pending[0]):
             self._pending.popleft()
-        return [self._pending[i] for i in range(min(count, len(self._pending)))]
+        return self._pending[0] if self._pending else None
+
+    def _waits(self, candidate: int) -> bool:
+        wanted = candidate in self._lacking or candidate in self._early
+        return wanted and not self.aside_N[candidate] and len(self._lacks(candidate)) > 0
 
     def give_back(self, candidates: Iterable[int]) -> None:
         """Candidates that were taken and for which no scores came: they are taken again before the others."""
@@ -177,9 +187,14 @@ class Race:
         self._pending.extendleft(candidate for candidate in reversed(back) if candidate in self._lacking)
 
     def report(self, candidate: int, samples: Indices, nll_S: Sequence[float]) -> None:
-        """Scores of a candidate, in nats summed over each sample's completion. NaN is the worst that there is."""
-        self.nll_NS[candidate, samples] = np.nan_to_num(np.asarray(nll_S, np.float32), nan=np.inf, posinf=np.inf)
+        """Scores of a candidate that was taken; as `learn`."""
         self._taken.discard(candidate)
+        self.learn(candidate, samples, nll_S)
+
+    def learn(self, candidate: int, samples: Indices, nll_S: Sequence[float]) -> None:
+        """Scores of a candidate, in nats summed over each sample's completion. NaN is the worst that there is. Whoever took it
+        has it still, until it is given back."""
+        self.nll_NS[candidate, samples] = np.nan_to_num(np.asarray(nll_S, np.float32), nan=np.inf, posinf=np.inf)
         if candidate in self._lacking and not len(self._unknown(candidate, self.schedule.rungs[self.rung])):
             self._done(candidate)
 
@@ -208,7 +223,9 @@ class Race:
 
     def _open(self, entrants: Indices) -> None:
         self.rung += 1
+        self.stopped.extend(np.setdiff1d(self._entrants, entrants).tolist())
         self._entrants, self._lacking, self._pending = entrants, set(), deque()
+        self._early.clear()
         self._looked_at = math.inf
         if self.over:
             return
@@ -275,8 +292,8 @@ class Race:
         return [c for c in ranked if c not in self._taken and len(self._unknown(c, end))]
 
     def _lacks(self, candidate: int) -> Indices:
-        ahead = candidate not in self._lacking
-        return self._unknown(candidate, self.schedule.rungs[self.rung + ahead])
+        ahead, last = candidate not in self._lacking, len(self.schedule.rungs) - 1
+        return self._unknown(candidate, self.schedule.rungs[min(self.rung + ahead, last)])
 
     def _unknown(self, candidate: int, end: int) -> Indices:
         unknown: Indices = np.flatnonzero(np.isnan(self.nll_NS[candidate, :end]))

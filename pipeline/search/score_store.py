@@ -6,8 +6,9 @@ other; a row that two of them wrote is read once.
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,6 +30,9 @@ KEY = ["adapter_hash", "sample_id"]
 
 MANY_FILES = 64
 """Files above which they are worth merging."""
+
+AT_ONCE = 32
+"""Files that are read or removed at the same time."""
 
 READ_ATTEMPTS = 5
 
@@ -53,7 +57,7 @@ class ScoreStore:
     def at(cls, uri: str, fingerprint: str, engine: str, dtype: str) -> "ScoreStore":
         return cls(Folder.at(uri).sub(f"v{SCORING_VERSION}-{fingerprint}-{engine}-{dtype}"))
 
-    def write(self, scores: pa.Table, hashes: dict[str, str]) -> str:
+    def write(self, scores: pa.Table, hashes: Mapping[str, str]) -> str:
         """Keep scores of schema SCORES; `hashes`: adapter_id -> adapter_hash. Gives the name of their file."""
         column = pa.array([hashes[adapter] for adapter in scores["adapter_id"].to_pylist()], pa.string())
         name = f"{uuid.uuid4().hex}.parquet"
@@ -85,6 +89,28 @@ class ScoreStore:
         self._read(read)
         return known
 
+    def losses_by_sample(self, hashes: Sequence[str], at_least: int, most: int, but: Sequence[str]) -> NDArray[np.float64]:
+        """Losses in nats a token of N adapters on those samples that `at_least` of them were scored on, shape (N, M); NaN where
+        one was not. Of more than `most` such samples those that the most were scored on.
+
+        Args:
+            but: ids of samples to leave out.
+        """
+        adapters = pa.array(hashes, pa.string())
+        wanted = pc.is_in(pc.field("adapter_hash"), adapters) & ~pc.is_in(pc.field("sample_id"), pa.array(but, pa.string()))
+        counts = self._read(lambda stored: _count(stored, wanted))
+        samples = [sample for sample, count in counts.most_common(most) if count >= max(1, at_least)]
+        found = np.full((len(adapters), len(samples)), np.nan)
+        ids = pa.array(samples, pa.string())
+
+        def read(stored: pads.Dataset) -> None:
+            for batch in stored.to_batches(filter=wanted & pc.is_in(pc.field("sample_id"), ids)):
+                cells = pc.index_in(batch["adapter_hash"], adapters).to_numpy(), pc.index_in(batch["sample_id"], ids).to_numpy()
+                found[cells] = batch["nll_sum"].to_numpy() / batch["n_tokens"].to_numpy()
+
+        self._read(read)
+        return np.where(np.isfinite(found), found, np.nan)
+
     def mean_losses(self, samples: pa.Table) -> pa.Table:
         """Columns adapter_hash and known_nll: the mean NLL a token of each adapter that was scored on some of these samples."""
         wanted = pc.is_in(pc.field("sample_id"), samples["sample_id"].combine_chunks())
@@ -100,15 +126,16 @@ class ScoreStore:
         if len(names) < MANY_FILES:
             return
         try:
-            table = pa.concat_tables([self.folder.read_table(name) for name in names])
+            with ThreadPoolExecutor(AT_ONCE) as threads:
+                table = pa.concat_tables(threads.map(self.folder.read_table, names))
         except (FileNotFoundError, pa.ArrowInvalid):
             return  # another run is at it, or a file is cut short
         values = [name for name in STORED.names if name not in KEY]
         rows = table.group_by(KEY, use_threads=False).aggregate([(name, "first") for name in values])
         merged = rows.rename_columns([name.removesuffix("_first") for name in rows.column_names])
         self.folder.write_table(f"{uuid.uuid4().hex}.parquet", merged.select(STORED.names).cast(STORED))
-        for name in names:
-            self.folder.delete(name)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(self.folder.delete, names))
 
     def _read(self, read: Callable[[pads.Dataset], T]) -> T:
         """Read the files that there are, and again where another run has just merged them."""
@@ -123,37 +150,44 @@ class ScoreStore:
         return read(self.folder.dataset(STORED, whole=True))
 
 
+def _count(stored: pads.Dataset, wanted: pc.Expression) -> Counter[str]:
+    """How many rows there are of each sample."""
+    counts = Counter[str]()
+    for batch in stored.to_batches(["sample_id"], filter=wanted):
+        for one in pc.value_counts(batch["sample_id"]).to_pylist():
+            counts[one["values"]] += one["counts"]
+    return counts
+
+
 class News:
     """What other runs add to a store while a race goes on, so that what one has just made no other makes again."""
 
-    def __init__(self, store: ScoreStore, samples: pa.Table, old: Iterable[str]) -> None:
+    def __init__(self, store: ScoreStore, samples: pa.Table) -> None:
         """
         Args:
             samples: of the race.
-            old: names of the files that the race began with.
         """
         self._store, self._samples = store, samples["sample_id"].combine_chunks()
-        self._read = set(old)
-        self._nll: dict[tuple[str, str], float] = {}
+        self._read = set(store.files())
 
-    def known(self, hashes: Sequence[str], sample_ids: Sequence[str]) -> dict[str, list[float]]:
-        """adapter_hash -> summed NLL of each of these samples, of those adapters that have all of them by now."""
-        for name in set(self._store.files()) - self._read:
-            self._take(name)
-        pairs = {adapter: [(adapter, sample) for sample in sample_ids] for adapter in hashes}
-        return {one: [self._nll[pair] for pair in wanted] for one, wanted in pairs.items() if self._nll.keys() >= set(wanted)}
+    def take(self, own: Iterable[str]) -> pa.Table:
+        """The scores, of schema STORED and on the race's samples, in files that have come since.
 
-    def skip(self, name: str) -> None:
-        """Pass over a file: its scores are this race's own."""
-        self._read.add(name)
+        Args:
+            own: names of files that the race wrote itself.
+        """
+        names = set(self._store.files()) - self._read - set(own)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            found = pa.concat_tables([STORED.empty_table(), *threads.map(self._of_race, sorted(names))])
+        self._read |= names  # only now: what could not be read is read the next time
+        return found
 
-    def _take(self, name: str) -> None:
-        self._read.add(name)
-        with suppress(FileNotFoundError, pa.ArrowInvalid):  # another run has just merged it, or it is cut short
+    def _of_race(self, name: str) -> pa.Table:
+        try:
             stored = self._store.folder.read_table(name)
-            rows = stored.filter(pc.is_in(stored["sample_id"], self._samples))
-            pairs = zip(rows["adapter_hash"].to_pylist(), rows["sample_id"].to_pylist(), strict=True)
-            self._nll |= zip(pairs, rows["nll_sum"].to_pylist(), strict=True)
+        except (FileNotFoundError, pa.ArrowInvalid):  # another run has just merged it, or it is cut short
+            return STORED.empty_table()
+        return stored.filter(pc.is_in(stored["sample_id"], self._samples)).select(STORED.names).cast(STORED)
 
 
 def record_failures(folder: Folder, failures: dict[str, str]) -> None:

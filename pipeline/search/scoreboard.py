@@ -1,23 +1,25 @@
-"""The scoreboard of a search: an actor that knows the race, hands out work to the engines and takes their scores in.
+"""The scoreboard of a race: which work is out with engines, what came back, and what goes out next. No Ray here.
 
-Engines store scores before they report them, and a scoreboard that starts anew begins with what the store knows. Counts of
-deaths, leases and times are in memory alone and are lost then.
+A scoreboard that starts anew, as its process died, begins with what the store knows. Counts of deaths, of what is out and of
+seconds are in memory alone and are lost then.
 """
 
-import asyncio
 import math
 import time
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.core.storage import Folder
 from pipeline.engines.scorer import Loaded
+from pipeline.search.batch import Batch, Report
 from pipeline.search.race import BASE, Race, Schedule
-from pipeline.search.score_store import ScoreStore, read_failures, record_failures
+from pipeline.search.score_store import ScoreStore, read_failures
 
 MAX_DEATHS = 3
 """Engines that may die with an adapter in their hands before it is set aside."""
@@ -45,25 +47,24 @@ class Work:
     stage: str = "search"
     """Of the run that asks, for the engines' logs."""
 
-
-@dataclass(frozen=True)
-class ScoringJob:
-    """Candidates to be scored on samples, by their rows in the tables of `Work`; `upcoming`: adapters that follow."""
-
-    candidates: list[int]
-    samples: list[int]
-    upcoming: list[str]
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """adapter_id -> adapter_hash."""
+        columns = (self.candidates[name].to_pylist() for name in ("adapter_id", "adapter_hash"))
+        return dict(zip(*columns, strict=True))
 
 
 @dataclass
 class RaceProgress:
-    """How far a search is. `seconds` are those of all engines together, their start apart; `loaded` are the adapters that they
-    read in these; `warm_seconds` are the others from each engine's second batch of adapters on, for `warm_tokens`: with its first
-    one an engine compiles kernels."""
+    """How far a search is. `seconds` are those that all engines together spent scoring, and `waited` those in which they had to
+    wait for adapters; `loaded` are the adapters that they read meanwhile; `warm_seconds` and `warm_tokens` are from each engine's
+    second batch of adapters on: with its first one an engine compiles kernels."""
 
     adapter_samples: int = 0
+    """Scores that were made and are in the store."""
     tokens: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     warm_tokens: int = 0
     warm_seconds: float = 0.0
     loaded: Loaded = field(default_factory=Loaded)
@@ -86,144 +87,193 @@ class RaceProgress:
 
 @dataclass
 class _Lease:
-    job: ScoringJob
+    """Candidates that are out with an engine, by their rows in `Work`, and the rows of the samples."""
+
+    candidates: list[int]
+    samples: list[int]
+    alone: bool
     started: float = field(default_factory=time.monotonic)
+    engine: str | None = None
+    """Who has begun with it."""
     given_back: bool = False
 
 
 class Scoreboard:
-    """Runs as a Ray actor; knows no Ray itself."""
+    """Of one race."""
 
-    def __init__(self, work: Work, schedule: Schedule, seconds: float | None = None) -> None:
-        self.work = work
+    def __init__(self, work: Work, schedule: Schedule, seconds: float | None = None, number: int = 1) -> None:
+        """
+        Args:
+            seconds: the time that the race may take, from the first engine that is up.
+            number: of the race.
+        """
+        self.work, self.number = work, number
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
         self._tell = RaceProgress(rungs=len(schedule.rungs))
         self._limit = math.inf if seconds is None else seconds
-        self._deadline = self._first_rung_ends = math.inf  # the time runs from the first engine that is up
-        self._held: dict[str, _Lease] = {}
+        self._deadline = self._first_rung_ends = math.inf
+        self._out: dict[str, _Lease] = {}
         self._deaths: Counter[int] = Counter()
-        self._jobs = 0
-        self._changed = asyncio.Condition()
+        self._reports = self._scored = 0
+        self._told_stopped: Counter[str] = Counter()
         left = self._affordable if seconds else None
         self.race = Race(schedule, known.tokens_S.tolist(), known.nll_NS.astype(np.float32), left)
-        rows = {name: row for row, name in enumerate(work.candidates["adapter_id"].to_pylist())}
-        for name in read_failures(work.failures):
-            if name in rows:
-                self.race.set_aside(rows[name])
+        names = work.candidates["adapter_id"].to_pylist()
+        self._row_of = {name: row for row, name in enumerate(names)}
+        self._rows_of_hash: dict[str, list[int]] = {}
+        for row, one in enumerate(work.candidates["adapter_hash"].to_pylist()):
+            self._rows_of_hash.setdefault(one, []).append(row)
+        self._sample_of = {name: row for row, name in enumerate(work.samples["sample_id"].to_pylist())}
+        for name in read_failures(work.failures).keys() & self._row_of.keys():
+            self.race.set_aside(self._row_of[name])
 
-    async def hello(self, engine: str) -> None:
-        """An engine's process begins. What an earlier process of the same engine held is lost: it is given out again."""
-        async with self._changed:
-            if engine in self._held:
-                lease = self._held.pop(engine)
-                self._deaths.update(lease.job.candidates)
-                self._give_back(lease)
-                self._changed.notify_all()
+    @property
+    def is_over(self) -> bool:
+        return self.race.over or bool(self.race.aside_N[BASE])
 
-    def ready(self, startup: float) -> None:
-        """An engine is up; it took so many seconds."""
+    @property
+    def batches_out(self) -> int:
+        """Batches that are with engines, or on the way to one."""
+        return sum(not lease.given_back for lease in self._out.values())
+
+    def engine_up(self, engines: int, startup: float) -> None:
+        """So many engines serve the race by now; the last one took so many seconds to start."""
         if not self._tell.engines:
             now = time.monotonic()
             self._deadline, self._first_rung_ends = now + self._limit, now + FIRST_RUNG_SHARE * self._limit
-        self._tell.engines += 1
+        self._tell.engines = engines
         self._tell.startup += startup
 
-    def refuse(self, fault: str) -> None:
-        """An engine has not proved itself; it says why."""
-        self._tell.fault = fault
+    def next_batch(self, count: int) -> Batch | None:
+        """Work for an engine, up to `count` adapters; None: there is none at present."""
+        if self.is_over:
+            return None
+        if time.monotonic() > self._first_rung_ends:
+            self._tell.not_reached += len(self.race.drop_pending())
+        head = self.race.head()
+        # What an engine died of is found by trying one at a time; the base keeps to itself.
+        suspect = head is not None and self._deaths[head] > 0
+        candidates, samples = self.race.take(1 if suspect or head == BASE else count)
+        if not candidates:
+            return None
+        number = uuid.uuid4().hex
+        self._out[number] = _Lease(candidates, samples.tolist(), suspect)
+        rows, columns = pa.array(candidates, pa.int64()), pa.array(samples, pa.int64())
+        adapters, asked = self.work.candidates.take(rows), self.work.samples.take(columns)
+        return Batch(self.number, number, self.work.stage, suspect, adapters, asked)
 
-    async def take(self, engine: str, count: int) -> ScoringJob | None:
-        """The next work for an engine, up to `count` adapters; waits where there is none yet. None: the race is over."""
-        async with self._changed:
-            while not (self.race.over or self.race.aside_N[BASE]):
-                if job := self._next(count):
-                    self._held[engine] = _Lease(job)
-                    return job
-                try:
-                    await asyncio.wait_for(self._changed.wait(), timeout=1.0)
-                except TimeoutError:
-                    self._reclaim()
-            self._changed.notify_all()
-        return None
+    def begin(self, engine: str, number: str) -> tuple[list[str], dict[str, str]]:
+        """An engine begins a batch. One that begins a second time had died with the first engine: it is given out again, an
+        adapter at a time.
 
-    async def report(
-        self,
-        engine: str,
-        nll: dict[int, Sequence[float]],
-        tokens: int,
-        found: int = 0,
-        loaded: Loaded | None = None,
-        warm: bool = True,
-    ) -> None:
-        """The scores of a job, in the order of its samples; a candidate without any is set aside.
-
-        Args:
-            tokens: input tokens that the engine read for them.
-            found: candidates whose scores it found in the store.
-            loaded: adapters that it read for them.
-            warm: whether it had scored a batch of adapters before.
+        Returns:
+            Names of those in it that lack scores, and adapter_id -> reason of those that are set aside by now.
         """
-        async with self._changed:
-            lease = self._held.pop(engine, None)
-            if lease is None:  # this process took a dead one's place, and gives the work out again if it is not in the store
-                return
-            seconds = time.monotonic() - lease.started
-            self._jobs += 1
-            self._tell.seconds += seconds
-            loaded = loaded or Loaded()
-            self._tell.loaded.add(loaded)
-            if warm:
-                self._tell.warm_tokens += tokens
-                self._tell.warm_seconds += max(0.0, seconds - loaded.seconds)
-            self._tell.tokens += tokens
-            self._tell.adapter_samples += (len(nll) - found) * len(lease.job.samples)
-            for candidate in lease.job.candidates:
-                if candidate in nll:
-                    self.race.report(candidate, np.array(lease.job.samples), nll[candidate])
-                else:
-                    self.race.set_aside(candidate)
-            self._changed.notify_all()
+        lease = self._out.get(number)
+        if lease is None:  # of a scoreboard that died; the work is given out again
+            return [], {}
+        if lease.engine:
+            del self._out[number]
+            return [], self._blame(lease)
+        lease.engine, lease.started = engine, time.monotonic()
+        self._drop_late(lease)
+        names = self.work.candidates["adapter_id"]
+        wanted = [names[row].as_py() for row in lease.candidates if self._lacks(row, lease.samples)]
+        if not wanted:
+            self._end(self._out.pop(number))
+        return wanted, {}
+
+    def stopped(self, engine: str) -> list[str]:
+        """URIs of the adapters that will not be scored again in this race, of which this engine has not been told yet."""
+        new = self.race.stopped[self._told_stopped[engine] :]
+        self._told_stopped[engine] += len(new)
+        uris = self.work.candidates["uri"]
+        return [uri for row in new if (uri := uris[row].as_py())]
+
+    def report(self, report: Report) -> None:
+        """What became of a batch. Scores count whoever gave the work out."""
+        told, lease = self._tell, self._out.pop(report.number, None)
+        self._reports += 1
+        self._scored += len(report.scores)
+        told.seconds += report.seconds
+        told.waited += report.waited
+        told.loaded.add(report.loaded)
+        told.tokens += report.tokens
+        if report.warm:
+            told.warm_tokens += report.tokens
+            told.warm_seconds += report.seconds
+        held = lease is not None and not lease.given_back  # else others may have the same candidates by now
+        rows = [[self._row_of[name]] for name in report.scores["adapter_id"].to_pylist()]
+        self._take_in(rows, report.scores, self.race.report if held else self.race.learn)
+        for name in report.failures:
+            self.race.set_aside(self._row_of[name])
+        if lease:
+            self._end(lease)
+
+    def learn(self, scores: pa.Table) -> None:
+        """Scores of schema STORED that another run has made of candidates of this one."""
+        rows = [self._rows_of_hash.get(one, []) for one in scores["adapter_hash"].to_pylist()]
+        self._take_in(rows, scores, self.race.learn)
+
+    def reclaim(self, engines: Collection[str]) -> None:
+        """Take back what somebody has had for too long, where one of the engines has nothing to do. Whoever reports first
+        counts."""
+        if {lease.engine for lease in self._out.values()}.issuperset(engines):
+            return
+        allowed = max(LEASE, SLOW * self._tell.seconds / max(1, self._reports))
+        for lease in self._out.values():
+            if time.monotonic() - lease.started > allowed:
+                self._end(lease)
 
     def progress(self) -> RaceProgress:
         race = self.race
         self._tell.rung = min(race.rung + 1, self._tell.rungs)
         self._tell.outstanding, self._tell.entrants = race.outstanding, race.entrants
-        if race.over or race.aside_N[BASE]:
+        if self.is_over:
             self._tell.seen = np.where(race.aside_N, 0, race.seen_N()).tolist()
         return self._tell
 
-    def _next(self, count: int) -> ScoringJob | None:
-        if time.monotonic() > self._first_rung_ends:
-            self._tell.not_reached += len(self.race.drop_pending())
-        while head := self.race.upcoming(1):
-            if self._deaths[head[0]] < MAX_DEATHS:
-                break
-            name = self.work.candidates["adapter_id"][head[0]].as_py()
-            record_failures(
-                self.work.failures, {name: f"the engine died, or hung, {MAX_DEATHS} times while it scored this adapter"}
-            )
-            self.race.set_aside(head[0])
-        # What an engine died of is found by trying one at a time; the base keeps to itself.
-        alone = head and (self._deaths[head[0]] or head[0] == BASE)
-        candidates, samples = self.race.take(1 if alone else count)
-        if not candidates:
-            return None
-        upcoming = self.work.candidates["uri"].take(pa.array(self.race.upcoming(count), pa.int64())).to_pylist()
-        return ScoringJob(candidates, samples.tolist(), [uri for uri in upcoming if uri])
+    def _take_in(self, rows: Sequence[Sequence[int]], scores: pa.Table, tell: Callable[..., None]) -> None:
+        """Tell the race the scores of a table by one of its methods; `rows`: whose each is."""
+        found: dict[int, dict[int, float]] = {}
+        columns = [self._sample_of[sample] for sample in scores["sample_id"].to_pylist()]
+        for owners, column, nll in zip(rows, columns, scores["nll_sum"].to_pylist(), strict=True):
+            for row in owners:
+                found.setdefault(row, {})[column] = nll
+        for row, nll_of in found.items():
+            self._deaths.pop(row, None)  # it was not this one
+            tell(row, np.array(list(nll_of), np.int64), list(nll_of.values()))
 
-    def _reclaim(self) -> None:
-        """Take back what somebody has held for too long; whoever reports first counts."""
-        allowed = max(LEASE, SLOW * self._tell.seconds / max(1, self._jobs))
-        for lease in self._held.values():
-            if time.monotonic() - lease.started > allowed:
-                self._give_back(lease)
+    def _end(self, lease: _Lease) -> None:
+        """Nobody is waited for any more; what lacks scores goes out again."""
+        if not lease.given_back:
+            self.race.give_back(lease.candidates)
+        lease.given_back = True
 
-    def _give_back(self, lease: _Lease) -> None:
-        if not lease.given_back:  # else its candidates may be with another engine by now
-            self.race.give_back(lease.job.candidates)
-            lease.given_back = True
+    def _drop_late(self, lease: _Lease) -> None:
+        """Leave out who is to be scored for the first time, where the time for that is over."""
+        if self.race.rung == 0 and time.monotonic() > self._first_rung_ends:
+            late = [row for row in lease.candidates if row != BASE and self._lacks(row, lease.samples)]
+            self._tell.not_reached += len(late)
+            for row in late:
+                self.race.set_aside(row)
+
+    def _lacks(self, row: int, samples: Sequence[int]) -> bool:
+        return not self.race.aside_N[row] and bool(np.isnan(self.race.nll_NS[row, samples]).any())
+
+    def _blame(self, lease: _Lease) -> dict[str, str]:
+        """Give back what an engine died with. Whether it died of that is seen where it is scored alone: an adapter with which
+        engines die again and again is set aside."""
+        for row in lease.candidates:
+            self._deaths[row] = self._deaths[row] + 1 if lease.alone else max(1, self._deaths[row])
+        self._end(lease)
+        deadly = [row for row in lease.candidates if self._deaths[row] >= MAX_DEATHS]
+        for row in deadly:
+            self.race.set_aside(row)
+        reason = f"the engine died, or hung, {MAX_DEATHS} times while it scored this adapter"
+        return {self.work.candidates["adapter_id"][row].as_py(): reason for row in deadly}
 
     def _affordable(self) -> float:
         """Adapter-samples that all engines can still score before the deadline, at the speed so far."""
-        speed = self._tell.engines * self._tell.adapter_samples / max(self._tell.seconds, 1e-9)
+        speed = self._tell.engines * self._scored / max(self._tell.seconds + self._tell.waited, 1e-9)
         return max(0.0, self._deadline - time.monotonic()) * speed

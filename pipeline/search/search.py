@@ -1,6 +1,7 @@
 """The stage `search`: catalogue x samples -> leaderboard.parquet and scores/."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pyarrow as pa
 
@@ -33,22 +34,25 @@ def search(
     """
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
-    config, engines = run.config, engines or Engines(run.config.search)
+    config = run.config
     catalogue = valid_adapters_of(run.folder)
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     key = search_key(run, catalogue, drawn)
     if run.ready("search", key):
         return
     on_start(run)
-    with run.ledger.perform("search", key) as details:
+    own = Engines(config.search)
+    engines, kept = (engines, nullcontext()) if engines else (own, own.kept())
+    engines.expected = len(catalogue) + 1
+    with kept, run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
         forget_failures(failures, CHANGED)
         _tell_contamination(run, catalogue, drawn)
         catalogue = servable(run, catalogue, failures)
         usual, outliers = by_rank(run, catalogue)
         score_outliers(run, engines, outliers, drawn, failures, details)
-        work, schedule = prepare_race(run, catalogue, drawn, failures)
         engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
+        work, schedule = prepare_race(run, catalogue, drawn, failures)
         known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.check()

@@ -53,6 +53,16 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
             """Adapters that it has read so far."""
             return self.scorer.loaded
 
+        def load_ahead(self, candidates: list[Candidate]) -> None:
+            for candidate in candidates:
+                self.scorer.load_ahead(candidate)
+
+        def let_go_first(self, folders: list[Path]) -> None:
+            self.scorer.let_go_first(folders)
+
+        def holds(self) -> set[Path]:
+            return set(self.scorer.adapters._held)
+
         def fail_in_next_step(self) -> None:
             engine = self.scorer.llm.llm_engine
 
@@ -64,9 +74,7 @@ def engine(ray_session: None, engine_config: EngineConfig, scratch: Path) -> Ite
 
         def limit(self, size: int) -> None:
             """Of what it keeps beside a batch, in bytes."""
-            from pipeline.engines import vllm
-
-            vllm.KEPT_BYTES = size
+            self.scorer.adapters.kept_bytes = size
 
         def wrapper(self) -> str:
             """The code that multiplies by A and B."""
@@ -192,6 +200,53 @@ def test_an_adapter_is_read_once_while_it_is_held(
     engine("limit", 1 << 30)
     with pytest.raises(Exception, match=r"adapter_config\.json is missing"):
         vllm_score([mine], samples)
+
+
+def test_an_adapter_that_was_read_ahead_is_not_read_again_where_it_is_scored(
+    engine: Callable[..., Any],
+    engine_config: EngineConfig,
+    candidates: list[Candidate],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    """One of those that are read ahead cannot be, which is said where it is scored."""
+    mine = Candidate("mine", make_adapter(tmp_path / "mine", tiny_base, seed=6, std=0.3))
+    missing = Candidate("missing", tmp_path / "missing")
+    expected = TransformersScorer(engine_config).score([mine], samples)
+    before = engine("read").adapters
+    engine("load_ahead", [mine, mine, missing, Candidate("base", None)])
+    assert engine("read").adapters == before + 1
+    shutil.rmtree(tmp_path / "mine")
+    assert_alike(engine("score", [mine, candidates[1]], samples).slice(0, len(samples)), expected)
+    with pytest.raises(Exception, match=r"adapter_config\.json is missing"):
+        engine("score", [missing], samples)
+
+
+def test_those_that_are_done_with_make_room_first_then_those_with_the_highest_loss(
+    engine: Callable[..., Any],
+    samples: pa.Table,
+    tiny_base: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+) -> None:
+    made = [Candidate(str(n), make_adapter(tmp_path / str(n), tiny_base, seed=20 + n, std=0.3)) for n in range(6)]
+    size = made[0].folder.joinpath("adapter_model.safetensors").stat().st_size  # type: ignore[union-attr]
+    engine("limit", 1)
+    engine("score", made[:2], samples)  # what was held before is gone
+    engine("limit", 4 * size + size // 2)
+    scores = pa.concat_tables([engine("score", made[n : n + 2], samples) for n in (0, 2)])
+    losses = {str(n): sum(row["nll_sum"] for row in scores.to_pylist() if row["adapter_id"] == str(n)) for n in range(4)}
+    worst = max((n for n in range(1, 4)), key=lambda n: losses[str(n)])
+    engine("let_go_first", [made[0].folder])
+    engine("score", [made[4]], samples)
+    assert engine("holds") == {made[n].folder for n in (1, 2, 3, 4)}
+    engine("score", [made[5]], samples)
+    gone = {made[n].folder for n in (1, 2, 3, 4)} - engine("holds")
+    assert gone <= {made[worst].folder, made[4].folder}
+    assert len(gone) == 1
+    engine("limit", 1 << 30)
 
 
 def test_an_adapter_that_vllm_refuses_leaves_the_engine_working(

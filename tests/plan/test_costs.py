@@ -93,9 +93,10 @@ def test_scoring_is_the_start_and_the_tokens_shared_by_the_engines() -> None:
     assert scoring_seconds(Scoring(4000, engines=2), {"start_seconds": 10.0}) is None
 
 
-def test_reading_adapters_is_work_of_the_engines_beside_scoring() -> None:
+def test_adapters_are_read_while_others_are_scored() -> None:
     rates = RATES | {"load_seconds_per_byte": 0.01}
-    assert scoring_seconds(Scoring(4000, engines=2, load_bytes=6000.0), rates) == 10 + (80 + 60) / 2
+    assert scoring_seconds(Scoring(4000, engines=2, load_bytes=6000.0), rates) == 10 + 80 / 2
+    assert scoring_seconds(Scoring(4000, engines=2, load_bytes=9000.0), rates) == 10 + 90 / 2
     assert scoring_seconds(Scoring(4000, engines=2, load_bytes=6000.0), RATES) == 10 + 40
     assert scoring_seconds(Scoring(4000, engines=2, limit=15, load_bytes=6000.0), rates) == 10 + 15
 

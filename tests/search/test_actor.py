@@ -21,6 +21,7 @@ from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.search import engine_pool
 from pipeline.search.score_store import read_failures
+from pipeline.search.scoreboard import Work
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -52,18 +53,18 @@ def test_a_batch_that_an_engines_memory_does_not_hold_is_scored_in_parts_and_no_
             return pa.Table.from_arrays([pa.array(column) for column in zip(*pairs, strict=True)], SCORES.names).cast(SCORES)
 
     actor: Any = object.__new__(engine_pool.ScoringActor)
-    actor.work, actor.board = SimpleNamespace(stage="search"), SimpleNamespace(refuse="refuse")
+    actor.dispatcher = SimpleNamespace(refuse="refuse")
     monkeypatch.setattr(actor, "_tell", lambda method, fault: told.append(fault))
     for most in (7, 2, 1):
         actor.scorer = Small(most)
-        scores, failures = actor._score(candidates, samples.slice(0, 5))
+        scores, failures = actor._score(candidates, samples.slice(0, 5), "search")
         assert failures == {}
         for name in ("a", "b", "c"):
             mine = scores.filter(pc.equal(scores["adapter_id"], name))
             assert mine["sample_id"].to_pylist() == samples["sample_id"].to_pylist()[:5]
     actor.scorer = Small(0)
     with pytest.raises(EngineFaultError, match=r"one sample of \d+ tokens; set a smaller target.max_tokens"):
-        actor._score(candidates, samples)
+        actor._score(candidates, samples, "search")
     assert len(told) == 1
 
 
@@ -76,10 +77,10 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
     class Impatient(engine_pool.ScoringActor):
         patience = 1.0
 
-        def _score(self, candidates: Sequence[Candidate], samples: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+        def _score(self, candidates: Sequence[Candidate], samples: pa.Table, stage: str) -> tuple[pa.Table, dict[str, str]]:
             if any(candidate.adapter_id == "endless" for candidate in candidates):
                 time.sleep(1000)
-            return super()._score(candidates, samples)
+            return super()._score(candidates, samples, stage)
 
     monkeypatch.setattr(engine_pool, "ScoringActor", Impatient)
     work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
@@ -96,10 +97,10 @@ def test_an_engine_that_cannot_be_believed_ends_the_race_and_sets_no_adapter_asi
             return super().score([replace(candidate, folder=None) for candidate in candidates], samples)
 
     class WithDeafEngine(engine_pool.ScoringActor):
-        def _start(self, engine: str, config: EngineConfig) -> Scorer:
+        def _start(self, engine: str, config: EngineConfig, work: Work) -> Scorer:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(canary, "build_scorer", lambda _, config: Deaf(config))
-                return super()._start(engine, config)
+                return super()._start(engine, config, work)
 
     monkeypatch.setattr(engine_pool, "ScoringActor", WithDeafEngine)
     work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))

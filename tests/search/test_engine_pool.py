@@ -20,6 +20,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.scorer import Candidate
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.model.base_model import linear_shapes
 from pipeline.search import engine_pool
 from pipeline.search.engine_pool import (
     Engines,
@@ -27,6 +28,7 @@ from pipeline.search.engine_pool import (
     engines_at_once,
     require_engine,
     scoring_dtype,
+    slot_bytes,
 )
 from pipeline.search.race import Schedule, make_schedule
 from pipeline.search.score_store import read_failures
@@ -42,6 +44,20 @@ def test_the_engine_is_told_what_the_pool_needs() -> None:
     assert (config.max_rank, config.adapters_per_batch, config.max_tokens) == (16, 3, 64)
     assert config.target_modules == ("q_proj", "up_proj", "v_proj")
     assert config.tensor_parallel_size == 1
+
+
+def test_a_gpu_scores_as_many_adapters_together_as_there_is_room_for(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(**asked: Any) -> int:
+        return engine_config(tiny_base, 16, ["q_proj", "v_proj"], SearchConfig(**asked), max_tokens=64).adapters_per_batch
+
+    size = slot_bytes(tiny_base, 16, ["q_proj", "v_proj"], "bfloat16")
+    shapes = {name: shape for name, shape in linear_shapes(tiny_base)[0].items() if name.endswith(("q_proj", "v_proj"))}
+    assert size == 2 * 16 * sum(map(sum, shapes.values()))
+    assert [together(gpus_per_actor=0), together(gpus_per_actor=1)] == [4, 32]
+    for room, expected in ((10.5, 10), (1, 4), (100, 32)):
+        monkeypatch.setattr(engine_pool, "SLOT_BYTES", round(room * size))
+        assert [together(gpus_per_actor=1), together(gpus_per_actor=0)] == [expected, 4]
+        assert together(gpus_per_actor=1, adapters_per_batch=7) == 7
 
 
 def test_all_engines_of_a_search_compute_in_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +188,7 @@ def test_a_type_that_vllm_has_no_kernels_for_is_refused_before_it_starts(
 def test_engines_that_are_kept_serve_the_next_race(
     tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], worker_logs: Callable[[], str]
 ) -> None:
-    """Each race has its own work and may use the ids of another's; the lobby in which the engines wait is lost in between."""
+    """Each race has its own work and may use the ids of another's; the dispatcher, in which engines wait, is lost in between."""
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1, actors=1)
     engines = Engines(search)
 
@@ -189,7 +205,7 @@ def test_engines_that_are_kept_serve_the_next_race(
     with engines.kept():
         first, last = race({"one": str(pool["a0"]), "two": str(pool["a1"])}, "first", max_rank=5)
         assert (last.seen, last.engines, last.startup > 0) == ([4, 4, 4], 1, True)
-        ray.kill(engines._lobby, no_restart=False)
+        ray.kill(engines._dispatcher, no_restart=False)
         second, last = race({"one": str(pool["a2"])}, "second", max_rank=4)
         assert (last.seen, last.engines, last.startup) == ([4, 4], 1, 0)
         assert started() == before + 1

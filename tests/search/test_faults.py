@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.storage import Folder
+from pipeline.search.dispatcher import IN_FLIGHT
 
 SCRIPT = Path(__file__).with_name("three_nodes.py")
-IN_FLIGHT = 2 * 2
-"""Adapter-samples that an engine holds: two adapters on a rung of two samples."""
+HELD = IN_FLIGHT * 2 * 2
+"""Adapter-samples that an engine holds: batches of two adapters on a rung of two samples."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,6 @@ def test_the_result_is_the_same(world: Path, tiny_base: str, undisturbed: dict[s
     both = np.array(found["nll"]), np.array(undisturbed["nll"])
     counted = np.arange(6) < np.array(found["seen"])[:, None]
     np.testing.assert_allclose(both[0][counted], both[1][counted], rtol=1e-5)
-    assert found["rows"] <= undisturbed["rows"] + 2 * IN_FLIGHT  # what was in flight, and started early
+    assert found["rows"] <= undisturbed["rows"] + 2 * HELD  # what was in flight, and started early
     if fault == "join":
         assert found["engines"] >= 2

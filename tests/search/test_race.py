@@ -159,7 +159,7 @@ def test_a_worker_gets_work_of_the_next_rung_while_another_is_slow() -> None:
     race.report(slow[0], np.arange(4), nll[slow[0], :4])
     assert race.rung == 1
     assert set(ahead) <= set(race.survivors().tolist()) | set(ahead)
-    assert not set(race.upcoming(60)) & set(ahead)  # they are with a worker
+    assert not set(race.take(60)[0]) & set(ahead)  # they are with a worker
 
 
 def drops() -> Iterator[Race]:

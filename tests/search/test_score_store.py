@@ -84,22 +84,25 @@ def test_a_file_that_is_cut_short_is_passed_over(
 def test_news_are_what_others_add_while_a_race_goes_on(
     store: ScoreStore, samples: pa.Table, drawn_scores: Draw, tmp_path: Path
 ) -> None:
-    def write(name: str, ids: list[str]) -> tuple[str, list[float]]:
+    def write(name: str, ids: list[str]) -> str:
         table = drawn_scores([name], ids)
-        return store.write(table, by_name(table)), table["nll_sum"].to_pylist()
+        return store.write(table, by_name(table))
+
+    def pairs(table: pa.Table) -> list[tuple[str, str]]:
+        return sorted(zip(table["adapter_hash"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
 
     write("old", SAMPLE_IDS)
-    news, two = News(store, samples.slice(0, 4), store.files()), SAMPLE_IDS[:2]
-    assert news.known(["hash-old"], two) == {}
-    _, other = write("other", SAMPLE_IDS)
-    own, _ = write("own", SAMPLE_IDS)
-    news.skip(own)
-    write("half", SAMPLE_IDS[:1])
+    news, two = News(store, samples.slice(0, 4)), SAMPLE_IDS[:2]
+    assert len(news.take([])) == 0
+    write("other", SAMPLE_IDS)
+    own = write("own", SAMPLE_IDS)
     (tmp_path / "v2-base-vllm-float32" / "cut.parquet").write_bytes(b"PAR1")
-    assert news.known(["hash-other", "hash-own", "hash-half"], two) == {"hash-other": other[:2]}
-    write("half", SAMPLE_IDS[1:2])
-    assert news.known(["hash-half"], two).keys() == {"hash-half"}
-    assert news.known(["hash-other"], SAMPLE_IDS[4:]) == {}  # not samples of the race
+    found = news.take([own])
+    assert pairs(found) == [("hash-other", sample) for sample in SAMPLE_IDS[:4]]  # those of the race
+    assert found.schema == STORED
+    write("half", two)
+    assert pairs(news.take([own])) == [("hash-half", sample) for sample in two]
+    assert len(news.take([own])) == 0
 
 
 def test_another_base_engine_or_type_knows_nothing_of_it(tmp_path: Path, samples: pa.Table, drawn_scores: Draw) -> None:

@@ -1,16 +1,19 @@
 """The scoreboard without Ray: what it gives out, to whom, and what becomes of work that nobody finishes."""
 
-import asyncio
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline.core.storage import Folder
+from pipeline.core.tables import SCORES, STORED
 from pipeline.engines.scorer import Loaded
 from pipeline.search import scoreboard as board_module
+from pipeline.search.batch import Batch, Report
 from pipeline.search.race import Schedule
-from pipeline.search.score_store import ScoreStore, read_failures, record_failures
+from pipeline.search.score_store import ScoreStore, record_failures
 from pipeline.search.scoreboard import Scoreboard, Work
 
 EVERYTHING = Schedule((4,), None, 1.0)
@@ -24,170 +27,251 @@ def work_on(folder: Path, names: list[str]) -> Work:
     return Work(candidates, samples, store, Folder.at(folder / "failures"))
 
 
-def losses(job: board_module.ScoringJob) -> dict[int, list[float]]:
-    return {candidate: [1.0 + candidate] * len(job.samples) for candidate in job.candidates}
+def names(batch: Batch | None) -> list[str]:
+    assert batch is not None
+    return batch.candidates["adapter_id"].to_pylist()
 
 
-async def finish(board: Scoreboard, engine: str = "one") -> list[list[int]]:
-    """Work as an engine until the race is over. The jobs that it got."""
-    jobs = []
-    while job := await board.take(engine, 2):
-        jobs.append(job.candidates)
-        await board.report(engine, losses(job), tokens=3)
-    return jobs
+def scores_of(adapters: list[str], samples: list[str]) -> pa.Table:
+    """Of each adapter on each sample."""
+    pairs = [(adapter, sample, 1.0, 2, 0) for adapter in adapters for sample in samples]
+    return pa.table([list(column) for column in zip(*pairs, strict=True)] if pairs else [[]] * 5, schema=SCORES)
+
+
+def done(batch: Batch | None, **told: Any) -> Report:
+    """All scores of a batch."""
+    assert batch is not None
+    return Report(batch.race, batch.number, scores_of(names(batch), batch.samples["sample_id"].to_pylist()), **told)
+
+
+def finish(board: Scoreboard) -> list[list[str]]:
+    """Do all work as one engine. The adapters of each batch."""
+    batches = []
+    while batch := board.next_batch(2):
+        batches.append(names(batch))
+        board.begin("one", batch.number)
+        board.report(done(batch))
+    return batches
 
 
 def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
     board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
-    board.ready(2.5)
-    assert asyncio.run(finish(board)) == [[0], [1, 2], [3]]
+    board.engine_up(1, 2.5)
+    assert finish(board) == [["base"], ["a", "b"], ["c"]]
     progress = board.progress()
-    assert (progress.engines, progress.startup, progress.tokens) == (1, 2.5, 9)
-    assert progress.adapter_samples == 16
+    assert (progress.engines, progress.startup) == (1, 2.5)
     assert progress.seen == [4, 4, 4, 4]
+    assert board.batches_out == 0
 
 
-def test_reading_adapters_and_an_engines_first_batch_are_no_scoring(tmp_path: Path) -> None:
-    """Each job takes ten seconds, three of which go to reading its adapter."""
-
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
-        for loaded, warm in ((None, False), (Loaded(1, 500, 3.0), False), (Loaded(1, 700, 3.0), True)):
-            job = await board.take("one", 1)
-            assert job is not None
-            board._held["one"].started -= 10
-            await board.report("one", losses(job), tokens=70, loaded=loaded, warm=warm)
-        progress = board.progress()
-        assert (progress.tokens, progress.seconds) == (210, pytest.approx(30, abs=1))
-        assert (progress.warm_tokens, progress.warm_seconds) == (70, pytest.approx(7, abs=1))
-        assert progress.loaded == Loaded(2, 1200, 6.0)
-
-    asyncio.run(scenario())
+def test_a_batch_carries_the_adapters_and_the_samples_that_they_lack(tmp_path: Path) -> None:
+    work = work_on(tmp_path, ["a", "b"])
+    work.store.write(scores_of(["a", "b"], ["s0"]), work.hashes)
+    board = Scoreboard(work, EVERYTHING, number=7)
+    board.next_batch(2)
+    batch = board.next_batch(2)
+    assert batch is not None
+    assert (batch.race, batch.stage, batch.alone) == (7, "search", False)
+    assert batch.candidates.equals(work.candidates.slice(1))
+    assert batch.samples.equals(work.samples.slice(1))
 
 
-def test_scores_that_were_found_count_for_the_race_and_not_as_made(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
-        for found in (0, 1):
-            job = await board.take("one", 2)
-            assert job is not None
-            await board.report("one", losses(job), tokens=3, found=found)
-        assert board.progress().seen == [4, 4, 4]
-        assert board.progress().adapter_samples == 8
-
-    asyncio.run(scenario())
+def test_what_engines_measure_adds_up_and_a_first_batch_of_adapters_is_no_measure_of_speed(tmp_path: Path) -> None:
+    board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+    for loaded, warm in ((Loaded(), False), (Loaded(1, 500, 3.0), False), (Loaded(1, 700, 3.0), True)):
+        board.report(done(board.next_batch(1), tokens=70, seconds=10.0, waited=1.5, loaded=loaded, warm=warm))
+    progress = board.progress()
+    assert (progress.tokens, progress.seconds, progress.waited) == (210, 30.0, 4.5)
+    assert (progress.warm_tokens, progress.warm_seconds) == (70, 10.0)
+    assert progress.loaded == Loaded(2, 1200, 6.0)
 
 
-def test_a_job_names_what_comes_next_so_that_it_can_be_fetched_ahead(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
-        first = await board.take("one", 2)
-        assert first is not None
-        assert first.upcoming == ["/pool/a", "/pool/b"]
+def test_what_another_run_has_scored_meanwhile_is_not_asked_for_again(tmp_path: Path) -> None:
+    """`a` waits and `b` is out with an engine that has not begun; of `c` a half is known."""
+    work = work_on(tmp_path, ["b", "a", "c"])
+    board = Scoreboard(work, EVERYTHING)
+    board.report(done(board.next_batch(1)))
+    out = board.next_batch(1)
+    stored = [("a", 4), ("b", 4), ("c", 2), ("nobody", 4)]
+    news = pa.concat_tables([scores_of([name], [f"s{n}" for n in range(count)]) for name, count in stored])
+    board.learn(news.append_column("adapter_hash", news["adapter_id"]).cast(STORED))
+    assert out is not None
+    assert board.begin("one", out.number) == ([], {})
+    assert board.batches_out == 0
+    batch = board.next_batch(2)
+    assert names(batch) == ["c"]
+    assert batch is not None
+    assert batch.samples["sample_id"].to_pylist() == ["s2", "s3"]
+    board.report(done(batch))
+    assert board.progress().seen == [4, 4, 4, 4]
 
-    asyncio.run(scenario())
+
+def known(board: Scoreboard, adapters: list[str], samples: list[str]) -> None:
+    """Another run has scored these."""
+    scores = scores_of(adapters, samples)
+    board.learn(scores.append_column("adapter_hash", scores["adapter_id"]).cast(STORED))
+
+
+def test_what_is_learned_of_adapters_that_are_out_changes_nothing_of_their_being_out(tmp_path: Path) -> None:
+    """They are not given to another engine meanwhile, and are not lost when theirs dies."""
+    board = Scoreboard(work_on(tmp_path, ["a", "b"]), Schedule((2, 4), None, 0.99))
+    for _ in range(2):
+        board.report(done(board.next_batch(2)))
+    board.report(done(board.next_batch(1)))
+    batch = board.next_batch(2)
+    assert names(batch) == ["a", "b"]
+    assert batch is not None
+    board.begin("one", batch.number)
+    known(board, ["a", "b"], ["s0", "s1"])  # as in a file that another run has made of many
+    assert board.next_batch(2) is None
+    board.begin("one", batch.number)
+    assert [one for one in finish(board) if one != ["base"]] == [["a"], ["b"]]
+    assert board.progress().seen == [4, 4, 4]
+
+
+def test_who_waits_and_becomes_known_does_not_run_ahead_of_its_rung(tmp_path: Path) -> None:
+    """A budget that lets two of twenty into the second rung."""
+    adapters = [f"a{n:02}" for n in range(20)]
+    board = Scoreboard(work_on(tmp_path, adapters), Schedule((2, 4), 2 * 21 + 2 * 3, 1.0, keep=2))
+    board.report(done(board.next_batch(1)))
+    known(board, adapters[:12], ["s0", "s1"])
+    batch = board.next_batch(4)
+    assert names(batch) == adapters[12:16]
+    assert batch is not None
+    assert batch.samples["sample_id"].to_pylist() == ["s0", "s1"]
+
+
+def test_what_merely_waited_in_an_engine_that_died_is_not_blamed(tmp_path: Path) -> None:
+    """The engine dies with `a` alone, again and again, while `b` waits in it."""
+    board = Scoreboard(work_on(tmp_path, ["a", "b", "c"]), EVERYTHING)
+    board.report(done(board.next_batch(1)))
+    first, second = board.next_batch(1), board.next_batch(1)
+    for batch in (first, second):
+        assert batch is not None
+        board.begin("one", batch.number)
+    for batch in (first, second):
+        assert batch is not None
+        assert board.begin("one", batch.number) == ([], {})
+    for _ in range(2):
+        alone = board.next_batch(2)
+        assert alone is not None
+        name = names(alone)
+        assert alone.alone
+        board.begin("one", alone.number)
+        if name == ["b"]:
+            board.report(done(alone))
+        else:
+            board.begin("one", alone.number)
+    while batch := board.next_batch(2):
+        board.begin("one", batch.number)
+        if names(batch) == ["a"]:
+            board.begin("one", batch.number)
+        else:
+            board.report(done(batch))
+    assert board.progress().seen == [4, 0, 4, 4]
 
 
 def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path) -> None:
-    """Its process begins anew three times; the adapter that is in its hands each time is set aside, the other is not."""
-
-    async def scenario() -> list[list[int]]:
-        board = Scoreboard(work_on(tmp_path, ["a", "deadly"]), EVERYTHING)
-        jobs = []
-        while job := await board.take("one", 2):
-            jobs.append(job.candidates)
-            if 2 in job.candidates:
-                await board.hello("one")
-            else:
-                await board.report("one", losses(job), tokens=0)
-        assert board.progress().seen == [4, 4, 0]
-        return jobs
-
-    assert asyncio.run(scenario()) == [[0], [1, 2], [1], [2], [2]]
-    assert "died, or hung, 3 times" in read_failures(Folder.at(tmp_path / "failures"))["deadly"]
-
-
-def test_a_scoreboard_that_begins_anew_takes_no_report_of_what_it_did_not_give_out(tmp_path: Path) -> None:
-    async def scenario() -> list[list[int]]:
-        work = work_on(tmp_path, ["a"])
-        job = await Scoreboard(work, EVERYTHING).take("one", 2)
-        assert job is not None
-        anew = Scoreboard(work, EVERYTHING)
-        await anew.report("one", losses(job), tokens=3)
-        return await finish(anew)
-
-    assert asyncio.run(scenario()) == [[0], [1]]
+    """Ray Data gives a batch again to the engine that died with it. The adapter that is in its hands each time is set aside, the
+    other is not."""
+    board, batches, told = Scoreboard(work_on(tmp_path, ["a", "deadly"]), EVERYTHING), [], dict[str, str]()
+    while batch := board.next_batch(2):
+        batches.append((names(batch), batch.alone))
+        assert board.begin("one", batch.number) == (names(batch), {})
+        if "deadly" in names(batch):
+            wanted, failures = board.begin("one", batch.number)
+            assert wanted == []
+            told |= failures
+        else:
+            board.report(done(batch))
+    assert batches == [
+        (["base"], False),
+        (["a", "deadly"], False),
+        (["a"], True),
+        (["deadly"], True),
+        (["deadly"], True),
+    ]
+    assert board.progress().seen == [4, 4, 0]
+    assert told == {"deadly": "the engine died, or hung, 3 times while it scored this adapter"}
 
 
-def test_work_that_is_held_too_long_goes_to_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scoreboard_that_begins_anew_has_no_use_for_old_batches_and_counts_their_scores(tmp_path: Path) -> None:
+    work = work_on(tmp_path, ["a", "b"])
+    before = Scoreboard(work, EVERYTHING)
+    base, adapters = before.next_batch(2), before.next_batch(2)
+    anew = Scoreboard(work, EVERYTHING)
+    assert base is not None
+    assert anew.begin("one", base.number) == ([], {})
+    anew.report(done(adapters))
+    assert finish(anew) == [["base"]]
+
+
+def test_work_that_is_held_too_long_goes_to_another_engine_that_has_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(board_module, "LEASE", 0.0)
+    board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
+    slow = board.next_batch(1)
+    assert slow is not None
+    board.begin("slow", slow.number)
+    time.sleep(0.01)
+    board.reclaim({"slow"})
+    assert board.next_batch(1) is None  # nobody else could do it
+    board.reclaim({"slow", "quick"})
+    again = board.next_batch(1)
+    assert names(again) == names(slow) == ["base"]
+    board.report(done(again))
+    assert board.progress().over
+    board.report(done(slow))  # harmless
+    assert board.next_batch(1) is None
 
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
-        slow = await board.take("slow", 1)
-        again = await board.take("quick", 1)
-        assert slow is not None
-        assert again is not None
-        assert again.candidates == slow.candidates == [0]
-        await board.report("quick", losses(again), tokens=0)
-        assert board.progress().over
-        await board.report("slow", losses(slow), tokens=0)  # harmless
-        assert await board.take("slow", 1) is None
 
-    asyncio.run(scenario())
-
-
-def test_an_engine_waits_where_everything_is_with_others(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
-        job = await board.take("one", 1)
-        waiting = asyncio.create_task(board.take("two", 1))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        assert job is not None
-        await board.report("one", losses(job), tokens=0)
-        assert await waiting is None
-
-    asyncio.run(scenario())
+def test_work_that_waits_for_a_lost_engine_goes_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has begun with one batch, and another waits for it."""
+    board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
+    board.report(done(board.next_batch(1)))
+    begun, waits = board.next_batch(1), board.next_batch(1)
+    assert begun is not None
+    assert waits is not None
+    board.begin("lost", begun.number)
+    board.reclaim({"lost", "other"})
+    assert board.next_batch(1) is None  # it may be on its way to the other one
+    monkeypatch.setattr(board_module, "LEASE", 0.0)
+    time.sleep(0.01)
+    board.reclaim({"lost", "other"})
+    assert [sorted(batch) for batch in finish(board)] == [["a", "b"]]
+    assert board.progress().over
 
 
 def test_known_failures_and_adapters_without_scores_are_set_aside(tmp_path: Path) -> None:
     work = work_on(tmp_path, ["a", "b"])
     record_failures(work.failures, {"a": "corrupt"})
-
-    async def scenario() -> None:
-        board = Scoreboard(work, EVERYTHING)
-        base = await board.take("one", 2)
-        assert base is not None
-        await board.report("one", losses(base), tokens=0)
-        job = await board.take("one", 2)
-        assert job is not None
-        assert job.candidates == [2]
-        await board.report("one", {}, tokens=0)
-        assert board.progress().seen == [4, 0, 0]
-
-    asyncio.run(scenario())
+    board = Scoreboard(work, EVERYTHING)
+    board.report(done(board.next_batch(2)))
+    batch = board.next_batch(2)
+    assert names(batch) == ["b"]
+    assert batch is not None
+    board.report(Report(batch.race, batch.number, SCORES.empty_table(), {"b": "gone"}))
+    assert board.progress().seen == [4, 0, 0]
 
 
 def test_a_base_that_cannot_be_scored_ends_the_race(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        board = Scoreboard(work_on(tmp_path, ["a"]), EVERYTHING)
-        await board.take("one", 1)
-        await board.report("one", {}, tokens=0)
-        assert await board.take("one", 1) is None
-        seen = board.progress().seen
-        assert seen is not None
-        assert seen[0] == 0
-
-    asyncio.run(scenario())
+    board = Scoreboard(work_on(tmp_path, ["a"]), EVERYTHING)
+    batch = board.next_batch(1)
+    assert batch is not None
+    board.report(Report(batch.race, batch.number, SCORES.empty_table(), {"base": "no"}))
+    assert board.next_batch(1) is None
+    seen = board.progress().seen
+    assert seen is not None
+    assert seen[0] == 0
 
 
 def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> None:
     """With no time at all, only the base is scored."""
-    names = [f"a{n}" for n in range(20)]
-    board = Scoreboard(work_on(tmp_path, names), Schedule((2, 4), None, 0.99), seconds=1e-9)
-    board.ready(startup=0)
-    assert asyncio.run(finish(board)) == [[0], [0]]
+    adapters = [f"a{n}" for n in range(20)]
+    board = Scoreboard(work_on(tmp_path, adapters), Schedule((2, 4), None, 0.99), seconds=1e-9)
+    board.engine_up(1, startup=0)
+    assert finish(board) == [["base"], ["base"]]
     progress = board.progress()
     assert progress.not_reached == 20
     assert progress.seen == [4] + [0] * 20

@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -39,15 +38,15 @@ def work_in(folder: Path) -> Work:
 
 
 class Waiting(engine_pool.ScoringActor):
-    """Leaves the pool the time to grow, however slow the machine is: does two jobs, and goes on once another engine is up."""
+    """Leaves the pool the time to grow, however slow the machine is: does two batches, and goes on once another engine is up."""
 
-    jobs = 0
+    batches = 0
 
-    def _next_job(self) -> Any:
-        self.jobs += 1
-        while self.jobs > 2 and ray.get(self.board.progress.remote()).engines < 2:
+    def __call__(self, block: pa.Table) -> pa.Table:
+        self.batches += 1
+        while self.batches > 2 and ray.get(self.dispatcher.progress.remote(1)).engines < 2:
             time.sleep(0.5)
-        return super()._next_job()
+        return super().__call__(block)
 
 
 def main() -> None:
