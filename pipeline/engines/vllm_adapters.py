@@ -20,7 +20,7 @@ from pipeline.core.node_folder import temporary_folder
 from pipeline.engines.scorer import Loaded
 
 MOST_KEPT = 1024
-"""Adapters, however small, beside those of a batch: each has some hundred tensors."""
+"""Adapters, however small: each has some hundred tensors."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class HeldAdapters:
         Args:
             engine: vLLM's LLMEngine.
             slots: adapters of a batch at most.
-            kept_bytes: weights that may stay beside those of a batch.
+            kept_bytes: weights that may stay; those of a batch always do.
             ahead: whether the engine's worker is in this process.
         """
         self.loaded = Loaded()

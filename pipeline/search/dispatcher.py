@@ -1,7 +1,8 @@
 """The dispatcher: the actor beside the driver in which races are run. It feeds the stream, and takes in what engines report.
 
-Races follow each other; engines wait in it for the next batch, from one race to the next. Nothing in it waits for the store:
-known scores are read before a race opens, new ones written behind it, and those of other runs looked for every few seconds.
+Races follow each other; engines wait in it for the next batch, from one race to the next. While a race goes on nothing in it
+waits for the store: known scores are read before a race opens, new ones written behind it, and those of other runs looked for
+every few seconds.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ NEWS = 5.0
 """Seconds between two looks at what other runs have scored."""
 
 RECLAIM = 1.0
-"""Seconds after which an engine that waits for work is given what others have had for too long."""
+"""Seconds between two looks for work that engines have had for too long (`scoreboard.LEASE`)."""
 
 STORE_PATIENCE = 60.0
 """Seconds that the end of a race waits for a store that does not answer."""
@@ -70,7 +71,7 @@ class Dispatcher:
         if self._engines:
             opened.board.engine_up(len(self._engines), 0.0)
         await self._change_to(opened)
-        self._following = asyncio.create_task(self._follow_store(opened))
+        self._following = asyncio.create_task(self._follow_store(opened))  # asyncio itself keeps no task alive
 
     async def next_batch(self) -> pa.Table | None:
         """The next block of the stream; waits until there is one. None: the stream ends."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -50,7 +51,8 @@ PREDICTION_FILE = "prediction.json"
 
 @dataclass(frozen=True)
 class Entrants:
-    """Who enters a race: `probes`, in the order in which they were scored, and of the others those that are `audited`.
+    """Who enters a race: everybody but those `left_out`; among them `probes`, in the order in which they were scored, and the
+    `audited`, who seem not to be among the best. Where nothing could be foretold, all lists are empty.
     `foretold`: adapter_id -> loss on the first samples less the base's, in nats a token, the last before it was scored."""
 
     key: str
@@ -75,7 +77,7 @@ def choose_entrants(
     Args:
         engine: of the race to come, which scores the probes, too.
     """
-    if len(catalogue) < MIN_POOL or run.config.search.budget.seconds:  # time that is short goes to those who did well elsewhere
+    if len(catalogue) < MIN_POOL or run.config.search.budget.seconds:  # the race itself is bound to the clock, and probing is not
         return catalogue
     key = digest(catalogue["adapter_hash"].to_pylist(), drawn["sample_id"].to_pylist())
     chosen = _kept(run, key) or _choose(run, engines, engine, catalogue, drawn, failures, details, key)
@@ -84,15 +86,15 @@ def choose_entrants(
         return catalogue
     run.progress.say(
         f"{len(chosen.left_out)} of {len(catalogue)} adapters do not race: by {chosen.past_samples} samples of past targets and "
-        f"{len(chosen.probes)} others they are not among the best"
+        f"the scores of {len(chosen.probes)} adapters on this one they are not among the best"
     )
     out = set(chosen.left_out)
     return catalogue.filter([name not in out for name in catalogue["adapter_id"].to_pylist()])
 
 
-def judge(run: Run, names: list[str], known: Known, seen: list[int]) -> dict[str, Any]:
+def record_outcome(run: Run, names: list[str], known: Known, seen: list[int]) -> dict[str, Any]:
     """Add to the prediction how wrong it was: of those that raced and were foretold the correlation of both losses, and who of
-    the audited ones went through to the end. Gives the same as the stage's details, for the report."""
+    the audited ones went through to the end. Gives a summary, for the stage's details."""
     chosen = run.folder.read_json(PREDICTION_FILE) if run.folder.exists(PREDICTION_FILE) else {}
     if not chosen.get("left_out"):
         return {}
@@ -114,11 +116,11 @@ def judge(run: Run, names: list[str], known: Known, seen: list[int]) -> dict[str
 
 
 def _kept(run: Run, key: str) -> Entrants | None:
-    if not (run.folder.exists(PREDICTION_FILE) and run.folder.is_complete(PREDICTION_FILE)):
+    if not run.folder.is_complete(PREDICTION_FILE):
         return None
     kept = run.folder.read_json(PREDICTION_FILE)
     kept.pop("outcome", None)
-    return Entrants(**kept) if kept["key"] == key else None
+    return Entrants(**kept) if kept["key"] == key and "probes" in kept else None
 
 
 def _choose(
@@ -136,13 +138,13 @@ def _choose(
     past_NM = past_losses(store, catalogue["adapter_hash"].to_pylist(), drawn)
     names = np.array(catalogue["adapter_id"].to_pylist(), object)
     if past_NM.shape[1] < MIN_SAMPLES:
-        return Entrants(key, past_NM.shape[1], names.tolist(), [], [], {})
+        return Entrants(key, past_NM.shape[1], [], [], [], {})
     rows = np.flatnonzero(np.isnan(past_NM).mean(axis=1) <= MOST_MISSING)
     if len(rows) < MIN_POOL:
-        return Entrants(key, past_NM.shape[1], names.tolist(), [], [], {})
+        return Entrants(key, past_NM.shape[1], [], [], [], {})
     adapters, names = catalogue.take(rows), names[rows]
     known = store.load([BASE_ID, *adapters["adapter_hash"].to_pylist()], first)
-    scored = np.flatnonzero(~np.isnan(known.nll_NS[1:]).any(axis=1))
+    scored = _scored_before(run, key, names, np.isfinite(known.nll_NS[1:].sum(axis=1)))
     score = partial(_score, run, engines, engine, adapters, first, failures, details)
     probes, foretold = probe(components(past_NM[rows]), finalists(len(catalogue)), score, scored)
     unlikely = np.setdiff1d(np.arange(len(rows)), probes)
@@ -151,6 +153,15 @@ def _choose(
     left_out = np.setdiff1d(unlikely, audited)
     told = {names[row]: round(float(foretold[row]), 4) for row in np.flatnonzero(np.isfinite(foretold))}
     return Entrants(key, past_NM.shape[1], names[probes].tolist(), names[left_out].tolist(), names[audited].tolist(), told)
+
+
+def _scored_before(run: Run, key: str, names: NDArray[np.object_], known_N: NDArray[np.bool_]) -> Indices:
+    """Rows of those that had scores on this target when probing began: a search that was interrupted goes on as it would have."""
+    begun = run.folder.read_json(PREDICTION_FILE) if run.folder.is_complete(PREDICTION_FILE) else {}
+    if begun.get("key") != key:
+        begun = {"key": key, "scored_before": names[known_N].tolist()}
+        run.folder.write_json(PREDICTION_FILE, begun)
+    return np.flatnonzero(np.isin(names.astype(str), begun["scored_before"]))
 
 
 def probe(parts_NR: Floats, keep: int, score: Callable[[Indices], Floats], scored: Indices = NOBODY) -> tuple[Indices, Floats]:

@@ -137,7 +137,7 @@ class Scoreboard:
         return sum(not lease.given_back for lease in self._out.values())
 
     def engine_up(self, engines: int, startup: float) -> None:
-        """So many engines serve the race by now; the last one took so many seconds to start."""
+        """So many engines have come up by now; the last one took so many seconds to start."""
         if not self._tell.engines:
             now = time.monotonic()
             self._deadline, self._first_rung_ends = now + self._limit, now + FIRST_RUNG_SHARE * self._limit
@@ -216,8 +216,8 @@ class Scoreboard:
         self._take_in(rows, scores, self.race.learn)
 
     def reclaim(self, engines: Collection[str]) -> None:
-        """Take back what somebody has had for too long, where one of the engines has nothing to do. Whoever reports first
-        counts."""
+        """Take back what somebody has had for too long, where one of the engines has nothing to do. What is reported
+        twice counts as it was reported last."""
         if {lease.engine for lease in self._out.values()}.issuperset(engines):
             return
         allowed = max(LEASE, SLOW * self._tell.seconds / max(1, self._reports))
@@ -270,7 +270,7 @@ class Scoreboard:
         deadly = [row for row in lease.candidates if self._deaths[row] >= MAX_DEATHS]
         for row in deadly:
             self.race.set_aside(row)
-        reason = f"the engine died, or hung, {MAX_DEATHS} times while it scored this adapter"
+        reason = f"the engine died, or hung, {MAX_DEATHS} times with this adapter"
         return {self.work.candidates["adapter_id"][row].as_py(): reason for row in deadly}
 
     def _affordable(self) -> float:

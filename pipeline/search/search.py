@@ -15,7 +15,7 @@ from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
-from pipeline.search.past_targets import choose_entrants, judge
+from pipeline.search.past_targets import choose_entrants, record_outcome
 from pipeline.search.score_store import forget_failures, read_failures
 from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, race, score_outliers, servable
 
@@ -26,7 +26,10 @@ def search(
     merged_rank: Callable[[list[int]], int] = lambda ranks: 0,
     on_start: Callable[[Run], None] = lambda run: None,
 ) -> None:
-    """Race the base and every valid adapter over the samples, within the budget, and rank them.
+    """Race the base and the adapters that have a chance over the samples, within the budget, and rank them.
+
+    Without a chance is who cannot be served, or is not among the best by what past targets teach; outliers by rank are scored
+    apart.
 
     Args:
         engines: those that the merge uses, too; None: of its own.
@@ -58,7 +61,7 @@ def search(
         known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
         names = work.candidates["adapter_id"].to_pylist()
         run.check()
-        details |= judge(run, names, known, seen)
+        details |= record_outcome(run, names, known, seen)
         run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
         run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
         run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))

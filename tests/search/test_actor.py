@@ -85,7 +85,7 @@ def test_an_adapter_that_hangs_its_engine_is_set_aside_and_no_other(
     monkeypatch.setattr(engine_pool, "ScoringActor", Impatient)
     work = work_on({"a0": str(pool["a0"]), "endless": str(pool["a1"]), "a2": str(pool["a2"])}, samples, Folder.at(tmp_path))
     assert run(tiny_base, work).seen == [4, 4, 0, 4]
-    assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times while it scored this adapter"}
+    assert read_failures(work.failures) == {"endless": "the engine died, or hung, 3 times with this adapter"}
 
 
 @pytest.mark.long

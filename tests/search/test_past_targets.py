@@ -13,7 +13,7 @@ from pipeline.config import Config, SearchConfig, TargetConfig
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.run_folder import Run
 from pipeline.search import past_targets, scoring
-from pipeline.search.past_targets import PREDICTION_FILE, choose_entrants, judge, past_losses
+from pipeline.search.past_targets import PREDICTION_FILE, choose_entrants, past_losses, record_outcome
 from pipeline.search.score_store import Known
 
 N, TARGETS = 160, 8
@@ -114,6 +114,23 @@ def test_a_search_that_is_taken_up_again_has_the_same_entrants(
     assert len(probed) == rounds
     assert chosen(run, catalogue.slice(1), drawn) != first  # another pool
     assert len(probed) > rounds
+
+
+def test_probing_that_was_interrupted_ends_as_it_would_have(
+    run: Run, catalogue: pa.Table, drawn: pa.Table, truth: list[np.ndarray[Any, Any]], probed: list[list[str]]
+) -> None:
+    """What the first attempt has scored is in the store, and is not taken for what others had scored before it."""
+    fill(run, drawn, truth)
+    undisturbed = chosen(run, catalogue, drawn)
+    first = [name for name in probed[0] if name != BASE_ID]
+    told = run.folder.read_json(PREDICTION_FILE)
+    run.folder.write_json(PREDICTION_FILE, {"key": told["key"], "scored_before": []})
+    store = scoring.make_work(run, catalogue, drawn, run.folder).store
+    loss = {BASE_ID: 0.0, **dict(zip(NAMES, truth[-1], strict=True))}
+    rows = [(n, s, 10 * (2 + float(loss[n])), 10, 0) for n in (BASE_ID, *first) for s in drawn["sample_id"].to_pylist()]
+    scores = pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCORES)
+    store.write(scores, {BASE_ID: BASE_ID, **{name: f"hash-{name}" for name in first}})
+    assert chosen(run, catalogue, drawn) == undisturbed
 
 
 @pytest.mark.parametrize("known", ["nothing", "a small pool", "one target too few", "less than half of the pool"])
@@ -217,7 +234,7 @@ def test_the_prediction_is_judged_by_the_race(
     nll = np.array([[10 * (2 + loss[name])] * 8 for name in racing])
     through = told["audited"][:1]
     seen = [8 if name in (BASE_ID, *through) else 4 for name in racing]
-    details = judge(run, racing, Known(nll, np.zeros_like(nll), tokens), seen)
+    details = record_outcome(run, racing, Known(nll, np.zeros_like(nll), tokens), seen)
     outcome = run.folder.read_json(PREDICTION_FILE)["outcome"]
     assert outcome["correlation"] > 0.9
     assert outcome["raced"] == len(set(racing) & set(told["foretold"]))

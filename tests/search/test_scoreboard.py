@@ -192,7 +192,7 @@ def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path
         (["deadly"], True),
     ]
     assert board.progress().seen == [4, 4, 0]
-    assert told == {"deadly": "the engine died, or hung, 3 times while it scored this adapter"}
+    assert told == {"deadly": "the engine died, or hung, 3 times with this adapter"}
 
 
 def test_a_scoreboard_that_begins_anew_has_no_use_for_old_batches_and_counts_their_scores(tmp_path: Path) -> None:
