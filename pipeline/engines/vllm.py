@@ -108,11 +108,16 @@ class VllmScorer:
         apart = config.tensor_parallel_size > 1
         if apart:
             self.llm.collective_rpc(_end_with_parent)
-        self.adapters = HeldAdapters(self.llm.llm_engine, config.adapters_per_batch, config.kept_bytes or 0, ahead=not apart)
+        self._config, self._apart = config, apart
 
     @cached_property
     def logprobs(self) -> Logprobs:
         return TokenArray() if self.llm.llm_engine.vllm_config.use_v2_model_runner else TokenObjects()
+
+    @cached_property
+    def adapters(self) -> HeldAdapters:
+        slots, kept = self._config.adapters_per_batch, self._config.kept_bytes or 0
+        return HeldAdapters(self.llm.llm_engine, slots, kept, ahead=not self._apart)
 
     @property
     def loaded(self) -> Loaded:

@@ -19,6 +19,7 @@ def start(work: str) -> subprocess.Popen[str]:
 import signal, sys, time
 from jobs.entry import run_job
 from pipeline.core.errors import InputError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell has started in the background
 def work():
     {work}
 run_job(work)

@@ -110,7 +110,7 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
         "target_modules": [["up_proj"]] * 31,
     }
     catalogue, drawn = pa.table(columns), random_samples([12, 14], n_search=1)
-    search = {"engine": engine, "gpus_per_actor": gpus, "dtype": "float32"}
+    search = {"engine": engine, "gpus_per_actor": gpus, "dtype": "float32", "adapters_per_batch": 4}
     run = Run(build_config({**asked(tmp_path), "search": search}, "test"))
     events: list[Any] = []
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
