@@ -25,7 +25,7 @@ from pipeline.search.engine_pool import Engines
 from pipeline.search.prediction import NOBODY, Floats, Indices, choose_probes, components, next_probes, predict
 from pipeline.search.race import BASE, FIRST_RUNG, Schedule, finalists
 from pipeline.search.score_store import Known, ScoreStore
-from pipeline.search.scoring import CANDIDATE, make_work, race
+from pipeline.search.scoring import CANDIDATE, make_work, race, store_of
 
 MIN_POOL = 64
 """Adapters with a past, below which a race is cheap anyway."""
@@ -80,7 +80,8 @@ def choose_entrants(
     if len(catalogue) < MIN_POOL or run.config.search.budget.seconds:  # the race itself is bound to the clock, and probing is not
         return catalogue
     key = digest(catalogue["adapter_hash"].to_pylist(), drawn["sample_id"].to_pylist())
-    chosen = _kept(run, key) or _choose(run, engines, engine, catalogue, drawn, failures, details, key)
+    score = partial(_score, run, engines, engine, drawn.slice(0, FIRST_RUNG), failures, details)
+    chosen = _kept(run, key) or _choose(run, key, catalogue, drawn, score)
     run.folder.write_json(PREDICTION_FILE, asdict(chosen))
     if not chosen.left_out:
         return catalogue
@@ -123,18 +124,9 @@ def _kept(run: Run, key: str) -> Entrants | None:
     return Entrants(**kept) if kept["key"] == key and "probes" in kept else None
 
 
-def _choose(
-    run: Run,
-    engines: Engines,
-    engine: EngineConfig,
-    catalogue: pa.Table,
-    drawn: pa.Table,
-    failures: Folder,
-    details: dict[str, Any],
-    key: str,
-) -> Entrants:
-    first = drawn.slice(0, FIRST_RUNG)
-    store = make_work(run, catalogue.select(CANDIDATE).slice(0, 0), first, failures).store
+def _choose(run: Run, key: str, catalogue: pa.Table, drawn: pa.Table, score: Callable[[pa.Table], Floats]) -> Entrants:
+    """`score`: gives the losses of the adapters of a table on the first samples, less the base's."""
+    store = store_of(run)
     past_NM = past_losses(store, catalogue["adapter_hash"].to_pylist(), drawn)
     names = np.array(catalogue["adapter_id"].to_pylist(), object)
     if past_NM.shape[1] < MIN_SAMPLES:
@@ -143,10 +135,10 @@ def _choose(
     if len(rows) < MIN_POOL:
         return Entrants(key, past_NM.shape[1], [], [], [], {})
     adapters, names = catalogue.take(rows), names[rows]
-    known = store.load([BASE_ID, *adapters["adapter_hash"].to_pylist()], first)
-    scored = _scored_before(run, key, names, np.isfinite(known.nll_NS[1:].sum(axis=1)))
-    score = partial(_score, run, engines, engine, adapters, first, failures, details)
-    probes, foretold = probe(components(past_NM[rows]), finalists(len(catalogue)), score, scored)
+    known = store.load(adapters["adapter_hash"].to_pylist(), drawn.slice(0, FIRST_RUNG))
+    scored = _scored_before(run, key, names, np.isfinite(known.nll_NS.sum(axis=1)))
+    score_rows = lambda some: score(adapters.take(some))  # noqa: E731
+    probes, foretold = probe(components(past_NM[rows]), finalists(len(catalogue)), score_rows, scored)
     unlikely = np.setdiff1d(np.arange(len(rows)), probes)
     generator = np.random.default_rng(int(key, 16) % 2**32)
     audited = np.sort(generator.permutation(unlikely)[: math.ceil(AUDITED * len(unlikely))])
@@ -186,16 +178,15 @@ def _score(
     run: Run,
     engines: Engines,
     engine: EngineConfig,
-    adapters: pa.Table,
     first: pa.Table,
     failures: Folder,
     details: dict[str, Any],
-    rows: Indices,
+    adapters: pa.Table,
 ) -> Floats:
     """Mean losses of some adapters on the first samples, less the base's; NaN or infinite where they cannot be scored."""
-    work = make_work(run, adapters.take(rows).select(CANDIDATE), first, failures)
+    work = make_work(run, adapters.select(CANDIDATE), first, failures)
     known, _ = race(run, engines, work, engine, Schedule((len(first),), None, 1.0), details)
-    return _mean_differences(known, list(range(1, len(rows) + 1)), len(first))
+    return _mean_differences(known, list(range(1, len(adapters) + 1)), len(first))
 
 
 def past_losses(store: ScoreStore, hashes: list[str], own: pa.Table) -> Floats:

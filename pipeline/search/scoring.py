@@ -53,7 +53,7 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
     these, the ones that earlier runs found to be good come first, then those of which nothing is known. It matters where time
     ends the search; runs that start together on one store begin at different places of the pool, so that each finds scores that
     the others made."""
-    known = _store(run).mean_losses(drawn)
+    known = store_of(run).mean_losses(drawn)
     start = int(digest(run.folder.uri), 16) % max(1, len(catalogue))
     catalogue = pa.concat_tables([catalogue.slice(start), catalogue.slice(0, start)])
     rows = pc.index_in(catalogue["adapter_hash"], known["adapter_hash"].combine_chunks())
@@ -65,7 +65,7 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
 def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
     """The base and these adapters (columns CANDIDATE) on these samples."""
     base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
-    return Work(pa.concat_tables([base, adapters]), samples, _store(run), failures, run.ledger.running or "search")
+    return Work(pa.concat_tables([base, adapters]), samples, store_of(run), failures, run.ledger.running or "search")
 
 
 def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
@@ -170,7 +170,7 @@ def score_on_holdout(
 
 def rates_of(run: Run) -> Rates:
     """What earlier runs measured on this base model with this way of scoring."""
-    return Rates.beside(_store(run))
+    return Rates.beside(store_of(run))
 
 
 def speed_of(board: RaceProgress, wall: float) -> dict[str, float]:
@@ -188,7 +188,8 @@ def speed_of(board: RaceProgress, wall: float) -> dict[str, float]:
     return measured
 
 
-def _store(run: Run) -> ScoreStore:
+def store_of(run: Run) -> ScoreStore:
+    """The scores that a run knows of: its own, or those that runs share."""
     search = run.config.search
     uri = search.store or run.folder.sub("store").uri
     engine = f"{search.engine}-{engine_version(search.engine)}"
