@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from races import copies
 
+from pipeline.adapters.adapter import hash_of
 from pipeline.config import Config, SearchConfig, TargetConfig
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.run_folder import Run
 from pipeline.search import past_targets, scoring
+from pipeline.search.engine_pool import Engines
 from pipeline.search.past_targets import PREDICTION_FILE, choose_entrants, past_losses, record_outcome
+from pipeline.search.race import Schedule
 from pipeline.search.score_store import Known
 
 N, TARGETS = 160, 8
@@ -246,3 +250,32 @@ def test_the_prediction_is_judged_by_the_race(
         "prediction_correlation": outcome["correlation"],
     }
     assert chosen(run, catalogue, drawn) == racing[1:]  # what was found out changes nothing of it
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_session")
+def test_real_engines_learn_of_eight_targets_who_need_not_race_on_the_ninth(
+    run: Run, pool: dict[str, Path], random_samples: Callable[..., pa.Table], tmp_path: Path
+) -> None:
+    """Sixteen near copies of each of four adapters: who is like the best one races."""
+    uris = copies(pool, 16, tmp_path / "pool")
+    hashes = [hash_of(Path(uri)) for uri in uris.values()]
+    columns = {"adapter_id": list(uris), "uri": list(uris.values()), "adapter_hash": hashes, "rank": [5] * 64}
+    catalogue = pa.table({**columns, "target_modules": [["q_proj", "v_proj"]] * 64})
+    asked = {"adapters_per_batch": 8, "cpus_per_actor": 1, "actors": 1}
+    run.config = run.config.model_copy(update={"search": run.config.search.model_copy(update=asked)})
+    engines, failures, everything = Engines(run.config.search), run.folder.sub("failures"), Schedule((4,), None, 1.0)
+    with engines.kept():
+        engine = scoring.make_engine(run, catalogue, 5)
+        for target in range(8):
+            few = random_samples([12] * 4, seed=target)
+            few = few.set_column(0, "sample_id", pa.array([f"t{target}-{n}" for n in range(4)]))
+            work = scoring.make_work(run, catalogue.select(scoring.CANDIDATE), few, failures)
+            scoring.race(run, engines, work, engine, everything, {})
+        drawn = random_samples([12] * 8, n_search=6, seed=99)
+        racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, {})["adapter_id"].to_pylist()
+        work = scoring.make_work(run, catalogue.select(scoring.CANDIDATE), drawn.slice(0, 4), failures)
+        known, _ = scoring.race(run, engines, work, engine, everything, {})
+    best = list(uris)[int(np.argmin(known.nll_NS[1:].sum(axis=1)))].partition("-")[0]
+    assert {name for name in uris if name.startswith(best)} <= set(racing)
+    assert len(racing) < 64
