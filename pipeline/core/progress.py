@@ -3,8 +3,10 @@
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -31,6 +33,19 @@ def exit_when_stopped() -> None:
     """From now on a SIGTERM raises SystemExit in the main thread, as it does under Ray, so that what is at work can put down
     where it is."""
     signal.signal(signal.SIGTERM, _exit)
+    sys.unraisablehook = _stop_all_the_same
+
+
+def _stop_all_the_same(ignored: Any) -> None:
+    """Python lets no exception out of the callbacks of weak references and the like. A signal that came while one ran would be
+    lost: it comes once more."""
+    number = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(ignored.exc_type)
+    if number is None or sys.is_finalizing():
+        sys.__unraisablehook__(ignored)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -85,3 +85,22 @@ def test_who_is_stopped_has_time_to_put_down_where_it_is(at: str) -> None:
     finally:
         for one in [process, *family]:
             kill(one.pid)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 15), ("SIGINT", -2)])
+def test_a_signal_that_comes_while_a_callback_runs_is_not_lost(number: str, code: int) -> None:
+    """Python ignores what is raised in the callback of a weak reference."""
+    script = f"""
+import os, signal, time, weakref
+from pipeline.core.progress import exit_when_stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)
+exit_when_stopped()
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.{number}))
+del thing
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == code
+    assert "Exception ignored" not in done.stderr
