@@ -105,10 +105,9 @@ class VllmScorer:
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
             vllm_cpu_lora.register()
         self.llm = LLM(**_arguments(config))
-        apart = config.tensor_parallel_size > 1
-        if apart:
+        if config.tensor_parallel_size > 1:
             self.llm.collective_rpc(_end_with_parent)
-        self._config, self._apart = config, apart
+        self._config = config
 
     @cached_property
     def logprobs(self) -> Logprobs:
@@ -117,7 +116,7 @@ class VllmScorer:
     @cached_property
     def adapters(self) -> HeldAdapters:
         slots, kept = self._config.adapters_per_batch, self._config.kept_bytes or 0
-        return HeldAdapters(self.llm.llm_engine, slots, kept, ahead=not self._apart)
+        return HeldAdapters(self.llm.llm_engine, slots, kept, ahead=self._config.tensor_parallel_size == 1)
 
     @property
     def loaded(self) -> Loaded:

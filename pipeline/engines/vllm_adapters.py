@@ -6,8 +6,8 @@ and read when they are asked to score.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,31 +86,29 @@ class HeldAdapters:
     def _load(self, folder: Path, batch: set[Path]) -> _Held:
         """Put an adapter into the engine, before there are requests for it: one that vLLM refuses then leaves nothing behind."""
         if self._manager is None:
-            return self._read_and_add(folder, batch)
+            with self._reading(folder) as unread:
+                self._add(unread, batch)
+            return unread
         held = self._ahead.pop(folder, None) or self._read(folder)
-        self._make_room(held.bytes, batch)
         self._ready[held.request.lora_int_id], held.model = held.model, None
-        self._engine.add_lora(held.request)
+        self._add(held, batch)
         return held
 
+    def _add(self, held: _Held, batch: set[Path]) -> None:
+        self._make_room(held.bytes, batch)
+        self._engine.add_lora(held.request)
+
     def _read(self, folder: Path) -> _Held:
-        with self.loaded.reading(folder / WEIGHTS_FILE), temporary_folder() as scratch:
-            plain = for_engine(folder, scratch)
-            held = self._named(folder, plain)
+        with self._reading(folder) as held:
             held.model = self._manager._load_adapter(held.request)
         return held
 
-    def _read_and_add(self, folder: Path, batch: set[Path]) -> _Held:
+    @contextmanager
+    def _reading(self, folder: Path) -> Iterator[_Held]:
+        """Within, vLLM can read the adapter. Not by the adapter's id: an engine serves several races, whose ids may be alike."""
         with self.loaded.reading(folder / WEIGHTS_FILE), temporary_folder() as scratch:
             plain = for_engine(folder, scratch)
-            held = self._named(folder, plain)
-            self._make_room(held.bytes, batch)
-            self._engine.add_lora(held.request)
-        return held
-
-    def _named(self, folder: Path, plain: Path) -> _Held:
-        """Not by the adapter's id: an engine serves several races, whose ids may be alike."""
-        return _Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)
+            yield _Held(LoRARequest(str(folder), next(self._numbers), str(plain)), (plain / WEIGHTS_FILE).stat().st_size)
 
     def _make_room(self, size: int, batch: set[Path]) -> None:
         """Let adapters go until one of so many bytes fits, those first that are done with, then those with the highest loss;

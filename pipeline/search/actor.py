@@ -32,13 +32,13 @@ from pipeline.search.batch import Batch, Begun, Report
 from pipeline.search.indexed import IndexedAdapters
 from pipeline.search.scoreboard import Work
 
-MEMORY_SHARE = 0.25
+KEPT_SHARE = 0.25
 """Of a node's memory, for adapters that its engines may need again."""
 
 FETCHERS = 4
 """Adapters that are fetched and checked at a time."""
 
-DONE = pa.schema([("batch", pa.string()), ("scores", pa.int64())])
+DONE = pa.schema([("batch", pa.string())])
 
 
 class ScoringActor:
@@ -61,7 +61,7 @@ class ScoringActor:
             raise RuntimeError("the search ended before this engine started")
         if config.kept_bytes is None:
             share, memory = share_of_node()
-            config = replace(config, kept_bytes=round(MEMORY_SHARE * share * memory))
+            config = replace(config, kept_bytes=round(KEPT_SHARE * share * memory))
         self.scorer = self._start(engine, config, work)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one
         self.warm, self.idle_since = False, time.perf_counter()
@@ -99,7 +99,7 @@ class ScoringActor:
             return None
 
     def _do(self, batch: Batch, turn: Callable[[Sequence[Candidate]], AbstractContextManager[None]]) -> pa.Table:
-        came, scored = time.perf_counter(), 0
+        came = time.perf_counter()
         begun: Begun = self._tell(self.dispatcher.begin, self.name, batch.race, batch.number) or Begun([], [])
         self._let_go(begun.stopped)
         wanted = pc.is_in(batch.candidates["adapter_id"], pa.array(begun.wanted, pa.string()))
@@ -110,8 +110,7 @@ class ScoringActor:
                 with turn(candidates):
                     report = self.engine.submit(self._score_batch, batch, candidates, failures, came).result()
             self._tell(self.dispatcher.report, report)
-            scored = len(report.scores)
-        return pa.table([[batch.number], [scored]], schema=DONE)
+        return pa.table([[batch.number]], schema=DONE)
 
     @contextmanager
     def _in_turn(self, candidates: Sequence[Candidate]) -> Iterator[None]:
@@ -177,7 +176,8 @@ class ScoringActor:
 
     @contextmanager
     def _reading_watched(self) -> Iterator[None]:
-        """Within, adapters are read; of a disk that hangs, this process would wait for ever."""
+        """Within, adapters are read; for a disk that hangs, this process would wait for ever. Faulthandler, which would see more,
+        has one timer in a process: the one of `_watched`."""
         watch = threading.Timer(self.patience, _exit_with_traceback)
         watch.daemon = True
         watch.start()

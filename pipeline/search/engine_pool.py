@@ -191,13 +191,14 @@ class Engines:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within, the engines that a race started stay up for the next one."""
-        self.keeping = True
+        """Within, the engines that a race started stay up for the next one; who kept them before keeps them still."""
+        before, self.keeping = self.keeping, True
         try:
             yield
         finally:
-            self.keeping = False
-            self.close()
+            self.keeping = before
+            if not before:
+                self.close()
 
     @property
     def up(self) -> bool:

@@ -100,7 +100,7 @@ def record_outcome(run: Run, names: list[str], known: Known, seen: list[int]) ->
     if not chosen.get("left_out"):
         return {}
     row_of = {name: row for row, name in enumerate(names)}
-    raced = [name for name in chosen["foretold"] if seen[row_of.get(name, BASE)] and name in row_of]
+    raced = [name for name in chosen["foretold"] if name in row_of and seen[row_of[name]]]
     found = _mean_differences(known, [row_of[name] for name in raced], FIRST_RUNG)
     foretold = np.array([chosen["foretold"][name] for name in raced])
     through = [name for name in chosen["audited"] if name in row_of and seen[row_of[name]] == len(known.tokens_S)]

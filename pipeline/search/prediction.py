@@ -91,9 +91,11 @@ def predict(parts_NR: Floats, probes_P: Indices, loss_P: Floats) -> Prediction:
         loss_P: mean loss of each probe, less the base's.
     """
     y_P, center, scale = _standardized(loss_P[:, None])[:, 0], float(np.median(loss_P)), float(_spread(loss_P[:, None])[0])
-    fits = [_fit(_features(parts_NR[probes_P], signal), y_P, noise) for signal in SIGNALS for noise in NOISES]
-    signal, noise = [(signal, noise) for signal in SIGNALS for noise in NOISES][int(np.argmax([fit.evidence for fit in fits]))]
-    fit, features_NF = fits[int(np.argmax([fit.evidence for fit in fits]))], _features(parts_NR, signal)
+    tried = [(signal, noise) for signal in SIGNALS for noise in NOISES]
+    fits = [_fit(_features(parts_NR[probes_P], signal), y_P, noise) for signal, noise in tried]
+    best = int(np.argmax([fit.evidence for fit in fits]))
+    fit, (signal, noise) = fits[best], tried[best]
+    features_NF = _features(parts_NR, signal)
     variance_N = np.einsum("nf,fg,ng->n", features_NF, fit.covariance_FF, features_NF) + noise**2
     return Prediction(center + scale * features_NF @ fit.weights_F, scale * np.sqrt(variance_N))
 

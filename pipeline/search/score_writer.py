@@ -2,7 +2,7 @@
 
     writer = ScoreWriter(store, hashes, failures)
     writer.add(scores, {})  # back at once
-    writer.flush(60)                # until all of it is written
+    writer.flush(60)        # until all of it is written
 
 One thread writes about a file a second, of whatever engines have reported since: what a killed process loses of that, and scores
 again, is a second's work. What may pass of the store's errors is tried again for as long as the race goes on.

@@ -1,7 +1,6 @@
 """The stage `search`: catalogue x samples -> leaderboard.parquet and scores/."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pyarrow as pa
 
@@ -38,17 +37,15 @@ def search(
     """
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
-    config = run.config
+    config, engines = run.config, engines or Engines(run.config.search)
     catalogue = valid_adapters_of(run.folder)
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     key = search_key(run, catalogue, drawn)
     if run.ready("search", key):
         return
     on_start(run)
-    own = Engines(config.search)
-    engines, kept = (engines, nullcontext()) if engines else (own, own.kept())
     engines.expected = len(catalogue) + 1
-    with kept, run.ledger.perform("search", key) as details:
+    with engines.kept(), run.ledger.perform("search", key) as details:
         failures = run.folder.sub("failures")
         forget_failures(failures, CHANGED)
         _tell_contamination(run, catalogue, drawn)
