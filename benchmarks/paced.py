@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from benchmarks.memory import own_peak
 from benchmarks.pools import random_samples
 from pipeline.adapters.adapter import content_hash, file_sha256
+from pipeline.adapters.pool import SETTLED, look_at
 from pipeline.adapters.validation import PREFIX
 from pipeline.config import SearchConfig
 from pipeline.core.file_names import WEIGHTS_FILE
@@ -48,6 +49,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded, Scorer
 from pipeline.search import engine_pool
+from pipeline.search.batch import candidates_table
 from pipeline.search.race import make_schedule
 from pipeline.search.score_store import ScoreStore
 from pipeline.search.scoreboard import RaceProgress, Work
@@ -83,7 +85,7 @@ def main(
         folder = Path(scratch)
         pool = write_pool(folder / "pool", count, rank)
         speed = _plain_speed(Path(pool["uri"][-1].as_py()) / WEIGHTS_FILE)
-        pool = upload(pool, store) if store else pool
+        pool = _with_states(upload(pool, store) if store else pool, f"{store or folder}/pool")
         found = measure(folder, store or str(folder / "store"), pool, rank, engines)
         without = measure(folder, store or str(folder / "another-store"), pool, rank, engines, ahead=False)
         found |= {f"{name}_when_not_read_ahead": without[name] for name in ("busy_share", "waited_for_loads", "race_seconds")}
@@ -119,8 +121,16 @@ def upload(pool: pa.Table, store: str) -> pa.Table:
     return pool.set_column(1, "uri", pa.array([f"{store}/pool/{name}" for name in pool["adapter_id"].to_pylist()]))
 
 
+def _with_states(pool: pa.Table, where: str) -> pa.Table:
+    """What an index says of the files, once their times tell what comes later."""
+    time.sleep(SETTLED / 1e9 + 1)
+    states = {one.adapter_id: one.state for one in look_at(where).found}
+    place = pool.schema.get_field_index("state")
+    return pool.set_column(place, "state", pa.array([states[name] for name in pool["adapter_id"].to_pylist()]))
+
+
 def write_pool(folder: Path, count: int, rank: int) -> pa.Table:
-    """As many adapters, each with weights of its own; columns adapter_id, uri, adapter_hash."""
+    """As many adapters, each with weights of its own; of schema CANDIDATES."""
     tensors = _random_tensors(rank)
     rows: list[tuple[str, str, str]] = []
     config = LoraConfig(
@@ -134,7 +144,7 @@ def write_pool(folder: Path, count: int, rank: int) -> pa.Table:
         save_file(tensors, place / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(place))
         rows.append((place.name, str(place), content_hash(file_sha256(place / WEIGHTS_FILE), config)))
-    return pa.table([list(column) for column in zip(*rows, strict=True)], names=["adapter_id", "uri", "adapter_hash"])
+    return candidates_table(*zip(*rows, strict=True))
 
 
 def measure(folder: Path, place: str, pool: pa.Table, rank: int, engines: int, ahead: bool = True) -> dict[str, Any]:

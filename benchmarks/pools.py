@@ -83,14 +83,14 @@ def random_samples(count: int, length: int, vocabulary: int, completion: int = 8
 
 def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> "Work":
     """The base and these adapters on these samples, with a score store at `scores`."""
+    from pipeline.search.batch import candidates_table
     from pipeline.search.score_store import ScoreStore
     from pipeline.search.scoreboard import Work  # needs Ray, which half of the GPU check does without
 
-    base = pa.table({"adapter_id": [BASE_ID], "uri": pa.array([None], pa.string())})
-    candidates = pa.concat_tables([base, adapters.select(["adapter_id", "uri"])])
-    hashes = [BASE_ID, *(hash_of(Path(uri)) for uri in adapters["uri"].to_pylist())]
-    hashed = candidates.append_column("adapter_hash", pa.array(hashes, pa.string()))
-    return Work(hashed, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
+    names, uris = adapters["adapter_id"].to_pylist(), adapters["uri"].to_pylist()
+    hashes = [hash_of(Path(uri)) for uri in uris]
+    candidates = candidates_table([BASE_ID, *names], [None, *uris], [BASE_ID, *hashes])
+    return Work(candidates, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
 
 
 def _random_deltas(shapes: Shapes, rank: int, seed: int, size: float) -> dict[str, Factors]:

@@ -25,7 +25,8 @@ from typing import IO, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
+from pipeline.adapters.fetch import HUB, MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
+from pipeline.adapters.pool import files_state
 from pipeline.core.file_names import CARD_FILE, FILES, WEIGHTS_FILE
 from pipeline.core.node_folder import PARTIAL, obtain, private, remove
 from pipeline.core.storage import MAX_HEADER_BYTES, Folder
@@ -37,10 +38,12 @@ NAMES = "[0-9a-f]" * 32 + "-*"
 
 
 class Hold(NamedTuple):
-    """An adapter in use; `lock` is the open handle that keeps it on disk, where it is one of ours."""
+    """An adapter in use; `state` is that of its files where they come from, as of `pool.files_state`, and `lock` the open handle
+    that keeps it on disk, where it is one of ours."""
 
     uri: str
     folder: Path
+    state: str | None
     lock: int | None
 
     def end(self) -> None:
@@ -92,7 +95,11 @@ class AdapterCache:
                     self._coming[uri] = self._threads.submit(self._obtain, uri)
 
     def get(self, uri: str) -> Path:
-        """The local folder of an adapter, which stays until `release`; waits where it is being fetched, else fetches it.
+        """The local folder of an adapter; as `hold`."""
+        return self.hold(uri).folder
+
+    def hold(self, uri: str) -> Hold:
+        """An adapter, which stays until `release`; waits where it is being fetched, else fetches it.
 
         Raises:
             AdapterError: it cannot be fetched, is too large, or `check` says so.
@@ -103,7 +110,7 @@ class AdapterCache:
         hold = coming.result() if coming else self._obtain(uri)
         with self._guard:
             self._held.append(hold)
-        return hold.folder
+        return hold
 
     def release(self, uri: str) -> None:
         """Give up an adapter that was got, or one that was prefetched and is not wanted any more."""
@@ -142,16 +149,17 @@ class AdapterCache:
     def _obtain(self, uri: str) -> Hold:
         place = locate(uri, self.max_adapter_bytes)
         if isinstance(place, Path):
-            return Hold(uri, place, None)
+            return Hold(uri, place, None if uri.startswith(HUB) else files_state(_listed(Folder.at(place))), None)
         try:
-            entry, lock = self._lock_entry(place)
+            listed = _listed(place)
+            entry, lock = self._lock_entry(place, listed)
         except OSError as error:
             raise unfetched(uri, error) from error
         self._entries[uri] = entry
-        return Hold(uri, entry, lock)
+        return Hold(uri, entry, files_state(listed), lock)
 
-    def _lock_entry(self, store: Folder) -> tuple[Path, int]:
-        infos = _infos(store)
+    def _lock_entry(self, store: Folder, listed: list[fs.FileInfo]) -> tuple[Path, int]:
+        infos = _infos(store, listed)
         sizes = {info.base_name: info.size for info in infos}
         require_size(store.uri, sum(sizes.values()), self.max_adapter_bytes)
         entry = self.folder / _name(store.uri, infos)
@@ -208,10 +216,14 @@ def _size(entry: Path) -> int:
     return int(entry.name.removesuffix(PARTIAL).rpartition("-")[2])
 
 
-def _infos(store: Folder) -> list[fs.FileInfo]:
-    """What the store says of an adapter's files, in one request."""
-    found = store.files.get_file_info(fs.FileSelector(store.path, allow_not_found=True))
-    wanted = (info for info in found if info.is_file and info.base_name in FILES)
+def _listed(folder: Folder) -> list[fs.FileInfo]:
+    """What is in an adapter's folder, in one request."""
+    return list(folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True)))
+
+
+def _infos(store: Folder, listed: list[fs.FileInfo]) -> list[fs.FileInfo]:
+    """Of those that are listed, an adapter's own files."""
+    wanted = (info for info in listed if info.is_file and info.base_name in FILES)
     infos = sorted((info for info in wanted if not _is_no_card(info)), key=lambda info: info.base_name)
     if not infos:
         raise FetchError(f"cannot be fetched from {store.uri} (there is no adapter)")

@@ -23,8 +23,8 @@ from pipeline.adapters.pool import Listed
 from pipeline.core.storage import Folder
 from pipeline.core.tables import INSPECTED
 
-KEPT = pa.schema([*INSPECTED, ("state", pa.string()), ("salt", pa.int64())])
-"""`state`: of the files; null where the row is good for one index alone. `salt`: of the sketch; those of two are not compared."""
+KEPT = pa.schema([*INSPECTED, ("salt", pa.int64())])
+"""`state`: null where the row is good for one index alone. `salt`: of the sketch; those of two are not compared."""
 
 AT_ONCE = 32
 """Files that are read or removed at the same time."""

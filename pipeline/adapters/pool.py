@@ -176,11 +176,12 @@ def _look_at_one(uri: str) -> Seen:
             raise
         return type(error).__name__, None
     wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
-    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), _state(found)
+    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), files_state(found)
 
 
-def _state(infos: Iterable[fs.FileInfo]) -> str | None:
-    """The state of an adapter, given the files of its folder. A pickle is not read, but may be the reason why it is set aside."""
+def files_state(infos: Iterable[fs.FileInfo]) -> str | None:
+    """The state of an adapter, given the files of its folder; None: one was written just now, or the store tells no time. A
+    pickle is not read, but may be the reason why it is set aside."""
     wanted = [info for info in infos if info.is_file and info.base_name.endswith((*READ, ".safetensors", *PICKLES))]
     now, stamps = time.time_ns(), sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
     settled = all(written is not None and now - written > SETTLED for _, _, written in stamps)
@@ -214,7 +215,8 @@ def _from_folder(folder: Folder, infos: Sequence[fs.FileInfo]) -> list[Listed]:
     for info in infos:
         held.setdefault(info.path.rpartition("/")[0], []).append(info)
     parents = sorted(parent for parent, files in held.items() if any(info.base_name in names for info in files))
-    states = {tail: _state(held[one]) for one in parents if not _is_hidden(tail := one.removeprefix(folder.path).strip("/"))}
+    tails = {one: one.removeprefix(folder.path).strip("/") for one in parents}
+    states = {tail: files_state(held[one]) for one, tail in tails.items() if not _is_hidden(tail)}
     root = Path(folder.path).name
     top = Listed("." if root in states else root, folder.uri)  # the pool may itself be an adapter
     listed = {tail: Listed(tail, folder.sub(tail).uri) if tail else top for tail in states}

@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-VERSION = 2
-"""Of the tables and documents of a run folder; 2: licences and families in the catalogue."""
+VERSION = 3
+"""Of the tables and documents of a run folder; 2: licences and families in the catalogue; 3: states of files."""
 
 BASE_ID = "base"
 """The `adapter_id` of candidate 0: the base model without any adapter."""
@@ -26,11 +26,15 @@ CATALOGUE = pa.schema(
         ("reason", pa.string()),  # why it was set aside
         ("warning", pa.string()),  # what a user should know of a valid one
         ("family", pa.string()),  # the first adapter whose delta weights are these times a number, often itself
+        ("state", pa.string()),  # of its files, see `adapters/pool.files_state`; null: that cannot be told
     ]
 )
 
 INSPECTED = pa.schema([*CATALOGUE, ("sketch", pa.list_(pa.float64())), ("figures", pa.list_(pa.float64()))])
 """Catalogue rows before adapters are compared with each other, by what `adapters/spectrum.py` finds in their weights."""
+
+CANDIDATES = pa.schema([CATALOGUE.field(name) for name in ("adapter_id", "uri", "adapter_hash", "state")])
+"""What is to be scored; `uri` of the base is null."""
 
 SAMPLES = pa.schema(
     [

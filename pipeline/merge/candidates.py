@@ -21,9 +21,10 @@ from pipeline.merge.learned_weights import greedy_donors, learn_weights
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, of_fewer
 from pipeline.run_folder import Run
+from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import paired_difference, unsound
-from pipeline.search.scoring import CANDIDATE, score_on_holdout
+from pipeline.search.scoring import score_on_holdout
 from pipeline.train.arm import Arm, Job
 from pipeline.train.probe import probe, write_probe_data
 from pipeline.train.starts import is_trained_on, shape_at, usual_shape
@@ -47,7 +48,7 @@ def score_recipes(
     ]
     built = _build(run, engines, recipes, catalogue)
     uris = [run.folder.sub("candidates", name).uri for name in built]
-    adapters = pa.table([list(built), uris, [one.hash for one in built.values()]], names=CANDIDATE)
+    adapters = candidates_table(list(built), uris, [one.hash for one in built.values()])
     max_rank = max(recipe.rank for recipe in recipes if recipe.name in built)
     known, seen = score_on_holdout(run, engines, adapters, catalogue, drawn, max_rank, details)
     for name, reason in unsound([BASE_ID, *built], known, seen).items():

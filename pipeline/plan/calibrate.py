@@ -23,7 +23,7 @@ from pipeline.plan.costs import knows_scoring, training_rates
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, scoring_kind
 from pipeline.search.race import Indices, make_schedule
-from pipeline.search.scoring import CANDIDATE, by_rank, in_order, make_engine, make_work, race, rates_of, servable
+from pipeline.search.scoring import by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm, Lora
 from pipeline.train.batches import row_numbers
 from pipeline.train.ray_train import fit, training_kind
@@ -97,14 +97,14 @@ def _score_a_little(run: Run, valid: pa.Table) -> None:
     drawn = run.folder.read_table("samples.parquet")
     few = split_of(drawn, "search").slice(0, SAMPLES)
     adapters = in_order(run, catalogue, drawn)
-    store = make_work(run, adapters.select(CANDIDATE), few, failures).store
+    store = make_work(run, adapters, few, failures).store
     unknown = np.isnan(store.load(adapters["adapter_hash"].to_pylist(), few).nll_NS).all(axis=1)
     engine = make_engine(run, catalogue, max(catalogue["rank"].to_pylist()))
     batch = adapters.filter(pa.array(unknown)).slice(0, engine.adapters_per_batch)
     engines = Engines(run.config.search)
     with engines.kept():
         for samples in (few.slice(0, 1), few):
-            work = make_work(run, batch.select(CANDIDATE), samples, failures)
+            work = make_work(run, batch, samples, failures)
             race(run, engines, work, engine, make_schedule(len(work.candidates), len(samples), 0, share=1), {})
 
 

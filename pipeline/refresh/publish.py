@@ -8,8 +8,6 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.adapters.adapter import hash_of
 from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.adapters.fetch import fetch_adapter
@@ -19,8 +17,9 @@ from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
+from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines
-from pipeline.search.scoring import CANDIDATE, score_on_holdout
+from pipeline.search.scoring import score_on_holdout
 
 CURRENT = "current.json"
 
@@ -96,7 +95,7 @@ def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     """The published mashup's loss on the hold-out samples of today, in nats a completion token; NaN: it cannot be scored any
     more. A mashup that is among today's candidates was scored with them."""
     run.start_ray()
-    published = pa.table([["published"], [current["uri"]], [current["adapter_hash"]]], names=CANDIDATE)
+    published = candidates_table(["published"], [current["uri"]], [current["adapter_hash"]])
     catalogue, drawn = valid_adapters_of(run.folder), run.folder.read_table("samples.parquet")
     known, _ = score_on_holdout(run, engines, published, catalogue, drawn, current["rank"], {})
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean

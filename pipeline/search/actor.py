@@ -146,14 +146,15 @@ class ScoringActor:
             candidates.append(candidate)
         return candidates, failures
 
-    def _obtain(self, adapter_id: str, uri: str | None, adapter_hash: str) -> tuple[Candidate, str | None]:
+    def _obtain(self, adapter_id: str, uri: str | None, adapter_hash: str, state: str | None) -> tuple[Candidate, str | None]:
         """An adapter that is on this node and is what was indexed, and what is to be released; the base needs nothing."""
         if uri is None:
             return Candidate(adapter_id, None), None
-        folder = self.folders[uri] = self.adapters.get(uri)
-        candidate = Candidate(adapter_id, folder)
+        hold = self.adapters.hold(uri)
+        self.folders[uri] = hold.folder
+        candidate = Candidate(adapter_id, hold.folder)
         try:
-            self.indexed.require(candidate, adapter_hash)
+            self.indexed.require(candidate, adapter_hash, state, hold.state)
         except AdapterError:
             self.adapters.release(uri)
             raise

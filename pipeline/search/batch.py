@@ -1,17 +1,24 @@
 """What travels through the stream of a search: batches of work to the engines, and what became of them back to the race."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pipeline.core.tables import CANDIDATES
 from pipeline.engines.scorer import Loaded
+
+
+def candidates_table(names: Sequence[str], uris: Sequence[str | None], hashes: Sequence[str]) -> pa.Table:
+    """Of schema CANDIDATES, where the state of the files is not known."""
+    return pa.Table.from_arrays([*map(pa.array, (names, uris, hashes)), pa.nulls(len(names))], CANDIDATES.names).cast(CANDIDATES)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Adapters, and the samples that each of them is to be scored on.
 
-    `candidates` has the columns adapter_id, uri (of the base: null) and adapter_hash; `samples` those of schema SAMPLES.
+    `candidates` is of schema CANDIDATES, `samples` of SAMPLES.
     """
 
     race: int

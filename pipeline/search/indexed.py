@@ -19,16 +19,21 @@ class IndexedAdapters:
     def __init__(self) -> None:
         self._states: dict[str, tuple[str, FileStates]] = {}
 
-    def require(self, candidate: Candidate, expected: str) -> None:
+    def require(self, candidate: Candidate, expected: str, known_state: str | None = None, state: str | None = None) -> None:
         """
+        Args:
+            known_state: of the adapter's files when it was indexed, as of `pool.files_state`.
+            state: the same now. Where the two are equal, nothing is read.
+
         Raises:
             AdapterError: the adapter is another one by now, or gone.
         """
         assert candidate.folder is not None
-        state = _states(candidate.folder)
-        if self._states.get(candidate.adapter_id) != (expected, state):
-            require_hash(candidate.folder, expected)
-            self._states[candidate.adapter_id] = expected, state
+        seen = _states(candidate.folder)
+        if self._states.get(candidate.adapter_id) != (expected, seen):
+            if known_state is None or known_state != state:
+                require_hash(candidate.folder, expected)
+            self._states[candidate.adapter_id] = expected, seen
 
     def changed(self, candidates: Sequence[Candidate]) -> dict[str, str]:
         """Those that changed while they were scored, with the reason."""

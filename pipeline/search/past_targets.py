@@ -25,7 +25,7 @@ from pipeline.search.engine_pool import Engines
 from pipeline.search.prediction import NOBODY, Floats, Indices, choose_probes, components, next_probes, predict
 from pipeline.search.race import BASE, FIRST_RUNG, Schedule, finalists
 from pipeline.search.score_store import Known, ScoreStore
-from pipeline.search.scoring import CANDIDATE, make_work, race, store_of
+from pipeline.search.scoring import make_work, race, store_of
 
 MIN_POOL = 64
 """Adapters with a past, below which a race is cheap anyway."""
@@ -184,7 +184,7 @@ def _score(
     adapters: pa.Table,
 ) -> Floats:
     """Mean losses of some adapters on the first samples, less the base's; NaN or infinite where they cannot be scored."""
-    work = make_work(run, adapters.select(CANDIDATE), first, failures)
+    work = make_work(run, adapters, first, failures)
     known, _ = race(run, engines, work, engine, Schedule((len(first),), None, 1.0), details)
     return _mean_differences(known, list(range(1, len(adapters) + 1)), len(first))
 

@@ -36,8 +36,8 @@ FIRST_RUNG_SHARE = 0.5
 class Work:
     """What a search scores.
 
-    `candidates` has the columns adapter_id, uri and adapter_hash, in the order of scoring, the base (uri null) first;
-    `samples` is of schema SAMPLES, the search split before the hold-out split.
+    `candidates` is of schema CANDIDATES, in the order of scoring, the base first; `samples` is of schema SAMPLES, the search
+    split before the hold-out split.
     """
 
     candidates: pa.Table

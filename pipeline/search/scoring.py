@@ -12,18 +12,17 @@ from pipeline.cluster.telemetry import tell
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID
+from pipeline.core.tables import BASE_ID, CANDIDATES
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, engine_version, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
+from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.search.race import CONFIDENCE, Schedule, make_schedule
 from pipeline.search.rates import Rates
 from pipeline.search.score_store import Known, ScoreStore, read_failures, record_failures
 from pipeline.search.scoreboard import RaceProgress, Work
-
-CANDIDATE = ["adapter_id", "uri", "adapter_hash"]
 
 OUTLIERS = 0.02
 """Share of a pool that may be outliers by their rank, one adapter at least: each is scored on every sample."""
@@ -63,14 +62,20 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
 
 
 def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
-    """The base and these adapters (columns CANDIDATE) on these samples."""
-    base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=CANDIDATE)
-    return Work(pa.concat_tables([base, adapters]), samples, store_of(run), failures, run.ledger.running or "search")
+    """The base and these adapters (columns CANDIDATES) on these samples."""
+    base = candidates_table([BASE_ID], [None], [BASE_ID])
+    return Work(
+        pa.concat_tables([base, adapters.select(CANDIDATES.names)]),
+        samples,
+        store_of(run),
+        failures,
+        run.ledger.running or "search",
+    )
 
 
 def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
     """The race that the search runs: the base and these adapters on these samples, within the budget."""
-    work = make_work(run, in_order(run, catalogue, drawn).select(CANDIDATE), drawn, failures)
+    work = make_work(run, in_order(run, catalogue, drawn), drawn, failures)
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
     level = budget.confidence or CONFIDENCE
     return work, make_schedule(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
@@ -110,7 +115,7 @@ def score_outliers(
     if not len(outliers):
         return
     run.progress.say(f"{len(outliers)} adapters of rank {max(outliers['rank'].to_pylist())} at most are scored apart")
-    work = make_work(run, outliers.select(CANDIDATE), drawn, failures)
+    work = make_work(run, outliers, drawn, failures)
     schedule = make_schedule(len(work.candidates), len(drawn), 0, share=1)
     race(run, engines, work, make_engine(run, outliers, largest_rank(run, outliers)), schedule, details)
     engines.close()  # else they serve the race, too
@@ -161,7 +166,7 @@ def score_on_holdout(
     max_rank: int,
     details: dict[str, Any],
 ) -> tuple[Known, list[int]]:
-    """Score the base and these adapters (columns CANDIDATE) on every hold-out sample of those drawn, as `race` does."""
+    """Score the base and these adapters (columns CANDIDATES) on every hold-out sample of those drawn, as `race` does."""
     holdout = split_of(drawn, "holdout")
     work = make_work(run, adapters, holdout, run.folder.sub("candidates", "failures"))
     schedule = make_schedule(len(work.candidates), len(holdout), 0, share=1)

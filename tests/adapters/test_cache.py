@@ -13,6 +13,7 @@ import pytest
 from pyarrow import fs
 from store_server import StoreServer
 
+from pipeline.adapters import pool
 from pipeline.adapters.cache import MAX_CARD_BYTES, PARTIAL, AdapterCache
 from pipeline.core.errors import AdapterError, InputError
 from pipeline.core.file_names import CONFIG_FILE, FILES, WEIGHTS_FILE
@@ -149,6 +150,20 @@ def test_a_card_that_is_larger_than_any_is_not_fetched(store: Folder, cache: Ada
     assert "README.md" not in {file.name for file in cache.get(uri).iterdir()}
     store.write_bytes("a/README.md", b"-" * MAX_CARD_BYTES)
     assert "README.md" in {file.name for file in cache.get(uri).iterdir()}
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_the_state_of_a_held_adapter_is_that_of_the_pool_until_it_changes(
+    place: str, tmp_path: Path, bucket: str, cache: AdapterCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SETTLED", -(10**12))  # not even what has a time to come is too new
+    store = Folder.at(tmp_path / "pool" if place == "disk" else bucket)
+    uri = put(store, "a")
+    indexed = {one.adapter_id: one.state for one in pool.look_at(store.uri).found}["a"]
+    assert indexed is not None
+    assert cache.hold(uri).state == indexed
+    put(store, "a", "others")
+    assert cache.hold(uri).state not in (indexed, None)
 
 
 def test_a_changed_adapter_is_fetched_anew(bucket: str, cache: AdapterCache) -> None:

@@ -20,9 +20,9 @@ from pipeline.plan import estimate as planning
 from pipeline.plan.estimate import estimate_before_search, memory_of_engine, to_fetch
 from pipeline.run import plan_run, run_all
 from pipeline.run_folder import LOCK, Run
+from pipeline.search.batch import candidates_table
 from pipeline.search.race import Race, make_schedule
 from pipeline.search.scoreboard import Work
-from pipeline.search.scoring import CANDIDATE
 
 WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number"]
 
@@ -64,7 +64,7 @@ def test_an_engine_holds_the_base_and_its_slots_for_adapters(tiny_base: str) -> 
 def test_only_adapters_that_are_elsewhere_and_lack_scores_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planning, "live_nodes", lambda: [{"CPU": 8.0}, {"CPU": 8.0}])
     uris = [None, "/pool/local", "s3://pool/known", "s3://pool/new", "hf://org/new"]
-    candidates = pa.table({"adapter_id": ["base", *"abcd"], "uri": uris, "adapter_hash": ["base", *"abcd"]}).select(CANDIDATE)
+    candidates = candidates_table(["base", *"abcd"], uris, ["base", *"abcd"])
     catalogue = pa.table({"uri": uris[1:], "bytes": [1, 10, 100, 1000]})
     nll_NS = np.full((5, 4), np.nan, np.float32)
     nll_NS[[0, 2]] = 1.0

@@ -16,6 +16,7 @@ from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
+from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import (
     engine_config,
     score_stream,
@@ -28,9 +29,10 @@ from pipeline.search.scoreboard import RaceProgress, Work
 def work_on(uris: dict[str, str], samples: pa.Table, folder: Folder) -> Work:
     """What is to be done; of adapters that cannot be read the name stands for the hash."""
     hashes = [_hash(uri) or name for name, uri in uris.items()]
-    columns = [[BASE_ID, *uris], pa.array([None, *uris.values()], pa.string()), [BASE_ID, *hashes]]
     store = ScoreStore.at(folder.sub("store").uri, "base", "transformers", "float32")
-    return Work(pa.table(columns, names=["adapter_id", "uri", "adapter_hash"]), samples, store, folder.sub("failures"))
+    return Work(
+        candidates_table([BASE_ID, *uris], [None, *uris.values()], [BASE_ID, *hashes]), samples, store, folder.sub("failures")
+    )
 
 
 def start(

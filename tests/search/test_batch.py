@@ -4,15 +4,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.tables import SAMPLES
-from pipeline.search.batch import Batch
+from pipeline.search.batch import Batch, candidates_table
 
 
 @pytest.mark.parametrize("count", [3, 0])
 def test_a_block_of_one_row_holds_a_batch_and_gives_it_back(count: int) -> None:
-    candidates = pa.table(
-        [["base", "a", "b"], pa.array([None, "s3://pool/a", "/pool/b"]), ["base", "h", "g"]],
-        names=["adapter_id", "uri", "adapter_hash"],
-    )
+    candidates = candidates_table(["base", "a", "b"], [None, "s3://pool/a", "/pool/b"], ["base", "h", "g"])
     masks = [False, True]
     row = {"split": "search", "input_ids": [7, 8], "completion_mask": masks, "learn_mask": masks}
     samples = pa.Table.from_pylist([{"sample_id": f"s{n}", **row} for n in range(count)], schema=SAMPLES)

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.storage import Folder
 from pipeline.search import dispatcher as dispatcher_module
-from pipeline.search.batch import Batch, Report
+from pipeline.search.batch import Batch, Report, candidates_table
 from pipeline.search.dispatcher import IN_FLIGHT, Dispatcher
 from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore
@@ -24,7 +24,7 @@ def work(tmp_path: Path) -> Callable[..., Work]:
     def make(count: int, store: str = "store") -> Work:
         names = [f"a{n:02}" for n in range(count)]
         columns = [["base", *names], [None, *names], [f"hash-{name}" for name in ("base", *names)]]
-        candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+        candidates = candidates_table(*columns)
         samples = pa.table({"sample_id": [f"s{n}" for n in range(4)], "completion_mask": [[False, True, True]] * 4})
         scores = ScoreStore.at(str(tmp_path / store), "base", "vllm", "float32")
         return Work(candidates, samples, scores, Folder.at(tmp_path / "failures"))

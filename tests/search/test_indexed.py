@@ -28,6 +28,14 @@ def test_another_adapter_is_refused_and_so_is_none(adapter: Path) -> None:
         adapters.require(Candidate("a", adapter), known)
 
 
+def test_what_has_the_state_that_it_had_when_it_was_indexed_is_not_read(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(indexed, "require_hash", lambda folder, expected: read.append(expected))
+    for name, known, now in (("same", "s", "s"), ("changed", "s", "t"), ("never known", None, None), ("not told", "s", None)):
+        IndexedAdapters().require(Candidate("a", adapter), name, known, now)
+    assert read == ["changed", "never known", "not told"]
+
+
 def test_files_that_did_not_change_are_read_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     monkeypatch.setattr(indexed, "require_hash", lambda folder, expected: read.append(folder))

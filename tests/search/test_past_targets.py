@@ -15,6 +15,7 @@ from pipeline.config import Config, SearchConfig, TargetConfig
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.run_folder import Run
 from pipeline.search import past_targets, scoring
+from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines
 from pipeline.search.past_targets import PREDICTION_FILE, choose_entrants, past_losses, record_outcome
 from pipeline.search.race import Schedule
@@ -40,7 +41,7 @@ def drawn(random_samples: Callable[..., pa.Table]) -> pa.Table:
 
 @pytest.fixture
 def catalogue() -> pa.Table:
-    return pa.table({"adapter_id": NAMES, "uri": NAMES, "adapter_hash": [f"hash-{name}" for name in NAMES]})
+    return candidates_table(NAMES, NAMES, [f"hash-{name}" for name in NAMES])
 
 
 @pytest.fixture
@@ -53,9 +54,7 @@ def truth() -> list[np.ndarray[Any, Any]]:
 
 def fill(run: Run, drawn: pa.Table, truth: list[np.ndarray[Any, Any]], names: list[str] = NAMES, targets: int = TARGETS) -> None:
     """Past targets of four samples each, in the store."""
-    store = scoring.make_work(
-        run, pa.table([[]] * 3, schema=pa.schema([(n, pa.string()) for n in scoring.CANDIDATE])), drawn, run.folder
-    ).store
+    store = scoring.store_of(run)
     for target in range(targets):
         rows = [(BASE_ID, f"t{target}-{n}", 20.0, 10, 0) for n in range(4)]
         known = zip(names, truth[target], strict=False)
@@ -129,7 +128,7 @@ def test_probing_that_was_interrupted_ends_as_it_would_have(
     first = [name for name in probed[0] if name != BASE_ID]
     told = run.folder.read_json(PREDICTION_FILE)
     run.folder.write_json(PREDICTION_FILE, {"key": told["key"], "scored_before": []})
-    store = scoring.make_work(run, catalogue, drawn, run.folder).store
+    store = scoring.store_of(run)
     loss = {BASE_ID: 0.0, **dict(zip(NAMES, truth[-1], strict=True))}
     rows = [(n, s, 10 * (2 + float(loss[n])), 10, 0) for n in (BASE_ID, *first) for s in drawn["sample_id"].to_pylist()]
     scores = pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCORES)
@@ -168,7 +167,7 @@ def test_those_that_are_scored_on_the_target_already_enter_and_teach(
 ) -> None:
     fill(run, drawn, truth)
     worst = [NAMES[n] for n in np.argsort(-truth[-1])[:5]]
-    store = scoring.make_work(run, catalogue, drawn, run.folder).store
+    store = scoring.store_of(run)
     rows = [(name, sample, 99.0, 10, 0) for name in worst for sample in drawn["sample_id"].to_pylist()]
     scores = pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCORES)
     store.write(scores, {name: f"hash-{name}" for name in worst})
@@ -215,7 +214,7 @@ def test_a_targets_own_samples_are_no_past(
     run: Run, drawn: pa.Table, truth: list[np.ndarray[Any, Any]], catalogue: pa.Table
 ) -> None:
     fill(run, drawn, truth)
-    store = scoring.make_work(run, catalogue, drawn, run.folder).store
+    store = scoring.store_of(run)
     hashes = catalogue["adapter_hash"].to_pylist()
     own = pa.table({"sample_id": ["t0-0", "t0-1", "t0-2", "t0-3"]})
     assert past_losses(store, hashes, drawn).shape == (N, 4 * TARGETS)
@@ -260,8 +259,8 @@ def test_real_engines_learn_of_eight_targets_who_need_not_race_on_the_ninth(
     """Sixteen near copies of each of four adapters: who is like the best one races."""
     uris = copies(pool, 16, tmp_path / "pool")
     hashes = [hash_of(Path(uri)) for uri in uris.values()]
-    columns = {"adapter_id": list(uris), "uri": list(uris.values()), "adapter_hash": hashes, "rank": [5] * 64}
-    catalogue = pa.table({**columns, "target_modules": [["q_proj", "v_proj"]] * 64})
+    catalogue = candidates_table(list(uris), list(uris.values()), hashes).append_column("rank", pa.array([5] * 64))
+    catalogue = catalogue.append_column("target_modules", pa.array([["q_proj", "v_proj"]] * 64))
     asked = {"adapters_per_batch": 8, "cpus_per_actor": 1, "actors": 1}
     run.config = run.config.model_copy(update={"search": run.config.search.model_copy(update=asked)})
     engines, failures, everything = Engines(run.config.search), run.folder.sub("failures"), Schedule((4,), None, 1.0)
@@ -270,11 +269,11 @@ def test_real_engines_learn_of_eight_targets_who_need_not_race_on_the_ninth(
         for target in range(8):
             few = random_samples([12] * 4, seed=target)
             few = few.set_column(0, "sample_id", pa.array([f"t{target}-{n}" for n in range(4)]))
-            work = scoring.make_work(run, catalogue.select(scoring.CANDIDATE), few, failures)
+            work = scoring.make_work(run, catalogue, few, failures)
             scoring.race(run, engines, work, engine, everything, {})
         drawn = random_samples([12] * 8, n_search=6, seed=99)
         racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, {})["adapter_id"].to_pylist()
-        work = scoring.make_work(run, catalogue.select(scoring.CANDIDATE), drawn.slice(0, 4), failures)
+        work = scoring.make_work(run, catalogue, drawn.slice(0, 4), failures)
         known, _ = scoring.race(run, engines, work, engine, everything, {})
     best = list(uris)[int(np.argmin(known.nll_NS[1:].sum(axis=1)))].partition("-")[0]
     assert {name for name in uris if name.startswith(best)} <= set(racing)

@@ -11,7 +11,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES, STORED
 from pipeline.engines.scorer import Loaded
 from pipeline.search import scoreboard as board_module
-from pipeline.search.batch import Batch, Report
+from pipeline.search.batch import Batch, Report, candidates_table
 from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore, record_failures
 from pipeline.search.scoreboard import Scoreboard, Work
@@ -21,7 +21,7 @@ EVERYTHING = Schedule((4,), None, 1.0)
 
 def work_on(folder: Path, names: list[str]) -> Work:
     columns = [["base", *names], [None, *(f"/pool/{name}" for name in names)], ["base", *names]]
-    candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+    candidates = candidates_table(*columns)
     samples = pa.table({"sample_id": [f"s{n}" for n in range(4)], "completion_mask": [[False, True, True]] * 4})
     store = ScoreStore.at(str(folder), "base", "vllm", "float32")
     return Work(candidates, samples, store, Folder.at(folder / "failures"))

@@ -20,8 +20,6 @@ from pipeline.search.race import Race, make_schedule
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import RaceProgress
 
-CANDIDATES = pa.schema([(name, pa.string()) for name in scoring.CANDIDATE])
-
 
 def asked(run: Path) -> dict[str, Any]:
     return {"run": str(run), "base": "base", "pool": "pool", "target": {"train": "train.jsonl"}}
@@ -62,9 +60,7 @@ def test_what_earlier_runs_found_to_be_good_comes_first_among_adapters_of_like_r
     run = Run(
         build_config({**asked(tmp_path), "base": tiny_base, "search": {"engine": "transformers", "dtype": "float32"}}, "test")
     )
-    store = scoring.make_work(
-        run, pa.table({"adapter_id": [], "uri": [], "adapter_hash": []}, CANDIDATES), drawn, run.folder
-    ).store
+    store = scoring.store_of(run)
     names = ["big", "new", "poor", "good"]
     for name, nll in (("poor", 9.0), ("good", 1.0), ("big", 0.1)):
         scores = pa.table([[name], ["s0"], [nll], [5], [0]], schema=SCORES)
@@ -106,6 +102,7 @@ def test_outliers_are_scored_apart_where_the_largest_rank_slows_all(
         "adapter_id": names,
         "uri": names,
         "adapter_hash": names,
+        "state": pa.nulls(31, pa.string()),
         "rank": [8] * 30 + [256],
         "target_modules": [["up_proj"]] * 31,
     }

@@ -19,6 +19,7 @@ from pipeline.adapters.adapter import hash_of
 from pipeline.config import SearchConfig
 from pipeline.core.storage import Folder
 from pipeline.search import engine_pool
+from pipeline.search.batch import candidates_table
 from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore
 from pipeline.search.scoreboard import Work
@@ -31,7 +32,7 @@ def work_in(folder: Path) -> Work:
     names = sorted(path.name for path in (folder / "pool").iterdir())
     folders = [folder / "pool" / name for name in names]
     columns = [["base", *names], [None, *map(str, folders)], ["base", *map(hash_of, folders)]]
-    candidates = pa.table([pa.array(column, pa.string()) for column in columns], names=["adapter_id", "uri", "adapter_hash"])
+    candidates = candidates_table(*columns)
     run = Folder.at(folder).sub(sys.argv[3])
     store = ScoreStore.at(run.sub("store").uri, "base", "transformers", "float32")
     return Work(candidates, Folder.at(folder).read_table("samples.parquet"), store, run.sub("failures"))
