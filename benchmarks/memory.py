@@ -49,3 +49,22 @@ class Peaks:
         if "ray::" in " ".join(process.cmdline()):
             memory = process.memory_info()
             self.worker = max(self.worker, (memory.rss - memory.shared) / 2**20)
+
+
+class EnginePeaks:
+    """The most memory of a search's engines and of its dispatcher, in megabytes, apart from shared memory, as `look` sees it."""
+
+    def __init__(self) -> None:
+        self._peaks = {"engine": 0.0, "dispatcher": 0.0}
+
+    def look(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline())
+                kind = "engine" if "MapWorker" in title else "dispatcher" if "Dispatcher" in title else None
+                if kind:
+                    memory = process.memory_info()
+                    self._peaks[kind] = max(self._peaks[kind], (memory.rss - memory.shared) / 1e6)
+
+    def found(self) -> dict[str, int]:
+        return {f"{kind}_mb": round(peak) for kind, peak in self._peaks.items()}

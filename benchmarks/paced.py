@@ -25,12 +25,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray
 import torch
@@ -38,7 +37,7 @@ import typer
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from benchmarks.memory import own_peak
+from benchmarks.memory import EnginePeaks, own_peak
 from benchmarks.pools import random_samples
 from pipeline.adapters.adapter import content_hash, file_sha256
 from pipeline.adapters.pool import SETTLED, look_at
@@ -162,7 +161,7 @@ def measure(folder: Path, place: str, pool: pa.Table, rank: int, engines: int, a
     store = ScoreStore.at(place, "base", "engine", "read-ahead" if ahead else "not-read-ahead")
     work = Work(pa.concat_tables([base, pool]), samples, store, Folder.at(place).sub("failures"))
     schedule = make_schedule(len(pool) + 1, SAMPLES, HOLDOUT, 0.1)
-    board, began, up, memory = RaceProgress(), time.perf_counter(), 0.0, Memory()
+    board, began, up, memory = RaceProgress(), time.perf_counter(), 0.0, EnginePeaks()
     for board in engine_pool.score_stream(work, config, search, schedule):
         up = up or (time.perf_counter() if board.engines else 0.0)
         memory.look()
@@ -187,25 +186,6 @@ def _figures(board: RaceProgress, pool: pa.Table, wall: float, up: float, engine
         "recall_at_3": round(float((seen[truth] == SAMPLES + HOLDOUT).mean()), 2),
         "driver_mb": round(own_peak()),
     }
-
-
-class Memory:
-    """The most memory of Ray's workers by their kinds, in megabytes, apart from shared memory."""
-
-    def __init__(self) -> None:
-        self._peaks = {"engine": 0.0, "dispatcher": 0.0}
-
-    def look(self) -> None:
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                title = " ".join(process.cmdline())
-                kind = "engine" if "MapWorker" in title else "dispatcher" if "Dispatcher" in title else None
-                if kind:
-                    memory = process.memory_info()
-                    self._peaks[kind] = max(self._peaks[kind], (memory.rss - memory.shared) / 1e6)
-
-    def found(self) -> dict[str, int]:
-        return {f"{kind}_mb": round(peak) for kind, peak in self._peaks.items()}
 
 
 class Slots:

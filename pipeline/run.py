@@ -11,7 +11,7 @@ The stages are called in this order; `run_folder.STAGES` repeats it. Each leaves
 where they are there for the same input, but for the report; search, merge and compare resume where they were interrupted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from pipeline.plan.estimate import compare_with_plan, estimate_before_search, wr
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, require_engine, warm_up
-from pipeline.search.search import search, search_key
+from pipeline.search.search import search, search_key, search_together
 from pipeline.train import tracking
 from pipeline.train.comparison import compare_starts, train_one
 from pipeline.train.ray_train import require_workers
@@ -56,9 +56,16 @@ def run_all(config: Config) -> dict[str, Any]:
 
 
 def search_and_merge(run: Run, engines: Engines) -> None:
-    """The two stages that share engines: those that the search starts have room for the merges of its donors."""
-    search(run, engines, partial(largest_merge, config=run.config.merge), estimate_before_search)
+    """The two stages that share engines."""
+    search_for_merge([run], engines)
     merge_donors(run, engines)
+
+
+def search_for_merge(runs: Sequence[Run], engines: Engines) -> None:
+    """The searches of runs with one pool and one config of search and merge, side by side. Engines that they start have room for
+    the merges of their donors."""
+    if runs:
+        search_together(runs, engines, partial(largest_merge, config=runs[0].config.merge), estimate_before_search)
 
 
 def run_search(config: Config) -> Folder:

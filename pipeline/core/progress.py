@@ -76,6 +76,8 @@ class Progress:
         self._began = time.monotonic()
         self._last, self._text = 0.0, ""
         self._stage, self._said = "", ""
+        self.about = ""
+        """What the lines are about, where those of several runs come side by side."""
 
     def stage(self, name: str) -> None:
         self._stage, self._last, self._text = name, 0.0, ""
@@ -85,7 +87,7 @@ class Progress:
             got_on()
             self._said = text
         self._console.print(f"[dim]{time.monotonic() - self._began:6.0f} s[/dim]  [bold]{self._stage:<8}[/bold] ", end="")
-        self._console.print(text, markup=False)
+        self._console.print(f"{self.about}: {text}" if self.about else text, markup=False)
 
     def now_and_then(self, text: str, force: bool = False) -> None:
         """Say something that changes now and then: at most every few seconds, and the same again only after a while."""

@@ -29,7 +29,8 @@ from pipeline.core.storage import Folder, lies_in
 from pipeline.refresh.history import FAILURES, History, Seen
 
 if TYPE_CHECKING:
-    from pipeline.run_folder import Run
+    from pipeline.refresh.target import Target
+    from pipeline.search.engine_pool import Engines
 
 NOTHING_TO_DO = "nothing to do"
 EXIT_CODES = {"done": 0, NOTHING_TO_DO: 0, "failed": 1, "wrong input": 2}
@@ -156,34 +157,36 @@ def _renew_all(
 ) -> dict[str, dict[str, Any]]:
     """Renew the targets that are due, and put down what came of each at once. Gives rows of the history."""
     from pipeline.refresh.history_page import write_history
-    from pipeline.refresh.target import index_pool  # this brings torch and Ray
+    from pipeline.refresh.target import Target, index_pool, search_side_by_side  # this brings torch and Ray
+    from pipeline.search.engine_pool import Engines
 
     progress = Progress()
     pool = index_pool(config.run_of(next(iter(due))), history.home.sub("index"))
+    engines, targets = Engines(config.search), {name: Target(config.run_of(name), pool) for name in due}
     rows: dict[str, dict[str, Any]] = {}
     try:
-        for name, changed in due.items():
-            progress.stage(name)
-            progress.say(f"changed: {', '.join(changed)}" if changed else "failed the last time")
-            row = _renew(config, name, pool, lock) | {"target": name, "changed": changed, "seen": looked[name]}
-            lock.check()
-            history.add(row)
-            rows[name] = row
-            progress.say(f"{row['outcome']}: {row['reason']}" if "reason" in row else row["outcome"])
+        with engines.kept():
+            if len(targets) > 1 and not config.search.budget.seconds:  # of which each has its own
+                search_side_by_side(targets, engines)
+            for name, changed in due.items():
+                progress.stage(name)
+                progress.say(f"changed: {', '.join(changed)}" if changed else "failed the last time")
+                found = _renew(targets[name], engines, history.home.sub("published", name), config.threshold, lock)
+                rows[name] = found | {"target": name, "changed": changed, "seen": looked[name]}
+                lock.check()
+                history.add(rows[name])
+                progress.say(f"{found['outcome']}: {found['reason']}" if "reason" in found else found["outcome"])
     finally:  # who is stopped leaves a page of what was done
         lock.check()
         write_history(history.home)
     return rows
 
 
-def _renew(config: RefreshConfig, name: str, pool: "Run", lock: Lock) -> dict[str, Any]:
+def _renew(target: "Target", engines: "Engines", published: Folder, threshold: float, lock: Lock) -> dict[str, Any]:
     """Renew one target. What fails, but for a lock that is lost, is kept as the reason."""
-    from pipeline.refresh.target import renew
-
     started = time.perf_counter()
-    published = Folder.at(config.home).sub("published", name)
     try:
-        found = renew(config.run_of(name), pool, published, config.threshold, lock.check)
+        found = target.renew(engines, published, threshold, lock.check)
     except LockLostError:
         raise
     except InputError as error:

@@ -1,15 +1,18 @@
 """One target of a refresh: the stages up to the merge, in a run folder of its own, and what comes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from pipeline.adapters.index import index
 from pipeline.config import Config, TargetConfig
+from pipeline.core.errors import one_line
+from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder
 from pipeline.data.sample import samples
 from pipeline.data.splits import target_paths
 from pipeline.refresh.publish import chosen, publish
-from pipeline.run import search_and_merge
+from pipeline.run import search_and_merge, search_for_merge
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
 
@@ -26,38 +29,83 @@ def index_pool(config: Config, folder: Folder) -> Run:
     return run
 
 
-def renew(config: Config, pool: Run, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
-    """Score what is new for a target, select and merge anew where that may change, and publish what is worth it.
+class Target:
+    """What a refresh does for one target."""
 
-    Args:
-        pool: the run that checked the pool.
-        published: the target's published mashups.
-        threshold: see `publish`.
-        check: raises where publishing is not allowed any more.
+    def __init__(self, config: Config, pool: Run) -> None:
+        """`pool`: the run that checked the pool."""
+        self.run, self._pool = Run(config), pool
+        self._before: tuple[str, int] | None = None
 
-    Returns:
-        Columns of the history.
+    def prepare(self) -> None:
+        """Take the catalogue over, and draw the samples.
 
-    Raises:
-        InputError: the target is not right.
-        LockTakenError: somebody works in the target's run folder by hand.
+        Raises:
+            InputError: the target is not right.
+        """
+        target_paths(self.run.config)
+        self.run.save_config()
+        _take_index(self.run, self._pool)
+        samples(self.run)
+        self._before = self._before or _searched(self.run)
+
+    def renew(self, engines: Engines, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
+        """Score what is new, select and merge anew where that may change, and publish what is worth it.
+
+        Args:
+            published: the target's published mashups.
+            threshold: see `publish`.
+            check: raises where publishing is not allowed any more.
+
+        Returns:
+            Columns of the history.
+
+        Raises:
+            InputError: the target is not right.
+            LockTakenError: somebody works in the target's run folder by hand.
+        """
+        run = self.run
+        with run.locked():
+            self.prepare()
+            search_and_merge(run, engines)
+            check()
+            outcome, current = publish(run, engines, published, threshold)
+        return _columns(run) | {"adapter_samples": self._scored(), "outcome": outcome, "mashup": current["uri"]}
+
+    def _scored(self) -> int:
+        """Adapter-samples since it was prepared."""
+        key_now, spent = _searched(self.run)
+        key, before = self._before or ("", 0)
+        return spent - (before if key == key_now else 0)
+
+
+def search_side_by_side(targets: Mapping[str, Target], engines: Engines) -> None:
+    """Search for several targets at once, so that an adapter is read once for all of them. Those that share samples follow one
+    another, as what is scored for one of them need not be scored for the other.
+
+    Whatever goes wrong is left to `Target.renew`, which meets it again.
     """
-    target_paths(config)
-    run, engines = Run(config), Engines(config.search)
-    with run.locked(), engines.kept():
-        run.save_config()
-        _take_index(run, pool)
-        samples(run)
-        key, before = _searched(run)
-        search_and_merge(run, engines)
-        check()
-        outcome, current = publish(run, engines, published, threshold)
-        key_now, spent = _searched(run)
-    return _columns(run) | {
-        "adapter_samples": spent - (before if key == key_now else 0),
-        "outcome": outcome,
-        "mashup": current["uri"],
-    }
+    with ExitStack() as locks:
+        together, seen = list[Run](), set[str]()
+        for name, target in targets.items():
+            run = target.run
+            try:
+                locks.enter_context(run.locked())
+                target.prepare()
+                drawn = set(run.folder.read_table("samples.parquet")["sample_id"].to_pylist())
+            except Exception as error:
+                run.progress.say(f"not searched with the others: {one_line(error)}")
+                continue
+            if drawn.isdisjoint(seen):
+                run.progress.about = name
+                together.append(run)
+                seen |= drawn
+        try:
+            search_for_merge(together, engines)
+        except Exception as error:
+            Progress().say(f"the targets are searched one by one: {one_line(error)}")
+        for run in together:
+            run.progress.about = ""
 
 
 def _take_index(run: Run, pool: Run) -> None:

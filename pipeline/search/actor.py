@@ -28,7 +28,7 @@ from pipeline.core.errors import AdapterError, first_line
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
-from pipeline.search.batch import Batch, Begun, Report
+from pipeline.search.batch import NOTHING, Batch, Begun, Report
 from pipeline.search.indexed import IndexedAdapters
 from pipeline.search.scoreboard import Work
 
@@ -100,11 +100,10 @@ class ScoringActor:
 
     def _do(self, batch: Batch, turn: Callable[[Sequence[Candidate]], AbstractContextManager[None]]) -> pa.Table:
         came = time.perf_counter()
-        begun: Begun = self._tell(self.dispatcher.begin, self.name, batch.race, batch.number) or Begun([], [])
+        begun: Begun = self._tell(self.dispatcher.begin, self.name, batch.race, batch.number) or NOTHING
         self._let_go(begun.stopped)
-        wanted = pc.is_in(batch.candidates["adapter_id"], pa.array(begun.wanted, pa.string()))
-        batch = replace(batch, candidates=batch.candidates.filter(wanted))
-        if begun.wanted:
+        if len(begun.wanted):
+            batch = replace(batch, candidates=begun.wanted)
             with ExitStack() as leases:
                 candidates, failures = self._fetch(batch.candidates, leases)
                 with turn(candidates):

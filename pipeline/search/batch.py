@@ -46,10 +46,14 @@ class Batch:
 class Begun:
     """What an engine is told when it begins a batch."""
 
-    wanted: list[str]
-    """Names of the adapters in it that are still to be scored."""
+    wanted: pa.Table
+    """Of schema CANDIDATES: the adapters that it is to score."""
     stopped: list[str]
     """URIs of adapters of this race, new to this engine, that will not be scored again."""
+
+
+NOTHING = Begun(CANDIDATES.empty_table(), [])
+"""For an engine that begins what nobody waits for any more."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM a
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -149,6 +149,11 @@ def _import_engine(engine: str) -> None:
         import_scorer(engine)
 
 
+Asked = tuple[Work, Schedule, float | None]
+"""A race: what it scores, by which schedule, and the seconds that it may take, engine start apart, in place of the schedule's
+budget."""
+
+
 class Engines:
     """A pool of scoring engines: of each race its own, or `kept` up from one race to the next."""
 
@@ -164,11 +169,16 @@ class Engines:
         self._idle = True
 
     def race(self, work: Work, engine: EngineConfig, schedule: Schedule, seconds: float | None = None) -> Iterator[RaceProgress]:
-        """Run the race over what has no scores yet. Yields how far it is about every second; the last says that it is over.
+        """One race; as `races`."""
+        for (progress,) in self.races([(work, schedule, seconds)], engine):
+            yield progress
+
+    def races(self, asked: Sequence[Asked], engine: EngineConfig) -> Iterator[list[RaceProgress]]:
+        """Run races side by side over what has no scores yet. Yields how far each is about every second; the last time all are
+        over.
 
         Args:
-            engine: what the race needs; engines that are up and can hold it serve it.
-            seconds: the time that it may take, engine start apart, in place of the schedule's budget.
+            engine: what the races need; engines that are up and can hold it serve them.
 
         Raises:
             InputError: no node of the cluster can hold an engine.
@@ -177,13 +187,15 @@ class Engines:
         if self._running and (self._running.done() or not _serves(self._engine, engine)):
             self.close()
         self._dispatcher = self._dispatcher or _on_this_node(Dispatcher).remote()
-        self._races += 1
-        number, asked = self._races, ray.put((work, schedule, seconds, engine.adapters_per_batch))
+        opened = {self._races + n: ray.put((*one, engine.adapters_per_batch)) for n, one in enumerate(asked, 1)}
+        self._races += len(opened)
         try:
-            self._open(number, asked)
-            while not (progress := self._progress(number, asked)).over:
-                self._require_engines(engine, max(self.expected, len(work.candidates)))
+            self._open(opened)
+            progress = self._progress(opened)
+            while not all(one.over for one in progress):
+                self._require_engines(engine, max(self.expected, *(len(one[0].candidates) for one in asked)))
                 yield progress
+                progress = self._progress(opened)
             yield progress
         finally:
             if not self.keeping:
@@ -223,23 +235,25 @@ class Engines:
         ray.kill(self._dispatcher)
         self._engine = self._running = self._dispatcher = None
 
-    def _open(self, number: int, asked: ray.ObjectRef) -> None:
+    def _open(self, opened: dict[int, ray.ObjectRef]) -> None:
         self._idle = False
-        ray.get(self._dispatcher.open.remote(number, asked))
+        ray.get(self._dispatcher.open.remote([*opened], *opened.values()))
 
-    def _progress(self, number: int, asked: ray.ObjectRef) -> RaceProgress:
-        """How far a race is, once POLL has passed or it is over.
+    def _progress(self, opened: dict[int, ray.ObjectRef]) -> list[RaceProgress]:
+        """How far races are, once POLL has passed or they are over.
 
         Raises:
             EngineFaultError: an engine cannot be believed.
         """
-        progress: RaceProgress | None
-        while (progress := ray.get(self._dispatcher.progress.remote(number, POLL if self._running else 0.0))) is None:
-            self._open(number, asked)  # the dispatcher's process died, and the new one knows of no race
-        if progress.fault:
-            raise EngineFaultError(progress.fault)
-        self._idle = progress.over
-        return progress
+        progress: list[RaceProgress | None]
+        asked = [*opened], POLL if self._running else 0.0
+        while None in (progress := ray.get(self._dispatcher.progress.remote(*asked))):
+            self._open(opened)  # the dispatcher's process died, and the new one knows of no race
+        found = [one for one in progress if one]
+        if fault := found[0].fault:
+            raise EngineFaultError(fault)
+        self._idle = all(one.over for one in found)
+        return found
 
     def _require_engines(self, engine: EngineConfig, candidates: int) -> None:
         """See to it that there are engines, which run until `_running` ends; what fails in their stream is raised here."""
@@ -326,7 +340,8 @@ def _serves(up: EngineConfig | None, asked: EngineConfig) -> bool:
     """Whether an engine that is up can hold what is asked of one."""
     return (
         up is not None
-        and replace(up, max_rank=asked.max_rank, target_modules=asked.target_modules) == asked
+        and replace(up, max_rank=asked.max_rank, max_tokens=asked.max_tokens, target_modules=asked.target_modules) == asked
         and up.max_rank >= asked.max_rank
+        and up.max_tokens >= asked.max_tokens
         and set(up.target_modules) >= set(asked.target_modules)
     )

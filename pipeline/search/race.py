@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -144,6 +144,10 @@ class Race:
         """Candidates that entered the open rung."""
         return len(self._entrants)
 
+    def racing(self) -> Indices:
+        """Candidates that have not stopped; some may be set aside."""
+        return self._entrants
+
     @property
     def outstanding(self) -> int:
         """Candidates of the open rung that lack scores."""
@@ -169,6 +173,26 @@ class Race:
             samples = lacks
         self._taken.update(taken)
         return taken, samples
+
+    def exchange(self, taken: Sequence[int], samples: Indices, preference: Callable[[int], float]) -> list[int]:
+        """Give some of those that were taken back for others that wait, lack the same samples and are preferred to them. Gives
+        who is taken now, as many."""
+        asked = {candidate: preference(candidate) for candidate in taken}
+        least = min(asked.values())
+        better = {one: value for one in self._pending if one != BASE and (value := preference(one)) > least}
+        coming = islice(
+            (one for one in sorted(better, key=better.__getitem__, reverse=True) if self._waits_for(one, samples)), len(taken)
+        )
+        offered = asked | {one: better[one] for one in coming}
+        now = sorted(offered, key=offered.__getitem__, reverse=True)[: len(taken)]  # of equals, who was taken stays
+        for one in set(now) - asked.keys():
+            self._pending.remove(one)
+        self._taken.update(now)
+        self.give_back(one for one in taken if one not in now)
+        return now
+
+    def _waits_for(self, candidate: int, samples: Indices) -> bool:
+        return self._waits(candidate) and np.array_equal(self._lacks(candidate), samples)
 
     def head(self) -> int | None:
         """Who will be taken next, as far as that is known; those whose scores came from elsewhere while they waited are not."""

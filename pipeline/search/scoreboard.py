@@ -4,11 +4,12 @@ A scoreboard that starts anew, as its process died, begins with what the store k
 seconds are in memory alone and are lost then.
 """
 
+import itertools
 import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.storage import Folder
+from pipeline.core.tables import CANDIDATES
 from pipeline.engines.scorer import Loaded
 from pipeline.search.batch import Batch, Report
 from pipeline.search.race import BASE, Race, Schedule
@@ -98,16 +100,42 @@ class _Lease:
     given_back: bool = False
 
 
+class HeldBy:
+    """Which engine scored an adapter last, and so has it in memory or on its disk."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, int]] = {}
+        self._time = itertools.count()
+
+    def note(self, engine: str, adapters: Iterable[str]) -> None:
+        """An engine begins to score adapters, by their hashes."""
+        self._last |= dict.fromkeys(adapters, (engine, next(self._time)))
+
+    def recency(self, engine: str, adapter: str) -> int:
+        """The larger, the more recently this engine has begun to score the adapter; -1: another did later, or nobody."""
+        last, time = self._last.get(adapter, ("", -1))
+        return time if last == engine else -1
+
+
 class Scoreboard:
     """Of one race."""
 
-    def __init__(self, work: Work, schedule: Schedule, seconds: float | None = None, number: int = 1) -> None:
+    def __init__(
+        self,
+        work: Work,
+        schedule: Schedule,
+        seconds: float | None = None,
+        number: int = 1,
+        held: HeldBy | None = None,
+    ) -> None:
         """
         Args:
             seconds: the time that the race may take, from the first engine that is up.
             number: of the race.
+            held: shared by races that the same engines serve.
         """
         self.work, self.number = work, number
+        self._held = held or HeldBy()
         known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
         self._tell = RaceProgress(rungs=len(schedule.rungs))
         self._limit = math.inf if seconds is None else seconds
@@ -136,6 +164,11 @@ class Scoreboard:
         """Batches that are with engines, or on the way to one."""
         return sum(not lease.given_back for lease in self._out.values())
 
+    @property
+    def at_work(self) -> set[str | None]:
+        """Engines that have begun a batch and not reported it."""
+        return {lease.engine for lease in self._out.values()}
+
     def engine_up(self, engines: int, startup: float) -> None:
         """So many engines have come up by now; the last one took so many seconds to start."""
         if not self._tell.engines:
@@ -162,25 +195,31 @@ class Scoreboard:
         adapters, asked = self.work.candidates.take(rows), self.work.samples.take(columns)
         return Batch(self.number, number, self.work.stage, suspect, adapters, asked)
 
-    def begin(self, engine: str, number: str) -> tuple[list[str], dict[str, str]]:
+    def begin(self, engine: str, number: str) -> tuple[pa.Table, dict[str, str]]:
         """An engine begins a batch. One that begins a second time had died with the first engine: it is given out again, an
         adapter at a time.
 
         Returns:
-            Names of those in it that lack scores, and adapter_id -> reason of those that are set aside by now.
+            Of schema CANDIDATES, those whom it is to score: those of the batch that lack scores, or others in place of some,
+            which it has scored before and so need not fetch. And adapter_id -> reason of those that are set aside by now.
         """
         lease = self._out.get(number)
         if lease is None:  # of a scoreboard that died; the work is given out again
-            return [], {}
+            return CANDIDATES.empty_table(), {}
         if lease.engine:
             del self._out[number]
-            return [], self._blame(lease)
+            return CANDIDATES.empty_table(), self._blame(lease)
         lease.engine, lease.started = engine, time.monotonic()
+        hashes = self.work.candidates["adapter_hash"]
+        if not lease.alone and BASE not in lease.candidates:
+            recency = lambda row: self._held.recency(engine, hashes[row].as_py())  # noqa: E731
+            lease.candidates = self.race.exchange(lease.candidates, np.array(lease.samples, np.int64), recency)
         self._drop_late(lease)
-        names = self.work.candidates["adapter_id"]
-        wanted = [names[row].as_py() for row in lease.candidates if self._lacks(row, lease.samples)]
-        if not wanted:
+        rows = [row for row in lease.candidates if self._lacks(row, lease.samples)]
+        if not rows:
             self._end(self._out.pop(number))
+        wanted = self.work.candidates.take(pa.array(rows, pa.int64()))
+        self._held.note(engine, wanted["adapter_hash"].to_pylist())
         return wanted, {}
 
     def stopped(self, engine: str) -> list[str]:
@@ -189,6 +228,10 @@ class Scoreboard:
         self._told_stopped[engine] += len(new)
         uris = self.work.candidates["uri"]
         return [uri for row in new if (uri := uris[row].as_py())]
+
+    def racing(self) -> set[str | None]:
+        """URIs of those who may be scored again in this race."""
+        return set(self.work.candidates["uri"].take(pa.array(self.race.racing())).to_pylist())
 
     def report(self, report: Report) -> None:
         """What became of a batch. Scores count whoever gave the work out."""
@@ -215,11 +258,8 @@ class Scoreboard:
         rows = [self._rows_of_hash.get(one, []) for one in scores["adapter_hash"].to_pylist()]
         self._take_in(rows, scores, self.race.learn)
 
-    def reclaim(self, engines: Collection[str]) -> None:
-        """Take back what somebody has had for too long, where one of the engines has nothing to do. What is reported
-        twice counts as it was reported last."""
-        if {lease.engine for lease in self._out.values()}.issuperset(engines):
-            return
+    def reclaim(self) -> None:
+        """Take back what somebody has had for too long. What is reported twice counts as it was reported last."""
         allowed = max(LEASE, SLOW * self._tell.seconds / max(1, self._reports))
         for lease in self._out.values():
             if time.monotonic() - lease.started > allowed:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -126,6 +127,17 @@ def make_engine(run: Run, catalogue: pa.Table, max_rank: int) -> EngineConfig:
     return engine_config(run.config.base, max_rank, leaves, run.config.search, run.config.target.max_tokens)
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A race of a run. `details` are of the stage that it is part of; `seconds`: as of `engine_pool.Asked`."""
+
+    run: Run
+    work: Work
+    schedule: Schedule
+    details: dict[str, Any]
+    seconds: float | None = None
+
+
 def race(
     run: Run,
     engines: Engines,
@@ -136,24 +148,37 @@ def race(
     limit: float | None = None,
 ) -> tuple[Known, list[int]]:
     """Run a race, saying how far it is. Gives all scores, and how many samples count for each candidate."""
-    board, began = RaceProgress(), time.perf_counter()
-    for board in engines.race(work, engine, schedule, limit):
-        _measure(run.folder.uri, board)
-        _tell(run, board, len(work.candidates), len(work.samples))
-        run.ledger.beat()
-        run.shared_paths.check()  # of nodes that have joined
+    (result,) = race_together(engines, engine, [Contest(run, work, schedule, details, limit)])
+    return result
+
+
+def race_together(engines: Engines, engine: EngineConfig, contests: Sequence[Contest]) -> list[tuple[Known, list[int]]]:
+    """Run races of several runs side by side, each as `race`. An engine that has an adapter scores it for all of them."""
+    boards, began = [RaceProgress()] * len(contests), time.perf_counter()
+    for boards in engines.races([(one.work, one.schedule, one.seconds) for one in contests], engine):
+        for one, board in zip(contests, boards, strict=True):
+            _measure(one.run.folder.uri, board)
+            _tell(one.run, board, len(one.work.candidates), len(one.work.samples))
+            one.run.ledger.beat()
+            one.run.shared_paths.check()  # of nodes that have joined
+    wall = time.perf_counter() - began
+    if len(contests) == 1 and (measured := speed_of(boards[0], wall)):
+        search = contests[0].run.config.search
+        rates_of(contests[0].run).keep(scoring_kind(search), measured, asked=scoring_kind(search, named=False))
+    return [_result(one, board, wall) for one, board in zip(contests, boards, strict=True)]
+
+
+def _result(contest: Contest, board: RaceProgress, wall: float) -> tuple[Known, list[int]]:
+    work, details = contest.work, contest.details
     if not board.seen or not board.seen[0]:
         reason = read_failures(work.failures).get(BASE_ID)
         work.failures.delete("")  # so that the same command tries again
         raise RuntimeError(f"the base model itself could not be scored: {reason}")
     if board.not_reached:
-        run.progress.say(f"{board.not_reached} adapters were not reached in {limit:g} s")
-    wall = time.perf_counter() - began
+        contest.run.progress.say(f"{board.not_reached} adapters were not reached in {contest.seconds:g} s")
     spent = {"adapter_samples": board.adapter_samples, "tokens": board.tokens, "scoring_seconds": board.seconds}
     for name, value in ({"engine_start_seconds": board.startup} | spent | {"race_seconds": wall}).items():
         details[name] = round(details.get(name, 0) + value, 1)
-    if measured := speed_of(board, wall):
-        rates_of(run).keep(scoring_kind(run.config.search), measured, asked=scoring_kind(run.config.search, named=False))
     return work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples), board.seen
 
 

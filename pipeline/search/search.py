@@ -1,6 +1,8 @@
 """The stage `search`: catalogue x samples -> leaderboard.parquet and scores/."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -9,20 +11,33 @@ from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.core.ledger import digest
 from pipeline.core.tables import SAMPLES, require
 from pipeline.data.splits import split_of
+from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
 from pipeline.search.past_targets import choose_entrants, record_outcome
-from pipeline.search.score_store import forget_failures, read_failures
-from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, race, score_outliers, servable
+from pipeline.search.score_store import Known, forget_failures, read_failures
+from pipeline.search.scoring import (
+    Contest,
+    by_rank,
+    largest_rank,
+    make_engine,
+    prepare_race,
+    race_together,
+    score_outliers,
+    servable,
+)
+
+MergedRank = Callable[[list[int]], int]
+"""The largest rank that a merge of adapters of these ranks may have, for which engines that stay up for it must have room."""
 
 
 def search(
     run: Run,
     engines: Engines | None = None,
-    merged_rank: Callable[[list[int]], int] = lambda ranks: 0,
+    merged_rank: MergedRank = lambda ranks: 0,
     on_start: Callable[[Run], None] = lambda run: None,
 ) -> None:
     """Race the base and the adapters that have a chance over the samples, within the budget, and rank them.
@@ -32,38 +47,74 @@ def search(
 
     Args:
         engines: those that the merge uses, too; None: of its own.
-        merged_rank: the largest rank that a merge of adapters of these ranks may have, for which the engines must have room.
         on_start: called where the search is not done yet, before it works.
     """
+    search_together([run], engines or Engines(run.config.search), merged_rank, on_start)
+
+
+def search_together(
+    runs: Sequence[Run],
+    engines: Engines,
+    merged_rank: MergedRank = lambda ranks: 0,
+    on_start: Callable[[Run], None] = lambda run: None,
+) -> None:
+    """The searches of runs over one pool, which may be of different targets, side by side; as `search`. What goes wrong in one of
+    them is raised; the scores that were made are kept, each search can be done alone."""
+    with engines.kept(), ExitStack() as stages:
+        begun = [one for run in runs if (one := _begin(run, engines, merged_rank, on_start, stages))]
+        if not begun:
+            return
+        engine = max((one.engine for one in begun), key=lambda engine: engine.max_tokens)
+        contests = [one.contest for one in begun]
+        for one, (known, seen) in zip(begun, race_together(engines, engine, contests), strict=True):
+            _rank(one, known, seen)
+        engines.expected = 0  # the races of the merge are small
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A search that is ready to race."""
+
+    contest: Contest
+    engine: EngineConfig
+
+
+def _begin(
+    run: Run, engines: Engines, merged_rank: MergedRank, on_start: Callable[[Run], None], stages: ExitStack
+) -> _Begun | None:
+    """Find out who races, and score those that are scored apart. None: the search is done."""
     run.needs("index", "the catalogue", "mashup index")
     run.needs("samples", "the sample", "mashup search")
-    config, engines = run.config, engines or Engines(run.config.search)
     catalogue = valid_adapters_of(run.folder)
     drawn = require(run.folder.read_table("samples.parquet"), SAMPLES, "samples.parquet")
     key = search_key(run, catalogue, drawn)
     if run.ready("search", key):
-        return
+        return None
     on_start(run)
     engines.expected = len(catalogue) + 1
-    with engines.kept(), run.ledger.perform("search", key) as details:
-        failures = run.folder.sub("failures")
-        forget_failures(failures, CHANGED)
-        _tell_contamination(run, catalogue, drawn)
-        catalogue = servable(run, catalogue, failures)
-        usual, outliers = by_rank(run, catalogue)
-        score_outliers(run, engines, outliers, drawn, failures, details)
-        engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
-        racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, details)
-        work, schedule = prepare_race(run, racing, drawn, failures)
-        known, seen = race(run, engines, work, engine, schedule, details, config.search.budget.seconds)
-        engines.expected = 0  # the races of the merge are small
-        names = work.candidates["adapter_id"].to_pylist()
-        run.check()
-        details |= record_outcome(run, names, known, seen)
-        run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
-        run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
-        run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
-        work.store.merge_files()
+    details = stages.enter_context(run.ledger.perform("search", key))
+    failures = run.folder.sub("failures")
+    forget_failures(failures, CHANGED)
+    _tell_contamination(run, catalogue, drawn)
+    catalogue = servable(run, catalogue, failures)
+    usual, outliers = by_rank(run, catalogue)
+    score_outliers(run, engines, outliers, drawn, failures, details)
+    engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
+    racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, details)
+    work, schedule = prepare_race(run, racing, drawn, failures)
+    return _Begun(Contest(run, work, schedule, details, run.config.search.budget.seconds), engine)
+
+
+def _rank(begun: _Begun, known: Known, seen: list[int]) -> None:
+    """Put down what a race has shown."""
+    run, work, details = begun.contest.run, begun.contest.work, begun.contest.details
+    names, drawn = work.candidates["adapter_id"].to_pylist(), work.samples
+    run.check()
+    details |= record_outcome(run, names, known, seen)
+    run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
+    run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
+    run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
+    work.store.merge_files()
 
 
 def search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:

@@ -39,17 +39,21 @@ def renewed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """In place of scoring and merging: what comes of each target, an exception or columns of the history."""
     comes: dict[str, Any] = {}
 
-    def renew(config: Any, pool: Any, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
-        outcome = comes.get(Folder.at(config.run).path.rpartition("/")[2])
-        if isinstance(outcome, Exception):
-            raise outcome
-        if callable(outcome):
-            outcome()
-            check()
-        return {"outcome": "kept", "verdict": "base", "donors": [], "adapter_samples": 0}
+    class Target:
+        def __init__(self, config: Any, pool: Any) -> None:
+            self.outcome = comes.get(Folder.at(config.run).path.rpartition("/")[2])
+
+        def renew(self, engines: Any, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
+            if isinstance(self.outcome, Exception):
+                raise self.outcome
+            if callable(self.outcome):
+                self.outcome()
+                check()
+            return {"outcome": "kept", "verdict": "base", "donors": [], "adapter_samples": 0}
 
     monkeypatch.setattr(target, "index_pool", lambda config, folder: None)
-    monkeypatch.setattr(target, "renew", renew)
+    monkeypatch.setattr(target, "search_side_by_side", lambda targets, engines: None)
+    monkeypatch.setattr(target, "Target", Target)
     return comes
 
 
@@ -249,6 +253,7 @@ def test_a_home_over_several_refreshes(
     train_donor: Callable[[Path, int], None],
     word_rows: list[dict[str, Any]],
     write_jsonl: Callable[..., str],
+    capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     scheduled = Scheduled(bucket, tiny_base, tmp_path)
@@ -257,20 +262,25 @@ def test_a_home_over_several_refreshes(
     Folder.at(bucket).upload(tmp_path / "adapters", "pool")
     words = {"train": write_jsonl(tmp_path / "words.jsonl", word_rows)}
     fewer = {"train": write_jsonl(tmp_path / "fewer.jsonl", word_rows[::2])}
+    other = {"train": write_jsonl(tmp_path / "other.jsonl", [{**row, "prompt": f"Now {row['prompt']}"} for row in word_rows])}
 
-    # Two targets, both new. What they share is scored once.
-    scheduled.content["targets"] = {"words": words, "fewer": fewer}
+    # Three targets, all new. What two of them share is scored once, and two that share nothing are searched side by side.
+    scheduled.content["targets"] = {"words": words, "fewer": fewer, "other": other}
     found = scheduled.refresh()
-    assert outcomes(found) == {"words": "published", "fewer": "published"}
+    assert outcomes(found) == {"words": "published", "fewer": "published", "other": "published"}
     assert found["targets"]["words"]["adapter_samples"] == 3 * 16  # the base and two donors
     assert 0 < found["targets"]["fewer"]["adapter_samples"] < 3 * 16
+    assert found["targets"]["other"]["adapter_samples"] == 3 * 16
+    assert "words: scored 48 adapter-samples" in (said := capfd.readouterr().err)
+    assert "other: scored 48 adapter-samples" in said
+    assert "one by one" not in said
     _check_published(scheduled.home, found["targets"]["words"])
     published = scheduled.published("words")
 
     # Again: nothing is done, and what could do it is not even imported.
     ending, modules = scheduled.in_a_process()
     assert (ending["status"], ending["exit_code"]) == (NOTHING_TO_DO, 3)
-    assert outcomes(ending) == {"words": NOTHING_TO_DO, "fewer": NOTHING_TO_DO}
+    assert outcomes(ending) == dict.fromkeys(("words", "fewer", "other"), NOTHING_TO_DO)
     assert re.search(r"\| +pipeline\.refresh$", modules, re.M)
     assert not re.search(r"\| +(torch|ray|transformers|matplotlib)$", modules, re.M)
 
@@ -292,7 +302,7 @@ def test_a_home_over_several_refreshes(
     assert (found["targets"]["words"]["changed"], found["targets"]["words"]["adapter_samples"]) == (["settings"], 0)
     assert scheduled.published("words") == published
     history = History.of(scheduled.home)
-    assert [row["target"] for row in history.rows] == ["words", "fewer", "words", "broken", "words"]
+    assert [row["target"] for row in history.rows] == ["words", "fewer", "other", "words", "broken", "words"]
     assert history.rows[-1]["nll_minus_base"] > history.rows[0]["nll_minus_base"]
 
 

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.config import Config, TargetConfig
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
-from pipeline.refresh.target import _take_index, index_pool
+from pipeline.refresh import target as target_module
+from pipeline.refresh.target import Target, _take_index, index_pool, search_side_by_side
 from pipeline.run_folder import Run
+from pipeline.search.engine_pool import Engines
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -24,3 +28,36 @@ def test_a_pool_is_checked_once_for_all_targets(tiny_base: str, make_adapter: Ca
     taken = run.folder.modified("catalogue.parquet")
     _take_index(run, pool)
     assert run.folder.modified("catalogue.parquet") == taken
+
+
+def test_a_target_that_cannot_be_searched_with_the_others_stops_none(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One without data; one whose samples are another's, which it leaves to that one; and an engine that fails."""
+    samples = {"law": "ab", "sport": "cd", "rugby": "de", "broken": ""}
+
+    def prepare(target: Target) -> None:
+        name = Path(target.run.folder.path).name
+        if name == "broken":
+            raise InputError("broken.jsonl: no such file")
+        target.run.folder.write_table("samples.parquet", pa.table({"sample_id": list(samples[name])}))
+
+    searched = list[str]()
+
+    def search(runs: list[Run], engines: Engines) -> None:
+        searched.extend(Path(run.folder.path).name for run in runs)
+        raise RuntimeError("the engine died")
+
+    monkeypatch.setattr(Target, "prepare", prepare)
+    monkeypatch.setattr(target_module, "search_for_merge", search)
+    config = {"base": tiny_base, "pool": str(tmp_path / "pool"), "target": TargetConfig(train="train.jsonl")}
+    pool = Run(Config(run=str(tmp_path / "index"), **config))
+    targets = {name: Target(Config(run=str(tmp_path / name), **config), pool) for name in samples}
+    search_side_by_side(targets, Engines(pool.config.search))
+    assert searched == ["law", "sport"]
+    said = capfd.readouterr().err
+    assert "not searched with the others: InputError: broken.jsonl: no such file" in said
+    assert "searched one by one: RuntimeError: the engine died" in said
+    for target in targets.values():
+        with target.run.locked():  # it was released
+            pass

@@ -1,7 +1,9 @@
 """The dispatcher without Ray: what it hands out to whom, and that nothing in it waits for the store."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from pipeline.core.storage import Folder
 from pipeline.search import dispatcher as dispatcher_module
+from pipeline.search import scoreboard
 from pipeline.search.batch import Batch, Report, candidates_table
 from pipeline.search.dispatcher import IN_FLIGHT, Dispatcher
 from pipeline.search.race import Schedule
@@ -56,13 +59,13 @@ async def finish(dispatcher: Dispatcher, report: Callable[[Batch], Report]) -> i
     while batch := await next_batch(dispatcher):
         done += len(batch.candidates)
         begun = await dispatcher.begin("one", batch.race, batch.number)
-        assert begun.wanted == batch.candidates["adapter_id"].to_pylist()
+        assert begun.wanted.equals(batch.candidates)
         await dispatcher.report(report(batch))
     return done
 
 
 async def progress(dispatcher: Dispatcher, race: int) -> RaceProgress:
-    found = await dispatcher.progress(race)
+    (found,) = await dispatcher.progress([race])
     assert found is not None
     return found
 
@@ -73,14 +76,14 @@ def test_races_follow_each_other_and_their_scores_are_in_the_store_when_they_are
     async def scenario() -> None:
         dispatcher, first, second = Dispatcher(), work(4), work(1, "another-store")
         assert await next_batch(dispatcher) is None
-        await dispatcher.open(1, (first, EVERYTHING, None, 2))
+        await dispatcher.open([1], (first, EVERYTHING, None, 2))
         await dispatcher.engine_up("one", 2.0)
         assert await finish(dispatcher, report) == 5
         over = await progress(dispatcher, 1)
         assert (over.seen, over.adapter_samples, over.engines, over.startup) == ([4] * 5, 20, 1, 2.0)
         assert 1 <= len(first.store.files()) <= 2  # the first scores at once, the others behind them
-        await dispatcher.open(2, (second, EVERYTHING, None, 2))
-        assert await dispatcher.progress(1) is None
+        await dispatcher.open([2], (second, EVERYTHING, None, 2))
+        assert await dispatcher.progress([1]) == [None]
         assert await finish(dispatcher, report) == 2
         over = await progress(dispatcher, 2)
         assert (over.seen, over.adapter_samples, over.engines, over.startup) == ([4] * 2, 8, 1, 0)
@@ -95,7 +98,7 @@ def test_work_that_no_engine_has_room_for_stays_with_the_race(
 ) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher()
-        await dispatcher.open(1, (work(20), EVERYTHING, None, 2))
+        await dispatcher.open([1], (work(20), EVERYTHING, None, 2))
         out = [await next_batch(dispatcher) for _ in range(IN_FLIGHT)]
         assert all(out)
         assert await next_batch(dispatcher) is None
@@ -118,15 +121,15 @@ def test_a_batch_of_an_earlier_race_or_process_is_passed_over(
 
     async def scenario() -> None:
         before = Dispatcher()
-        await before.open(1, (work(2), EVERYTHING, None, 2))
+        await before.open([1], (work(2), EVERYTHING, None, 2))
         batch = await next_batch(before)
         assert batch
         anew = Dispatcher()
-        assert (await anew.begin("one", 1, batch.number)).wanted == []
+        assert not len((await anew.begin("one", 1, batch.number)).wanted)
         await anew.report(report(batch))
-        assert await anew.progress(1) is None
-        await anew.open(2, (work(2), EVERYTHING, None, 2))
-        assert (await anew.begin("one", 1, batch.number)).wanted == []
+        assert await anew.progress([1]) == [None]
+        await anew.open([2], (work(2), EVERYTHING, None, 2))
+        assert not len((await anew.begin("one", 1, batch.number)).wanted)
         await anew.report(report(batch))
         assert await finish(anew, report) == 3
         assert (await progress(anew, 2)).engines == 1
@@ -141,19 +144,93 @@ def test_what_another_run_scores_meanwhile_is_found(
 
     async def scenario() -> None:
         dispatcher, asked = Dispatcher(), work(3)
-        await dispatcher.open(1, (asked, EVERYTHING, None, 2))
+        await dispatcher.open([1], (asked, EVERYTHING, None, 2))
         base = await next_batch(dispatcher)
         assert base
         other = Batch(1, "other", "search", False, asked.candidates.slice(1, 2), asked.samples)
         asked.store.write(report(other).scores, asked.hashes)
         await asyncio.sleep(0.5)
-        assert (await dispatcher.begin("one", 1, base.number)).wanted == ["base"]
+        assert (await dispatcher.begin("one", 1, base.number)).wanted["adapter_id"].to_pylist() == ["base"]
         await dispatcher.report(report(base))
         batch = await next_batch(dispatcher)
         assert batch
         assert batch.candidates["adapter_id"].to_pylist() == ["a02"]
         await dispatcher.report(report(batch))
         assert (await progress(dispatcher, 1)).adapter_samples == 8
+
+    asyncio.run(scenario())
+
+
+def test_work_that_is_held_too_long_goes_to_an_engine_that_has_nothing_to_do(
+    work: Callable[..., Work], report: Callable[[Batch], Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is at work for another race has something to do."""
+    monkeypatch.setattr(dispatcher_module, "RECLAIM", 0.01)
+    monkeypatch.setattr(scoreboard, "LEASE", 0.0)
+
+    async def scenario() -> None:
+        dispatcher, first, second = Dispatcher(), work(0), work(0, "another-store")
+        await dispatcher.open([1, 2], (first, EVERYTHING, None, 2), (second, EVERYTHING, None, 2))
+        for engine in ("slow", "quick"):
+            await dispatcher.engine_up(engine, 0.0)
+            batch = await next_batch(dispatcher)
+            assert batch
+            await dispatcher.begin(engine, batch.race, batch.number)
+        assert await next_batch(dispatcher) is None
+        await dispatcher.report(report(batch))
+        again = await next_batch(dispatcher)
+        assert again
+        assert again.race == 1
+
+    asyncio.run(scenario())
+
+
+def test_races_side_by_side_score_an_adapter_for_each_while_an_engine_has_it(
+    work: Callable[..., Work], report: Callable[[Batch], Report]
+) -> None:
+    """Two engines; of two races over one pool, the second scores it in the opposite order."""
+
+    async def scenario() -> None:
+        dispatcher, first, second = Dispatcher(), work(8), work(8, "another-store")
+        order = pa.array([0, *range(8, 0, -1)])
+        second = replace(second, candidates=second.candidates.take(order))
+        rungs = Schedule((2, 4), None, 1.0, keep=8)
+        await dispatcher.open([1, 2], (first, rungs, None, 2), (second, rungs, None, 2))
+        last: dict[str, list[str]] = {"one": [], "two": []}
+        loads, engines = 0, itertools.cycle(last)
+        for engine in last:
+            await dispatcher.engine_up(engine, 0.0)
+        while batch := await next_batch(dispatcher):
+            engine = next(engines)
+            begun = await dispatcher.begin(engine, batch.race, batch.number)
+            names = [name for name in begun.wanted["adapter_id"].to_pylist() if name != "base"]
+            loads += len(set(names) - set(last[engine]))
+            last[engine] = names or last[engine]
+            await dispatcher.report(report(replace(batch, candidates=begun.wanted)))
+        assert loads <= 8 * 2 + 2  # each rung, and where one begins
+        found = await dispatcher.progress([1, 2])
+        assert all(one and one.over and one.adapter_samples == 36 for one in found)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_a_race_drops_is_let_go_where_no_other_race_wants_it(
+    work: Callable[..., Work], report: Callable[[Batch], Report], beside: bool
+) -> None:
+    async def scenario() -> None:
+        dispatcher, halving = Dispatcher(), Schedule((2, 4), 18, 1.0, keep=2)
+        await dispatcher.engine_up("one", 0.0)
+        slow = (work(4), EVERYTHING, None, 1)
+        await dispatcher.open([1, 2][: 1 + beside], (work(4, "another-store"), halving, None, 8), *[slow] * beside)
+        stopped = list[str]()
+        while not all(one and one.over for one in await dispatcher.progress([1])):
+            batch = await next_batch(dispatcher)
+            assert batch
+            begun = await dispatcher.begin("one", batch.race, batch.number)
+            stopped += begun.stopped
+            await dispatcher.report(report(replace(batch, candidates=begun.wanted)))
+        assert len(stopped) == (0 if beside else 2)
 
     asyncio.run(scenario())
 
@@ -176,16 +253,15 @@ def test_a_store_that_does_not_answer_stops_nothing_before_the_end(
 
     async def scenario() -> None:
         dispatcher = Dispatcher()
-        await dispatcher.open(1, (work(4), EVERYTHING, None, 2))
+        await dispatcher.open([1], (work(4), EVERYTHING, None, 2))
         for name in right:
             monkeypatch.setattr(Folder, name, asked(name))
         assert await finish(dispatcher, report) == 5
-        over = asyncio.create_task(dispatcher.progress(1))
+        over = asyncio.create_task(progress(dispatcher, 1))
         await asyncio.sleep(0.3)
         assert not over.done()
         answers.set()
         found = await over
-        assert found is not None
         assert (found.over, found.adapter_samples) == (True, 20)
 
     asyncio.run(scenario())
@@ -194,10 +270,10 @@ def test_a_store_that_does_not_answer_stops_nothing_before_the_end(
 def test_whoever_waits_for_a_race_is_told_at_its_end(work: Callable[..., Work], report: Callable[[Batch], Report]) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher()
-        await dispatcher.open(1, (work(1), EVERYTHING, None, 2))
-        waiting = asyncio.create_task(dispatcher.progress(1, wait=60))
+        await dispatcher.open([1], (work(1), EVERYTHING, None, 2))
+        waiting = asyncio.create_task(dispatcher.progress([1], wait=60))
         assert await finish(dispatcher, report) == 2
-        found = await asyncio.wait_for(waiting, 10)
+        (found,) = await asyncio.wait_for(waiting, 10)
         assert found is not None
         assert found.over
 
@@ -209,7 +285,7 @@ def test_an_engine_that_refuses_is_told_of(work: Callable[..., Work]) -> None:
         dispatcher = Dispatcher()
         assert not asyncio.create_task(dispatcher.work()).done()
         asked = work(1)
-        await dispatcher.open(1, (asked, EVERYTHING, None, 2))
+        await dispatcher.open([1], (asked, EVERYTHING, None, 2))
         assert await dispatcher.work() is asked
         await dispatcher.refuse("it lies")
         assert (await progress(dispatcher, 1)).fault == "it lies"

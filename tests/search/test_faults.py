@@ -1,6 +1,7 @@
 """Nodes with their engines are lost and join in mid-search: the result is the one of a search that nothing happened to."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,7 +37,9 @@ def world(
 
 def search(world: Path, base: str, fault: str) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPT), str(world), base, fault]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    # Ray Data's thread may outlive the search: it is not to join another cluster of this machine once ours is shut down.
+    env = os.environ | {"RAY_ENABLE_AUTO_CONNECT": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((world / fault / "found.json").read_text())
     return found

@@ -44,6 +44,13 @@ def done(batch: Batch | None, **told: Any) -> Report:
     return Report(batch.race, batch.number, scores_of(names(batch), batch.samples["sample_id"].to_pylist()), **told)
 
 
+def begun(board: Scoreboard, engine: str, batch: Batch | None) -> tuple[list[str], dict[str, str]]:
+    """An engine begins a batch: who is to be scored, and who is set aside."""
+    assert batch is not None
+    wanted, failures = board.begin(engine, batch.number)
+    return wanted["adapter_id"].to_pylist(), failures
+
+
 def finish(board: Scoreboard) -> list[list[str]]:
     """Do all work as one engine. The adapters of each batch."""
     batches = []
@@ -52,6 +59,27 @@ def finish(board: Scoreboard) -> list[list[str]]:
         board.begin("one", batch.number)
         board.report(done(batch))
     return batches
+
+
+def test_an_engine_gets_what_it_has_scored_before_in_place_of_what_others_have(tmp_path: Path) -> None:
+    """Two engines score two adapters each in the first rung; the second rung is given out in the order of the pool."""
+    board = Scoreboard(work_on(tmp_path, ["a", "b", "c", "d"]), Schedule((2, 4), None, 1.0, keep=4))
+    board.engine_up(2, 2.5)
+    begun(board, "one", base := board.next_batch(1))
+    board.report(done(base))
+    for engine in ("one", "other", "other", "one"):
+        begun(board, engine, batch := board.next_batch(1))
+        board.report(done(batch))
+    begun(board, "one", base := board.next_batch(1))
+    board.report(done(base))
+    first, second = board.next_batch(1), board.next_batch(1)
+    assert names(first) + names(second) == ["a", "b"]
+    assert begun(board, "other", first) == (["c"], {})  # b is out with nobody yet, and still is the second's
+    assert begun(board, "one", second) == (["d"], {})  # the last one is the likeliest to be in memory still
+    third = board.next_batch(1)
+    assert names(third) == ["b"]
+    assert begun(board, "one", third) == (["a"], {})
+    assert names(board.next_batch(1)) == ["b"]
 
 
 def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
@@ -96,7 +124,7 @@ def test_what_another_run_has_scored_meanwhile_is_not_asked_for_again(tmp_path: 
     news = pa.concat_tables([scores_of([name], [f"s{n}" for n in range(count)]) for name, count in stored])
     board.learn(news.append_column("adapter_hash", news["adapter_id"]).cast(STORED))
     assert out is not None
-    assert board.begin("one", out.number) == ([], {})
+    assert begun(board, "one", out) == ([], {})
     assert board.batches_out == 0
     batch = board.next_batch(2)
     assert names(batch) == ["c"]
@@ -151,7 +179,7 @@ def test_what_merely_waited_in_an_engine_that_died_is_not_blamed(tmp_path: Path)
         board.begin("one", batch.number)
     for batch in (first, second):
         assert batch is not None
-        assert board.begin("one", batch.number) == ([], {})
+        assert begun(board, "one", batch) == ([], {})
     for _ in range(2):
         alone = board.next_batch(2)
         assert alone is not None
@@ -177,9 +205,9 @@ def test_what_a_dead_engine_held_is_given_out_again_one_at_a_time(tmp_path: Path
     board, batches, told = Scoreboard(work_on(tmp_path, ["a", "deadly"]), EVERYTHING), [], dict[str, str]()
     while batch := board.next_batch(2):
         batches.append((names(batch), batch.alone))
-        assert board.begin("one", batch.number) == (names(batch), {})
+        assert begun(board, "one", batch) == (names(batch), {})
         if "deadly" in names(batch):
-            wanted, failures = board.begin("one", batch.number)
+            wanted, failures = begun(board, "one", batch)
             assert wanted == []
             told |= failures
         else:
@@ -201,23 +229,21 @@ def test_a_scoreboard_that_begins_anew_has_no_use_for_old_batches_and_counts_the
     base, adapters = before.next_batch(2), before.next_batch(2)
     anew = Scoreboard(work, EVERYTHING)
     assert base is not None
-    assert anew.begin("one", base.number) == ([], {})
+    assert begun(anew, "one", base) == ([], {})
     anew.report(done(adapters))
     assert finish(anew) == [["base"]]
 
 
-def test_work_that_is_held_too_long_goes_to_another_engine_that_has_nothing_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_that_is_held_too_long_goes_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "LEASE", 0.0)
     board = Scoreboard(work_on(tmp_path, []), EVERYTHING)
     slow = board.next_batch(1)
     assert slow is not None
     board.begin("slow", slow.number)
+    assert board.at_work == {"slow"}
     time.sleep(0.01)
-    board.reclaim({"slow"})
-    assert board.next_batch(1) is None  # nobody else could do it
-    board.reclaim({"slow", "quick"})
+    assert board.next_batch(1) is None
+    board.reclaim()
     again = board.next_batch(1)
     assert names(again) == names(slow) == ["base"]
     board.report(done(again))
@@ -234,11 +260,11 @@ def test_work_that_waits_for_a_lost_engine_goes_to_another(tmp_path: Path, monke
     assert begun is not None
     assert waits is not None
     board.begin("lost", begun.number)
-    board.reclaim({"lost", "other"})
+    board.reclaim()
     assert board.next_batch(1) is None  # it may be on its way to the other one
     monkeypatch.setattr(board_module, "LEASE", 0.0)
     time.sleep(0.01)
-    board.reclaim({"lost", "other"})
+    board.reclaim()
     assert [sorted(batch) for batch in finish(board)] == [["a", "b"]]
     assert board.progress().over
 

@@ -1,15 +1,19 @@
 """The stage `search`: what it needs, and what it depends on."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from pipeline.adapters.index import index
 from pipeline.config import Config, SearchConfig, TargetConfig
 from pipeline.core.errors import InputError
+from pipeline.data.sample import samples
 from pipeline.run_folder import Run
-from pipeline.search.search import search, search_key
+from pipeline.search.engine_pool import Engines
+from pipeline.search.search import search, search_key, search_together
 
 
 def run_on(base: str, folder: Path, **asked: Any) -> Run:
@@ -30,3 +34,37 @@ def test_it_depends_on_adapters_samples_engine_and_budget_and_on_no_worker(tiny_
     assert key(actors=7, adapters_per_batch=3, cpus_per_actor=2) == key()
     others = [key("ac"), key(ids="xy"), key(engine="transformers"), key(dtype="float16"), key(budget={"share": 0.5})]
     assert len({key(), *others}) == 6
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_searches_side_by_side_end_as_each_alone(
+    tiny_base: str,
+    write_pool: Callable[[Path], Path],
+    word_rows: list[dict[str, Any]],
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    pool = write_pool(tmp_path / "pool")
+    rows = {"one": word_rows, "two": [{**row, "prompt": f"Now {row['prompt']}"} for row in word_rows]}
+    asked = SearchConfig(samples=12, engine="transformers", dtype="float32", adapters_per_batch=1, cpus_per_actor=1, actors=1)
+
+    def runs(where: str) -> list[Run]:
+        made = list[Run]()
+        for name, content in rows.items():
+            target = TargetConfig(train=write_jsonl(tmp_path / f"{name}.jsonl", content))
+            config = Config(run=str(tmp_path / where / name), base=tiny_base, pool=str(pool), target=target, search=asked)
+            made.append(Run(config))
+            index(made[-1])
+            samples(made[-1])
+        return made
+
+    together, apart = runs("together"), runs("apart")
+    search_together(together, Engines(asked))
+    for one, other in zip(together, apart, strict=True):
+        search(other)
+        tables = [run.folder.read_table("leaderboard.parquet") for run in (one, other)]
+        assert len(tables[0]) > 2
+        assert tables[0].equals(tables[1])
+        scored = [run.ledger.records["search"]["details"]["adapter_samples"] for run in (one, other)]
+        assert scored[0] == scored[1] > 0
+    search_together(together, Engines(asked))  # there is nothing to do

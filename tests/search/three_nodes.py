@@ -45,7 +45,7 @@ class Waiting(engine_pool.ScoringActor):
 
     def __call__(self, block: pa.Table) -> pa.Table:
         self.batches += 1
-        while self.batches > 2 and ray.get(self.dispatcher.progress.remote(1)).engines < 2:
+        while self.batches > 2 and ray.get(self.dispatcher.progress.remote([1]))[0].engines < 2:
             time.sleep(0.5)
         return super().__call__(block)
 
