@@ -11,7 +11,7 @@ from pipeline.core.node_folder import temporary_folder
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.model.base_model import device, fast_dtype, load_model
-from pipeline.model.completion_loss import collate, score_rows
+from pipeline.model.completion_loss import collate, decoder_of, score_rows
 from pipeline.model.length_batches import length_batches
 
 BATCH_TOKENS = 2048
@@ -36,6 +36,7 @@ class TransformersScorer:
 
     def _load(self) -> None:
         self.model = load_model(self.config.base, fast_dtype(self.config.dtype))
+        decoder_of(self.model)  # found out now, while no adapter is on it
 
     def _score(self, candidate: Candidate, samples: pa.Table) -> pa.Table:
         if candidate.folder is None:

@@ -1,11 +1,15 @@
 """Losses of completions under a transformers causal LM: the output head runs only where a token counts, and what all rows of a
 batch begin with, such as the system prompt of a chat template, is computed once.
 
+The head is the model's own: many scale or cap their logits, each in its way. A model of which it is not proven that it can be run
+in two steps, decoder and head, is run whole.
+
 Shapes: B rows, T tokens, P of them shared, N positions that count, H hidden features, V vocabulary.
 """
 
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +20,19 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+Head = Callable[[Tensor], Tensor]
+
+PROVEN = "_mashup_decoder"
+"""Attribute of a model in which `decoder_of` keeps what it found, in a tuple."""
+
+PROOF_TOKENS, PROOF_SHARED, PROOF_WORDS = 10, 6, 200
+"""Of the two rows that a decoder is proven on: tokens of each, of which so many are the same, and token ids."""
+
+PROOF = {True: 1e-3, False: 3e-2}
+"""Of the logits' spread, by which half of them may differ at most; in float32, and in 16 bits, where matrix products of other
+shapes round otherwise."""
 
 LOGITS = 1 << 25
 """Logits held at a time in training and scoring: 128 MB in float32."""
@@ -68,13 +85,21 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+@dataclass
+class _Given(BaseModelOutputWithPast):
+    """What a decoder gives; what else a model asks it for, such as the choices of its routers, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def completion_logits(model: Any, batch: Batch) -> Tensor:
     """Logits in float32 for the positions that predict a token which counts, row after row; shape (N, V).
 
-    `model` is a transformers causal LM, its LoRA layers injected or not. The models of the Hub that rescale their logits do
-    it by a config field: Gemma 2 (soft cap), Cohere and Granite (factors).
+    `model` is a transformers causal LM, its LoRA layers injected or not.
     """
-    return _logits(model, _hidden(model, batch))
+    return torch.cat([head(values) for head, values, _ in _chunks(model, batch)])
 
 
 def completion_nll(model: Any, batch: Batch) -> Tensor:
@@ -84,8 +109,8 @@ def completion_nll(model: Any, batch: Batch) -> Tensor:
     """
     chunks = _chunks(model, batch)
     if len(chunks) == 1:
-        return _nll(model, *chunks[0])
-    again = partial(checkpoint, _nll, model, use_reentrant=False, preserve_rng_state=False)  # a head draws no numbers
+        return _nll(*chunks[0])
+    again = partial(checkpoint, _nll, use_reentrant=False, preserve_rng_state=False)  # a head draws no numbers
     return torch.cat([again(*chunk) for chunk in chunks])
 
 
@@ -98,8 +123,8 @@ def completion_targets(batch: Batch) -> Tensor:
 def score_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p of each token that counts, and whether it was the model's first choice; each (N,)."""
     nll, hit = [], []
-    for hidden_NH, target_N in _chunks(model, batch):
-        logits_NV = _logits(model, hidden_NH)
+    for head, hidden_NH, target_N in _chunks(model, batch):
+        logits_NV = head(hidden_NH)
         nll.append(cross_entropy(logits_NV, target_N, reduction="none").double())
         hit.append(logits_NV.argmax(dim=-1) == target_N)
     return torch.cat(nll), torch.cat(hit)
@@ -115,10 +140,14 @@ def score_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return nll_B, count_B, hit_B
 
 
-def _chunks(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Last hidden states (N, H) and targets (N,), so many at a time that they make at most LOGITS logits."""
-    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
-    return list(zip(_hidden(model, batch).split(size), completion_targets(batch).split(size), strict=True))
+def _chunks(model: Any, batch: Batch) -> list[tuple[Head, Tensor, Tensor]]:
+    """What makes logits (N, V) in float32, of which values, and the targets (N,), for at most LOGITS logits at a time."""
+    decoder, size = decoder_of(model), max(1, LOGITS // int(model.config.get_text_config().vocab_size))
+    if decoder is None:
+        head, values = Tensor.float, _whole_logits(model, batch)
+    else:
+        head, values = partial(_own_logits, model, decoder), _hidden(decoder, batch)
+    return [(head, *chunk) for chunk in zip(values.split(size), completion_targets(batch).split(size), strict=True)]
 
 
 def _shared(ids_BT: Tensor, mask_BT: Tensor) -> int:
@@ -127,9 +156,9 @@ def _shared(ids_BT: Tensor, mask_BT: Tensor) -> int:
     return min(alike, before)
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:
+def _hidden(decoder: Any, batch: Batch) -> Tensor:
     """Last hidden states at the positions that predict a token which counts; shape (N, H)."""
-    decoder, start = model.get_decoder(), batch.n_shared
+    start = batch.n_shared
     cache = _shared_cache(decoder, batch)
     if cache is None:
         start, hidden_BTH = 0, decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
@@ -148,13 +177,17 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
     rows = len(batch.ids_BT)
     if not sharing_pays(rows, batch.n_shared, batch.ids_BT.device):
         return None
+    return _cache_of(decoder, batch.ids_BT, batch.n_shared)
+
+
+def _cache_of(decoder: Any, ids_BT: Tensor, n_shared: int) -> DynamicCache | None:
     cache = DynamicCache(config=decoder.config)
     if not _keeps_keys_and_values(decoder, cache):
         return None
-    decoder(input_ids=batch.ids_BT[:1, : batch.n_shared], past_key_values=cache, use_cache=True)
-    if any(layer.get_seq_length() != batch.n_shared for layer in cache.layers):
+    decoder(input_ids=ids_BT[:1, :n_shared], past_key_values=cache, use_cache=True)
+    if any(layer.get_seq_length() != n_shared for layer in cache.layers):
         return None
-    cache.batch_repeat_interleave(rows)
+    cache.batch_repeat_interleave(len(ids_BT))
     return cache
 
 
@@ -171,17 +204,71 @@ def _keeps_keys_and_values(decoder: Any, cache: DynamicCache) -> bool:
     return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def _logits(model: Any, hidden_NH: Tensor) -> Tensor:
-    logits_NV = model.get_output_embeddings()(hidden_NH).float()
-    config = model.config
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    if factor := getattr(config, "logit_scale", None):
-        logits_NV = logits_NV * factor
-    if divisor := getattr(config, "logits_scaling", None):
-        logits_NV = logits_NV / divisor
+def decoder_of(model: Any) -> Any | None:
+    """The part of a model that turns tokens into its last hidden states, so that its head can run apart. None: there is none of
+    which this is proven, and the model is used whole. To be asked before the model's weights are shared out."""
+    if (known := model.__dict__.get(PROVEN)) is None:
+        named = [model.get_decoder()] if hasattr(model, "get_decoder") else []  # of some it is the whole model
+        parts = [part for part in (*named, *model.children()) if part is not model]
+        found = next((part for part in parts if _is_proven(model, part)), None)
+        if found is None:
+            logging.getLogger(__name__).warning("%s is run whole for each loss, which is slow", type(model).__name__)
+        known = model.__dict__[PROVEN] = (found,)  # not by setattr: what is a module would become one of its parts
+    return known[0]
+
+
+@torch.no_grad()
+def _is_proven(model: Any, decoder: Any) -> bool:
+    """Whether the logits of a few rows, made in two steps, are those that the model gives; also where what the rows begin with is
+    computed once, if it can be for this model."""
+    training = model.training
+    model.eval()
+    try:
+        words = min(PROOF_WORDS, int(model.config.get_text_config().vocab_size))
+        ids_BT = torch.arange(2 * PROOF_TOKENS).reshape(2, -1).remainder(words - 1).add(1).to(model.device)
+        ids_BT[:, :PROOF_SHARED] = ids_BT[0, :PROOF_SHARED]
+        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+        whole_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        if not _are_alike(model, _own_logits(model, decoder, whole_BTH.flatten(0, 1)), expected_BTV.flatten(0, 1)):
+            return False
+        cache = _cache_of(decoder, ids_BT, PROOF_SHARED)
+        if cache is None:
+            return True
+        rest_BTH = decoder(input_ids=ids_BT[:, PROOF_SHARED:], past_key_values=cache, use_cache=True).last_hidden_state
+        found_NV = _own_logits(model, decoder, rest_BTH.flatten(0, 1))
+        return _are_alike(model, found_NV, expected_BTV[:, PROOF_SHARED:].flatten(0, 1))
+    except Exception:
+        return False
+    finally:
+        model.train(training)
+
+
+def _are_alike(model: Any, found_NV: Tensor, expected_NV: Tensor) -> bool:
+    """By medians: of logits that a model masks the spread is none, and a rounding that flips an expert moves few."""
+    spread = (expected_NV - expected_NV.median()).abs().median()
+    apart = (found_NV.to(expected_NV.device) - expected_NV).abs().median()
+    return bool(apart <= PROOF[model.dtype == torch.float32] * spread)
+
+
+def _own_logits(model: Any, decoder: Any, hidden_NH: Tensor) -> Tensor:
+    """The logits that the model itself makes of last hidden states, with its scales and caps, in float32: its own forward pass,
+    in which the decoder is one that gives these."""
+    output = _Given(last_hidden_state=hidden_NH[None])
+    decoder.__dict__["_call_impl"] = lambda *args, **settings: output  # without hooks: nothing is computed in it
+    try:
+        nothing = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+        logits_NV: Tensor = model(input_ids=nothing, use_cache=False).logits[0].float()
+    finally:
+        del decoder.__dict__["_call_impl"]
     return logits_NV
 
 
-def _nll(model: Any, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
-    return cross_entropy(_logits(model, hidden_NH), target_N, reduction="none")
+def _whole_logits(model: Any, batch: Batch) -> Tensor:
+    """The logits of a whole forward pass at the positions that predict a token which counts; shape (N, V)."""
+    logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
+    found: Tensor = logits_BTV.flatten(0, 1).index_select(0, batch.index_N - 1)
+    return found
+
+
+def _nll(head: Head, values: Tensor, target_N: Tensor) -> Tensor:
+    return cross_entropy(head(values), target_N, reduction="none")

@@ -32,7 +32,7 @@ from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model, load_tokenizer
-from pipeline.model.completion_loss import Batch, completion_nll, score_tokens
+from pipeline.model.completion_loss import Batch, completion_nll, decoder_of, score_tokens
 from pipeline.train.arm import Job, download_model
 from pipeline.train.evaluate import causal
 from pipeline.train.fused_lora import fuse
@@ -68,6 +68,7 @@ class Trainable:
         with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
             self.start = read_adapter(start) if start and job.folded and not job.full else None
             self.model = _build(job, start)
+            decoder_of(causal(self.model))  # found out now, while this worker has all weights
             fuse(self.model)
             if job.train.gradient_checkpointing:
                 causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})

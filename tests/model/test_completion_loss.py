@@ -28,6 +28,7 @@ from pipeline.model.completion_loss import (
     completion_nll,
     completion_targets,
     copied_to,
+    decoder_of,
     score_rows,
     sharing_pays,
 )
@@ -148,7 +149,9 @@ def losses_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, 
     """Losses of the tokens that count, the gradient of all weights, and the tokens in each pass through the decoder."""
     passes: list[int] = []
     count = lambda decoder, args, kwargs: passes.append(kwargs["input_ids"].numel())  # noqa: E731
-    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    decoder = decoder_of(model)
+    assert decoder is model.get_decoder()
+    hook = decoder.register_forward_pre_hook(count, with_kwargs=True)
     model.zero_grad()
     nll_N = completion_nll(model, batch)
     nll_N.sum().backward()
