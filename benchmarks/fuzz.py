@@ -156,13 +156,13 @@ def _adapter(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 
 def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     from benchmarks.pools import byte_tokenizer
-    from pipeline.data.tokenise import tokenise_text
+    from pipeline.data.tokenise import Reading, tokenise_text
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
 
     def read(content: bytes) -> None:
-        if problem := tokenise_text(content, tokenizer, 0, 256).get("problem"):
+        if problem := tokenise_text(content, tokenizer, 0, Reading(256)).get("problem"):
             raise ValueError(problem)
 
     rows = [

@@ -24,7 +24,7 @@ from pipeline.config import TrainConfig
 from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID, SAMPLES
-from pipeline.data.tokenise import tokenise_text
+from pipeline.data.tokenise import Reading, tokenise_text
 from pipeline.engines.scorer import Candidate, EngineConfig
 from pipeline.engines.transformers import TransformersScorer
 from pipeline.merge.learned_weights import learn_weights
@@ -86,8 +86,8 @@ def _train_all(base: str, pool: Path, task: Path, starts: Sequence[str], seed: i
 
 def _rows(file: Path, base: str) -> pa.Table:
     """The usable rows of a file, each content once, in the order that `pipeline.data.splits` draws them."""
-    tokenizer = load_tokenizer(base)
-    found = [tokenise_text(line.encode(), tokenizer, 0, MAX_TOKENS) for line in file.read_text().split("\n") if line.strip()]
+    tokenizer, reading = load_tokenizer(base), Reading(MAX_TOKENS)
+    found = [tokenise_text(line.encode(), tokenizer, 0, reading) for line in file.read_text().split("\n") if line.strip()]
     usable = {row["sample_id"]: {**row, "split": "train"} for row in found if "sample_id" in row}
     return pa.Table.from_pylist(sorted(usable.values(), key=lambda row: row["draw_key"]), schema=SAMPLES)
 

@@ -1,8 +1,9 @@
 """The whole method as a job: everything that `mashup run` does.
 
-    python -m jobs.mashup CONFIG.yaml [--run RUN] [--plan]
+    python -m jobs.mashup CONFIG.yaml [--run RUN] [--plan | --until-merge]
 
-The last line has the headline of the run's summary.json, or with --plan what the run would do and cost; see `jobs/entry.py`.
+The last line has the headline of the run's summary.json; with --plan what the run would do and cost; with --until-merge the
+verdict and the adapter to start from. See `jobs/entry.py`.
 """
 
 from typing import Any
@@ -35,9 +36,23 @@ def plan(config: str, run: str | None) -> dict[str, Any]:
     return {"run": asked.run, "plan": plan_run(asked)}
 
 
+def until_merge(config: str, run: str | None) -> dict[str, Any]:
+    """Find and merge donors, and train nothing."""
+    from pipeline.config import load_config
+
+    asked = load_config(config, run=run)
+    from pipeline.core.storage import Folder
+    from pipeline.run import find_start
+
+    selection, folder = find_start(asked), Folder.at(asked.run)
+    adapter = folder.sub("mashup").uri if selection["verdict"] == "mashup" else None
+    return {"run": folder.uri, **{name: selection[name] for name in ("verdict", "donors")}, "adapter": adapter}
+
+
 def main() -> None:
-    asked = arguments(__doc__, run=RUN, plan="only say what the run would do and cost")
-    work = plan if asked.plan else mashup
+    about = {"plan": "only say what the run would do and cost", "until_merge": "find and merge donors, and train nothing"}
+    asked = arguments(__doc__, run=RUN, **about)
+    work = plan if asked.plan else until_merge if asked.until_merge else mashup
     run_job(lambda: work(asked.config, asked.run))
 
 

@@ -6,14 +6,17 @@ Exit codes: 0 done; 1 failed while working, the same command goes on from there;
 `mashup refresh --exit-code`).
 """
 
+import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from pipeline import __version__
 from pipeline.core.errors import InputError, one_line
 from pipeline.core.progress import exit_when_stopped, quiet_libraries
 
@@ -21,7 +24,6 @@ app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a local path or s3://...")]
@@ -34,6 +36,68 @@ PLAN = (
 )
 
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the config's, as in train.steps=50.")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mashup {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Start a finetune from what was trained before: find donors, merge them, finetune, compare."""
+
+
+@app.command()
+def init(
+    base: Base,
+    pool: Pool,
+    target: Annotated[str, typer.Option(help="The target's train split; see docs/data.md.")],
+    run: Annotated[str, typer.Option("--run", help="Folder of the run.")] = "run",
+    file: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The file to write.")] = "config.yaml",
+) -> None:
+    """Write a config file for a task, with every other key and its default as a comment."""
+    from pipeline.config_template import template
+
+    _config(run, base, pool, {"train": target})
+    if Path(file).exists():
+        raise InputError(f"{file}: this file is there already; name another one, or remove it")
+    Path(file).write_text(template({"run": run, "base": base, "pool": pool, "target": {"train": target}}))
+    typer.echo(f"{file}; next: mashup samples {file}, mashup run {file} --plan, mashup run {file}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config file, for editors."""
+    from pipeline.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run: a local path or s3://...")],
+    as_json: Annotated[bool, typer.Option("--json", help="For a machine.")] = False,
+) -> None:
+    """Print how far a run is and what it found."""
+    folder = _open(run).folder
+    from pipeline.report.terminal import found_so_far, run_table
+
+    found = found_so_far(folder)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        Console().print(run_table(folder, found))
+
+
 @app.command()
 def index(base: Base, pool: Pool, run: RunFolder) -> None:
     """Check every adapter of a pool against the base model and write the catalogue."""
@@ -42,6 +106,22 @@ def index(base: Base, pool: Pool, run: RunFolder) -> None:
 
     with page.Run(config).locked() as this:
         page.index(this)
+
+
+@app.command()
+def samples(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Config file of a run.")],
+    show: Annotated[int, typer.Option(help="How many rows.", min=1)] = 3,
+    settings: Settings = None,
+) -> None:
+    """Show the first rows of a target as they are understood, and in colour what is learned of them."""
+    from pipeline.config import load_config
+
+    asked = load_config(config, settings or ())
+    from pipeline.data.show import show_rows
+
+    for row in show_rows(asked, show):
+        Console(highlight=False).print(row, soft_wrap=True)
 
 
 @app.command()
@@ -117,21 +197,28 @@ def run_command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Config file of the run; see docs/configuration.md.")],
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
+    until: Annotated[str | None, typer.Option(help="merge: find and merge donors, and train nothing.")] = None,
+    settings: Settings = None,
 ) -> None:
     """Run all stages; go on where an earlier attempt stopped. Prints the result and the path of the report."""
     from pipeline.config import load_config
 
-    asked = load_config(config, run=run)
+    if until not in (None, "merge"):
+        raise InputError(f"--until {until}: must be merge")
+    asked = load_config(config, settings or (), run=run)
     from pipeline import run as page
     from pipeline.core.storage import Folder
-    from pipeline.report.terminal import plan_table
+    from pipeline.report.terminal import plan_table, start_table
 
     if plan:
         Console().print(plan_table(page.plan_run(asked)))
         return
-    page.run_all(asked)
     folder = Folder.at(asked.run)
-    _print_summary(folder)
+    if until:
+        Console().print(start_table(page.find_start(asked), folder), soft_wrap=True)
+    else:
+        page.run_all(asked)
+        _print_summary(folder)
     typer.echo(f"{folder.uri}/report.html")
 
 
@@ -156,11 +243,13 @@ def submit(
     job: Annotated[str, typer.Option(help="mashup, search or refresh.")] = "mashup",
     address: Annotated[str | None, typer.Option(help="Ray's job server; by default what Ray's own variables name.")] = None,
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run, in place of the config's.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    settings: Settings = None,
 ) -> None:
     """Run a job on a Ray cluster, follow its log and print its result. Ends with the job's own exit code."""
     from pipeline.submit import submit_job
 
-    raise typer.Exit(submit_job(config, job, address, run, options or ()))
+    raise typer.Exit(submit_job(config, job, address, run, options or (), wait, settings or ()))
 
 
 def main() -> None:

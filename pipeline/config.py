@@ -5,12 +5,13 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.core.settings import Section, checked, read_yaml
+from pipeline.core.settings import Section, checked, read_yaml, with_settings
 from pipeline.core.storage import lies_in
 
 Auto = Literal["auto"]
@@ -55,15 +56,32 @@ METHODS = {
 MethodName = Literal[("auto", *METHODS)]  # type: ignore[valid-type]
 
 
+COLUMNS = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "chosen"),
+    *("instruction", "input", "output", "history", "text", "system", "tools", "chat_template_kwargs"),
+)
+"""Of a target's files; what each is for: `data/forms.py`."""
+
+
 class TargetConfig(Section):
     """The new task's data: JSON, JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
 
-    train: str = Field(description="rows with messages, or with prompt and completion")
+    train: str = Field(description="rows of conversations, of prompt and completion, or in another form (docs/data.md)")
     validation: str | None = Field(None, description="a tenth of train where absent")
     test: str | None = Field(None, description="a tenth of train where absent")
+    columns: dict[str, str] = Field({}, description="what columns are called in the files, such as {prompt: question}")
+    turns: Literal["all", "last"] = Field("all", description="which answers of a conversation are learned and scored")
     max_tokens: int = Field(1024, ge=8, le=MAX_COUNT, description="longer rows are left out and counted")
+    too_long: Literal["drop", "cut"] = Field("drop", description="cut: longer rows lose their first tokens, and are counted")
     validation_rows: int = Field(128, ge=1, le=MAX_COUNT, description="rows used of the validation split, a seeded draw")
     test_rows: int = Field(500, ge=1, le=MAX_COUNT, description="rows used of the test split, a seeded draw")
+
+    @field_validator("columns")
+    @classmethod
+    def known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(f"no column {unknown[0]!r} is read; known: {', '.join(COLUMNS)}")
+        return value
 
 
 class Budget(Section):
@@ -315,6 +333,9 @@ class Config(Section):
     base: str = Field(description="base model: Hub id (org/name, org/name@revision), local folder or s3://...")
     pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
     exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
+    checkpoints: Literal["leave_out", "include"] = Field(
+        "leave_out", description="checkpoint-NNN folders of an adapter that is itself in the pool"
+    )
     target: TargetConfig
     search: SearchConfig = SearchConfig()
     merge: MergeConfig = MergeConfig()
@@ -352,13 +373,14 @@ class Config(Section):
         return str(path.resolve()) if path.is_dir() else value
 
 
-def load_config(path: str, **overrides: Any) -> Config:
-    """Read a config file; top-level keys in `overrides` that are not None replace the file's.
+def load_config(path: str, settings: Sequence[str] = (), **overrides: Any) -> Config:
+    """Read a config file. `settings` (as of `with_settings`) replace values of it, and top-level keys in `overrides` that are not
+    None.
 
     Raises:
         InputError: no such file, not YAML, or a key or value that is not right.
     """
-    content = read_yaml(path, "run, base, pool and target")
+    content = with_settings(read_yaml(path, "run, base, pool and target"), settings)
     return build_config({**content, **{key: value for key, value in overrides.items() if value is not None}}, path)
 
 

@@ -55,6 +55,22 @@ def run_all(config: Config) -> dict[str, Any]:
         return dict(run.folder.read_json("summary.json"))
 
 
+def find_start(config: Config) -> dict[str, Any]:
+    """The method up to the merge: the adapter to start a finetune from, and nothing is trained. Returns the selection.
+
+    Raises:
+        InputError, LockTakenError, LockLostError: as for `run_all`.
+    """
+    engines = Engines(config.search)
+    with open_run(config, lambda run: require_engine(run.config.search)) as run:
+        with engines.kept():
+            index(run, meanwhile=lambda: warm_up(config.search))
+            samples(run)
+            search_and_merge(run, engines)
+        report(run)
+        return dict(run.folder.read_json("selection.json"))
+
+
 def search_and_merge(run: Run, engines: Engines) -> None:
     """The two stages that share engines."""
     search_for_merge([run], engines)

@@ -31,7 +31,7 @@ from pipeline.config import Config
 from pipeline.core.errors import InputError, first_line
 from pipeline.core.ledger import digest
 from pipeline.core.node_folder import temporary_folder
-from pipeline.core.settings import checked, read_yaml
+from pipeline.core.settings import checked, read_yaml, with_settings
 from pipeline.core.storage import Folder
 from pipeline.refresh.refresh import RefreshConfig
 from pipeline.report.terminal import leaderboard_table, summary_table
@@ -57,7 +57,15 @@ PATIENCE, POLL, LONGEST_POLL = 60.0, 2.0, 60.0
 """Seconds without an answer after which a job is out of sight, and between two tries: at first, and in the end."""
 
 
-def submit_job(path: str, job: str, address: str | None = None, run: str | None = None, options: Sequence[str] = ()) -> int:
+def submit_job(
+    path: str,
+    job: str,
+    address: str | None = None,
+    run: str | None = None,
+    options: Sequence[str] = (),
+    wait: bool = True,
+    settings: Sequence[str] = (),
+) -> int:
     """Send a job to a cluster, follow it to its end and print what it found.
 
     Args:
@@ -66,9 +74,11 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
         address: of the job server; by default RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or else this machine's.
         run: folder of the run, in place of the config's.
         options: of the job, such as --plan.
+        wait: whether to follow it.
+        settings: in place of the config's, as of `with_settings`.
 
     Returns:
-        The job's exit code; 1 if it was left running.
+        The job's exit code; 1 if it was left running, 0 if that was asked for.
 
     Raises:
         InputError: the job or the config is not right, or the server wants another token.
@@ -76,12 +86,14 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     """
     if job not in JOBS:
         raise InputError(f"--job {job}: must be {', '.join(JOBS[:-1])} or {JOBS[-1]}")
-    config = portable_config(path, job, run)
+    config = portable_config(path, job, run, settings)
     client = connect(address)
     number, told = _send_once(client, job, options, config)
     follow, stop = (f"ray job {what} {number} --address {client.get_address()}" for what in ("logs --follow", "stop"))
     say = partial(Console(stderr=True, soft_wrap=True, highlight=False).print, markup=False)
     say(f"job {number} {told}\n  to follow it: {follow}\n  to stop it:   {stop}")
+    if not wait:
+        return 0
     try:
         ending = _follow(client, number, say)
     except KeyboardInterrupt:
@@ -96,15 +108,17 @@ def submit_job(path: str, job: str, address: str | None = None, run: str | None 
     return int(ending["exit_code"])
 
 
-def portable_config(path: str, job: str, run: str | None) -> dict[str, Any]:
-    """What a job's config file asks, with `run` in place of its own; fit for a machine with another working folder.
+def portable_config(path: str, job: str, run: str | None, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """What a job's config file asks, with `run` and `settings` in place of its own; fit for a machine with another working
+    folder.
 
     Raises:
         InputError: a key or value is not right, or a path is relative.
     """
     if job == "refresh" and run:
         raise InputError(f"--run {run}: a refresh has the folders of its runs in its home; leave it out")
-    content: dict[str, Any] = read_yaml(path, "run, base, pool and target") | ({"run": run} if run else {})
+    content: dict[str, Any] = read_yaml(path, "run, base, pool and target")
+    content = with_settings(content, settings) | ({"run": run} if run else {})
     checked(RefreshConfig if job == "refresh" else Config, content, path)
     for key, value in paths(content):
         if not _travels(value, key == "base"):

@@ -1,5 +1,6 @@
 """The command line: complete help, and for each bad input one clear line, exit code 2, and nothing half-written."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import __version__
 from pipeline.cli import main
 from pipeline.core.storage import Folder
 from pipeline.core.tables import VERSION
@@ -120,7 +122,7 @@ def test_unknown_base_on_the_hub(mashup: Any, config: dict[str, Any], tmp_path: 
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', ["line 2", "malformed JSON"]),
         ('{"prompt": "a", "completion": "b"}\n[1]\n', ["line 2", "not a JSON object"]),
         ('{"prompt": "a", "completion": ""}\n' * 20, ["no row can be used", "20 x empty completion"]),
-        ('{"text": "a"}\n' * 20, ["no row can be used", "neither messages nor prompt and completion"]),
+        ('{"text": "a"}\n' * 20, ["no row can be used", "nothing comes before its completion"]),
     ],
 )
 def test_bad_target(mashup: Any, config: dict[str, Any], tmp_path: Path, content: str | None, parts: list[str]) -> None:
@@ -192,12 +194,82 @@ def test_an_error_while_working_is_one_line_and_exit_code_1(mashup: Any, monkeyp
     assert "Traceback" not in error
 
 
+def test_settings_take_the_place_of_the_configs(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    file = write(config, tmp_path)
+    for setting, part in {
+        "train.stepz=3": "unknown key 'train.stepz'",
+        "train.steps=0": "train.steps: ",
+        "train.steps": "--set train.steps: must be KEY=VALUE",
+        "train=[": "--set train=[: not valid YAML",
+        "pool=/nothing/here": "/nothing/here: no such adapter pool",
+    }.items():
+        assert_one_clear_line(mashup("run", file, "--set", setting), part)
+    assert_one_clear_line(mashup("run", file, "--until", "report"), "--until report: must be merge")
+
+
+def test_a_new_config_is_written_once_and_shown(mashup: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    file = str(tmp_path / "new.yaml")
+    asked = ("--base", config["base"], "--pool", config["pool"], "--target", config["target"]["train"], file)
+    assert mashup("init", *asked)[0] == 0
+    assert_one_clear_line(mashup("init", *asked), "new.yaml: this file is there already")
+    assert mashup("samples", file, "--show", "2", "--set", "target.turns=last")[0] == 0
+
+
+def called(*arguments: str) -> str:
+    """What the command prints, in a process of its own."""
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_the_version_and_the_schema_are_printed() -> None:
+    assert called("--version") == f"mashup {__version__}\n"
+    assert "target" in json.loads(called("schema"))["required"]
+
+
+def test_a_mistake_in_a_config_is_said_before_torch_and_ray_are_imported(config: dict[str, Any], tmp_path: Path) -> None:
+    file = write({**config, "trian": {}}, tmp_path)
+    script = (
+        "import sys\nfrom pipeline.cli import main\nsys.argv = ['mashup', 'run', sys.argv[1]]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, {'torch', 'ray'} & sys.modules.keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, timeout=60, check=True)
+    assert "unknown key 'trian'" in found.stderr
+    assert found.stdout == "2 set()\n"
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_session")
+def test_up_to_the_merge_nothing_is_trained(
+    mashup: Any,
+    config: dict[str, Any],
+    write_pool: Callable[[Path], Path],
+    word_rows: list[Any],
+    write_jsonl: Any,
+    tmp_path: Path,
+) -> None:
+    config |= {
+        "pool": str(write_pool(tmp_path / "donors")),
+        "target": {"train": write_jsonl(tmp_path / "words.jsonl", word_rows)},
+    }
+    config["search"] |= {"dtype": "float32", "cpus_per_actor": 1}
+    assert mashup("run", write(config, tmp_path), "--until", "merge")[0] == 0
+    run = tmp_path / "run"
+    assert (run / "mashup/adapter_model.safetensors").exists()
+    assert (run / "report.html").exists()
+    assert not (run / "train").exists()
+    assert not (run / "summary.json").exists()
+    found = json.loads(called("show", str(run), "--json"))
+    assert found["selection"]["verdict"] == "mashup"
+    assert found["stages"]["merge"]["done"]
+    assert f"Start from {run}/mashup" in called("show", str(run)).replace("\n", "")
+
+
 def test_help_names_every_command_and_option_as_installed() -> None:
     """The installed command, as a user calls it."""
     found = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
-    for command in ("index", "search", "merge", "train", "compare", "report", "run", "submit"):
+    for command in ("init", "index", "search", "merge", "train", "compare", "report", "run", "submit"):
         assert command in found.stdout
         page = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=True

@@ -118,6 +118,32 @@ def read_yaml(path: str, keys: str) -> dict[str, Any]:
     return content
 
 
+def with_settings(content: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A config's content with other values for some keys, each given as in train.steps=50, the value in YAML.
+
+    Raises:
+        InputError: one has no = in it, or no value that is YAML.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not (key.strip() and equals):
+            raise InputError(f"--set {for_display(setting, MAX_SHOWN)}: must be KEY=VALUE, such as train.steps=50")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"--set {for_display(setting, MAX_SHOWN)}: not valid YAML ({' '.join(str(error).split())})"
+            ) from error
+        content = _with(content, key.strip().split("."), value)
+    return content
+
+
+def _with(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy with one value changed, deep in it; what stands in the way of its section is replaced."""
+    content = content if isinstance(content, dict) else {}
+    return {**content, keys[0]: _with(content.get(keys[0]), keys[1:], value) if keys[1:] else value}
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands in a mapping twice, whose first value would be ignored; mappings that grow by merging others
     beyond any honest one; and numbers of YAML 1.1 that are not what they look like, as 0100 is 64 and 1:30 is 90."""

@@ -1,25 +1,26 @@
-"""Target data of any known form -> its rows as JSON text: JSONL, a JSON array, Parquet, or a folder saved by `datasets`.
+"""Target data of any known form -> its rows as JSON text: JSONL, a JSON array, CSV, Parquet, or a folder saved by `datasets`.
 
-JSONL is read by its blocks, ranges of bytes that are cut at line ends, one task each, however large the file; an array is whole.
+JSONL is read by its blocks, ranges of bytes that are cut at line ends, one task each, however large the file; an array, a CSV
+file and what is packed by gzip are each read by one task.
 """
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import ray
 
+from pipeline.config import COLUMNS
 from pipeline.core.errors import InputError, is_transient, one_line
 from pipeline.core.storage import Folder
-
-LINES = (".jsonl", ".json")
-COLUMNS = ("messages", "prompt", "completion")
+from pipeline.data.files import Source, is_packed, source_of
 
 GZIP = b"\x1f\x8b"
 
@@ -28,6 +29,9 @@ ARRAY_WITHIN = 1024
 
 BLOCK_BYTES = 8 << 20
 """Of JSON text that one task reads."""
+
+FIRST = 100
+"""Rows of a table that `first_rows` looks at, at a time."""
 
 LINE_END_WITHIN = 1 << 20
 """Bytes that are read at a time behind a block, for the rest of its last line."""
@@ -44,74 +48,127 @@ class Block(NamedTuple):
     stop: int
 
 
-def read_rows(path: str, role: str) -> ray.data.Dataset:
+def read_rows(path: str, role: str, columns: Sequence[str] = ()) -> ray.data.Dataset:
     """A column `row` with each row of a data set as JSON text. Of JSON files also the number of its `block` in `json_blocks`, and
     every line, blank ones too, so that lines can be counted.
+
+    Args:
+        columns: that are read beside those that `config.COLUMNS` names.
 
     Raises:
         InputError: it is of no known form.
     """
-    folder = Folder.at(path)
-    if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
-        return _from_datasets(path, role)
-    if _is_parquet(path, folder):
-        if others := [name for name in _names(folder) if name.endswith(".jsonl")]:  # a .json may tell of the data
-            raise InputError(f"{path}: target.{role} holds Parquet and {others[0]!r}, of another form; give files of one form")
-        try:
-            # A folder named prompt=x is a column to Ray, unless told otherwise.
-            rows = ray.data.read_parquet(folder.path, filesystem=folder.files, partitioning=None)
-            return rows.map_batches(_as_json, batch_format="pyarrow")
-        except (OSError, pa.ArrowException) as error:
-            if is_transient(error):
-                raise
-            otherwise = f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
-            raise InputError(unreadable(path) or otherwise) from error
-    if path.endswith(LINES):
-        blocks = json_blocks(path)
-        shares = [{"numbers": numbers.tolist()} for numbers in _shared_out(blocks)]
-        tasks = ray.data.from_items(shares, override_num_blocks=len(shares))
-        return tasks.map_batches(partial(_from_json, folder, blocks), batch_size=None, batch_format="pyarrow")
-    raise InputError(f"{path}: target.{role} must be .jsonl, .json, .parquet, a folder of .parquet or a folder saved by datasets")
+    source, wanted = source_of(path, role), (*COLUMNS, *columns)
+    if source.form == "datasets":
+        return _from_datasets(path, role, wanted)
+    if source.form == "parquet":
+        return _from_parquet(path, role, source, wanted)
+    if source.form == "csv":
+        tasks = ray.data.from_items([{"name": name} for name in source.names], override_num_blocks=len(source.names))
+        return tasks.map_batches(partial(_from_csv, source, wanted), batch_size=None, batch_format="pyarrow")
+    blocks = json_blocks(source)
+    shares = [{"numbers": numbers.tolist()} for numbers in _shared_out(blocks)]
+    tasks = ray.data.from_items(shares, override_num_blocks=len(shares))
+    return tasks.map_batches(partial(_from_json, source.folder, blocks), batch_size=None, batch_format="pyarrow")
 
 
-def unreadable(path: str) -> str | None:
-    """Which Parquet file of a data set cannot be read, and why.
+def first_rows(path: str, role: str, columns: Sequence[str] = ()) -> Iterator[bytes]:
+    """The rows of a data set's first file as JSON text, in its order, without Ray.
+
+    Raises:
+        InputError: it is of no known form, or cannot be read.
+    """
+    source, wanted = source_of(path, role), (*COLUMNS, *columns)
+    try:
+        for table in _first_tables(path, role, source, wanted):
+            yield from (row for row in table["row"].to_pylist() if row.strip())
+    except (OSError, pa.ArrowException) as error:
+        if is_transient(error):
+            raise
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); write the file anew") from error
+
+
+def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -> Iterator[pa.Table]:
+    if source.form == "datasets":
+        yield from _as_json(wanted, _load_saved(path, role).with_format("arrow")[:FIRST])
+    elif source.form == "lines":
+        yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
+    else:
+        batches = _csv_batches if source.form == "csv" else _parquet_batches
+        for batch in batches(source, source.names[0]):
+            yield from _as_json(wanted, pa.Table.from_batches([batch.slice(0, FIRST)]))
+
+
+def unreadable(path: str, role: str) -> str | None:
+    """Which Parquet or CSV file of a data set cannot be read, and why.
 
     Raises:
         OSError: the store does not answer.
     """
-    folder = Folder.at(path)
-    names = _names(folder) if _is_parquet(path, folder) else []
-    for name in [name for name in names if not name or name.endswith(".parquet")]:
+    source = source_of(path, role)
+    for name in source.names if source.form in ("parquet", "csv") else []:
         try:
-            for _ in pads.dataset(folder.join(name), format="parquet", filesystem=folder.files).to_batches():
+            for _ in _csv_batches(source, name) if source.form == "csv" else _parquet_batches(source, name):
                 pass
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
                 raise
-            return f"{folder.sub(name).uri if name else path}: cannot be read ({one_line(error)}); write the file anew"
+            return f"{source.path(name)}: cannot be read ({one_line(error)}); write the file anew"
     return None
 
 
-def json_blocks(path: str) -> list[Block]:
+def _from_parquet(path: str, role: str, source: Source, wanted: Sequence[str]) -> ray.data.Dataset:
+    files = [source.folder.join(name) for name in source.names]
+    try:
+        # A folder named prompt=x is a column to Ray, unless told otherwise; so would a suffix in capitals be no Parquet.
+        rows = ray.data.read_parquet(files, filesystem=source.folder.files, partitioning=None, file_extensions=None)
+        return rows.map_batches(partial(_as_json, wanted), batch_format="pyarrow")
+    except (OSError, pa.ArrowException) as error:
+        if is_transient(error):
+            raise
+        otherwise = f"{path}: target.{role} is not valid Parquet ({one_line(error)}); give whole files of one schema"
+        raise InputError(unreadable(path, role) or otherwise) from error
+
+
+def _parquet_batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+    dataset = pads.dataset(source.folder.join(name), format="parquet", filesystem=source.folder.files)
+    yield from dataset.to_batches()
+
+
+def _from_csv(source: Source, wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:
+    for name in batch["name"].to_pylist():
+        for rows in _csv_batches(source, name):
+            yield from _as_json(wanted, pa.Table.from_batches([rows]))
+
+
+def _csv_batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+    """Its rows, all values as the texts that they are; an empty one is null."""
+    path = source.folder.join(name)
+    parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in path.lower() else ",", newlines_in_values=True)
+    texts = pacsv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=True, null_values=[""])
+    with source.folder.files.open_input_stream(path, compression="gzip" if is_packed(path) else None) as file:
+        yield from pacsv.open_csv(file, parse_options=parse, convert_options=texts)
+
+
+def json_blocks(source: Source) -> list[Block]:
     """The blocks of all files of a JSON data set, in their order."""
-    folder = Folder.at(path)
-    names = _names(folder)
-    found = folder.files.get_file_info([folder.join(name) for name in names])
-    return [block for name, info in zip(names, found, strict=True) for block in _blocks(folder, name, info.size)]
+    found = source.folder.files.get_file_info([source.folder.join(name) for name in source.names])
+    sizes = zip(source.names, found, strict=True)
+    return [block for name, info in sizes for block in _blocks(source.folder, name, info.size)]
 
 
-def first_malformed(path: str, lines: Mapping[int, int], bad: int) -> str:
+def first_malformed(path: str, role: str, lines: Mapping[int, int], bad: int) -> str:
     """Which line, or entry of an array, of a block in which there is one is no row, and why.
 
     Args:
         lines: how many lines the blocks have, by their numbers.
         bad: number of the first block that has such a line.
     """
-    folder, blocks = Folder.at(path), json_blocks(path)
+    source = source_of(path, role)
+    blocks = json_blocks(source)
     block = blocks[bad]
     before = sum(lines[other] for other in range(bad) if blocks[other].name == block.name)
-    file, content = folder.sub(block.name).uri if block.name else path, _read_block(folder, block)
+    file, content = source.path(block.name) if block.name else path, _read_block(source.folder, block)
     array = _array(content) if block.start == 0 else None
     for number, row in enumerate(content.split(b"\n") if array is None else array, start=before + 1):
         if row.strip() and (fault := _fault(row)):
@@ -120,7 +177,7 @@ def first_malformed(path: str, lines: Mapping[int, int], bad: int) -> str:
 
 
 def _blocks(folder: Folder, name: str, size: int) -> list[Block]:
-    if size <= BLOCK_BYTES:
+    if size <= BLOCK_BYTES or is_packed(folder.join(name)):
         return [Block(name, 0, size)]
     with folder.files.open_input_file(folder.join(name)) as file:
         cuts = [0, size] if _begins_array(file.read(ARRAY_WITHIN)) else [*range(0, size, BLOCK_BYTES), size]
@@ -136,6 +193,9 @@ def _shared_out(blocks: list[Block]) -> list[np.ndarray]:
 
 def _read_block(folder: Folder, block: Block) -> bytes:
     """The lines that begin in a block, the last one whole."""
+    if is_packed(path := folder.join(block.name)):
+        with folder.files.open_input_stream(path, compression="gzip") as packed:
+            return bytes(packed.read())
     with folder.files.open_input_file(folder.join(block.name)) as file:
         before = max(0, block.start - 1)
         content = file.read_at(block.stop - before, before)
@@ -155,14 +215,6 @@ def _rest_of_line(file: pa.NativeFile, at: int) -> bytes:
     return b"".join(pieces)
 
 
-def _names(folder: Folder) -> list[str]:
-    """Of the files in a folder that Ray reads; of one file: an empty one."""
-    if not folder.is_folder:
-        return [""]
-    names = sorted(info.path.removeprefix(f"{folder.path}/") for info in folder.walk())
-    return [name for name in names if not any(part.startswith((".", "_")) for part in name.split("/"))]
-
-
 def _fault(line: bytes) -> str | None:
     if line.startswith(GZIP):
         return "is compressed by gzip; unpack the file"
@@ -174,7 +226,12 @@ def _fault(line: bytes) -> str | None:
         return f"is malformed JSON ({error})"
 
 
-def _from_datasets(path: str, role: str) -> ray.data.Dataset:
+def _load_saved(path: str, role: str) -> Any:
+    """The split of a folder that `datasets` saved.
+
+    Raises:
+        InputError: it cannot be read, lacks the split or is empty.
+    """
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -190,18 +247,23 @@ def _from_datasets(path: str, role: str) -> ray.data.Dataset:
         loaded = loaded[role]
     if not len(loaded):
         raise InputError(f"{path}: the data set is empty (target.{role})")
+    return loaded
+
+
+def _from_datasets(path: str, role: str, wanted: Sequence[str]) -> ray.data.Dataset:
+    loaded = _load_saved(path, role)
     if not Folder.at(path).is_local:  # a copy on this machine alone
-        return ray.data.from_huggingface(loaded).map_batches(_as_json, batch_format="pyarrow")
+        return ray.data.from_huggingface(loaded).map_batches(partial(_as_json, wanted), batch_format="pyarrow")
     starts = range(0, len(loaded), max(1, len(loaded) * BLOCK_BYTES // max(1, loaded.data.nbytes)))
     shares = [{"start": start, "stop": min(start + starts.step, len(loaded))} for start in starts]
     tasks = ray.data.from_items(shares, override_num_blocks=len(shares))
-    return tasks.map_batches(partial(_from_saved, loaded), batch_size=None, batch_format="pyarrow")
+    return tasks.map_batches(partial(_from_saved, loaded, wanted), batch_size=None, batch_format="pyarrow")
 
 
-def _from_saved(saved: Any, batch: pa.Table) -> Iterator[pa.Table]:
+def _from_saved(saved: Any, wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:
     """Rows of a data set whose files are mapped into memory, by a task that opens them, too."""
     for share in batch.to_pylist():
-        yield from _as_json(saved.with_format("arrow")[share["start"] : share["stop"]])
+        yield from _as_json(wanted, saved.with_format("arrow")[share["start"] : share["stop"]])
 
 
 def _check_names(folder: Folder) -> None:
@@ -219,22 +281,27 @@ def _check_names(folder: Folder) -> None:
             raise ValueError(f"state.json names {outside[0]!r}, which is outside of it")
 
 
-def _is_parquet(path: str, folder: Folder) -> bool:
-    return path.endswith(".parquet") or (folder.is_folder and any(folder.list_files(".parquet")))
-
-
-def _as_json(batch: pa.Table) -> Iterator[pa.Table]:
-    names = [name for name in COLUMNS if name in batch.column_names]
+def _as_json(wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:
+    """Rows of a table, with the columns that are wanted; of others just the name, for who is told what there is."""
+    names = [name for name in dict.fromkeys(wanted) if name in batch.column_names]
+    others = dict.fromkeys(set(batch.column_names) - set(names), True)
     values = [[_value(one) for one in batch[name]] for name in names]
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)] if names else [{}] * batch.num_rows
+    rows = [others | dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)] if names else [others] * len(batch)
     yield pa.table({"row": pa.array([json.dumps(row, default=_as_text).encode() for row in rows], pa.binary())})
 
 
 def _value(scalar: pa.Scalar) -> Any:
     try:
-        return scalar.as_py()
+        return _without_nulls(scalar.as_py())
     except UnicodeDecodeError:
         return NOT_UNICODE
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table gives each of its objects all fields that any of them has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _as_text(value: Any) -> Any:

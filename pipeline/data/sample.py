@@ -1,8 +1,11 @@
 """The stage `samples`: rows of the target task -> samples.parquet and data/."""
 
+from collections import Counter
+
 from pipeline.config import Config
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
+from pipeline.data.shards import USED, USED_BUT
 from pipeline.data.splits import draw_samples, split_of, target_paths
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
@@ -22,9 +25,11 @@ def samples(run: Run) -> None:
         run.folder.write_json("samples.json", sizes | {"rows": drawn.counts})
         run.folder.write_table("samples.parquet", drawn.sample)
     run.progress.say(", ".join(f"{count} {name}" for name, count in sizes.items()))
-    passed_over = {k: n for counts in drawn.counts.values() for k, n in counts.items() if k != "used" and n}
-    if passed_over:
-        run.progress.say("passed over: " + ", ".join(f"{count} x {problem}" for problem, count in passed_over.items()))
+    reasons = sum((Counter(counts) for counts in drawn.counts.values()), Counter[str]())
+    notes = {name.removeprefix(USED_BUT): reasons.pop(name) for name in [*reasons] if name.startswith(USED_BUT)}
+    for what, told in (("passed over", {k: n for k, n in reasons.items() if k != USED}), ("used", notes)):
+        if told:
+            run.progress.say(f"{what}: " + ", ".join(f"{count} x {reason}" for reason, count in told.items()))
 
 
 def _sampling(config: Config) -> tuple[int, float, int]:

@@ -34,6 +34,9 @@ MAX_REASONS = 1000
 
 OTHER_REASONS = "other reasons"
 
+USED, USED_BUT = "used", "used, but "
+"""In counts of rows by reasons: those that were not passed over, and the beginning of what is to be said of some of these."""
+
 ROWS = pa.schema([("draw_key", pa.uint64()), *(field for field in SAMPLES if field.name != "split")])
 HASHES = pa.schema([ROWS.field("draw_key"), ROWS.field("sample_id")])
 IN_ORDER = [("draw_key", "ascending"), ("sample_id", "ascending")]
@@ -42,7 +45,7 @@ SHARDS = pa.schema(
     [
         ("name", pa.string()),
         ("role", pa.string()),
-        ("problems", pa.map_(pa.string(), pa.int64())),  # rows by why they were passed over; 'used': they were not
+        ("problems", pa.map_(pa.string(), pa.int64())),  # rows by why they were passed over; USED: they were not
         ("lines", pa.map_(pa.int64(), pa.int64())),  # as in Lines
         ("malformed", pa.list_(pa.int64())),
         ("bytes", pa.int64()),  # of the rows in memory
@@ -74,7 +77,7 @@ def write_shard(folder: Folder, role: str, found: pa.Table, lines: Lines) -> pa.
     report = {
         "name": name,
         "role": role,
-        "problems": list(shortened(Counter(found["problem"].fill_null("used").to_pylist()), MAX_REASONS).items()),
+        "problems": list(shortened(_reasons(found), MAX_REASONS).items()),
         "lines": list(lines.counts.items()),
         "malformed": lines.malformed,
         "bytes": rows.nbytes,
@@ -83,6 +86,12 @@ def write_shard(folder: Folder, role: str, found: pa.Table, lines: Lines) -> pa.
         "rows_at": _write_pieces(folder, f"{name}.rows", rows, bounds),
     }
     return pa.Table.from_pylist([report], schema=SHARDS)
+
+
+def _reasons(found: pa.Table) -> Counter[str]:
+    """Rows by why they were passed over; those that were not under USED, and once more by what is to be said of them."""
+    notes = (f"{USED_BUT}{note}" for note in found["note"].drop_null().to_pylist())
+    return Counter([*found["problem"].fill_null(USED).to_pylist(), *notes])
 
 
 def read_pieces(folder: Folder, shards: pa.Table, kind: str, first: int, end: int) -> pa.Table:

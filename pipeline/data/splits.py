@@ -21,9 +21,11 @@ from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data.draw import ROLES, Cut, Draw, Found, Shards
+from pipeline.data.files import source_of
+from pipeline.data.forms import FORMS
 from pipeline.data.readers import first_malformed, read_rows, unreadable
-from pipeline.data.shards import SHARDS, shortened
-from pipeline.data.tokenise import tokenise_shard
+from pipeline.data.shards import SHARDS, USED, USED_BUT, shortened
+from pipeline.data.tokenise import Reading, tokenise_shard
 from pipeline.model.base_model import context_length, load_tokenizer
 
 SPLIT_OFF = 0.1
@@ -109,8 +111,9 @@ def _counted(reports: pa.Table, role: str) -> dict[str, int]:
     found: Counter[str] = Counter()
     for problems in _of_role(reports, role)["problems"].to_pylist():
         found.update(dict(problems))
-    kept = {name: found.pop(name) for name in ("used", "malformed") if name in found}
-    return kept | shortened(found, MAX_PROBLEMS)
+    kept = {name: found.pop(name) for name in (USED, "malformed") if name in found}
+    notes = {name: found.pop(name) for name in [*found] if name.startswith(USED_BUT)}
+    return kept | shortened(found, MAX_PROBLEMS) | notes
 
 
 def target_paths(config: Config) -> dict[str, str]:
@@ -126,10 +129,16 @@ def target_paths(config: Config) -> dict[str, str]:
             raise InputError(f"{paths[role]}: no such file or folder (target.{role})")
         if not any(size for _, size, _ in folder.state()):
             raise InputError(f"{paths[role]}: the data set is empty, or no file (target.{role})")
-    single = {role: folder.path for role, folder in folders.items() if not folder.exists("dataset_dict.json")}
-    if twice := next((role for role in single if list(single.values()).count(single[role]) > 1), None):
+    files = {role: _files(paths[role], role) for role in paths}
+    if twice := next((role for role in files if files[role] and [*files.values()].count(files[role]) > 1), None):
         raise InputError(f"{paths[twice]}: the same data for two splits (target.{twice}); give each rows of its own")
     return paths
+
+
+def _files(path: str, role: str) -> list[str] | None:
+    """The files that hold a split; None: `datasets` knows."""
+    source = source_of(path, role)
+    return None if source.folder.exists("dataset_dict.json") else [source.folder.join(name) for name in source.names]
 
 
 def _exists(folder: Folder, role: str) -> bool:
@@ -141,6 +150,13 @@ def _exists(folder: Folder, role: str) -> bool:
         raise InputError(f"{folder.uri}: cannot be looked at (target.{role}; {one_line(error)})") from error
 
 
+def reading_of(config: Config) -> Reading:
+    """How the rows of a target are read."""
+    target = config.target
+    longest = min(target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
+    return Reading(longest, target.too_long, target.turns, dict(target.columns))
+
+
 def split_of(table: pa.Table, split: str) -> pa.Table:
     """The rows of one split."""
     return table.filter(pc.equal(table["split"], split))
@@ -149,10 +165,9 @@ def split_of(table: pa.Table, split: str) -> pa.Table:
 def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Table:
     """The reports of shards with the usable rows of all files. One Ray Data execution reads them side by side."""
     load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
-    longest = min(config.target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
-    options = {"folder": folder, "base": config.base, "seed": config.search.seed, "max_tokens": longest}
+    options = {"folder": folder, "base": config.base, "seed": config.search.seed, "reading": reading_of(config)}
     parts = [
-        read_rows(path, role).map_batches(
+        read_rows(path, role, list(config.target.columns.values())).map_batches(
             tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"role": role, **options}
         )
         for role, path in paths.items()
@@ -164,7 +179,7 @@ def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Tabl
     except (OSError, pa.ArrowException) as error:
         if is_transient(error):
             raise
-        if harmed := next(filter(None, map(unreadable, paths.values())), None):
+        if harmed := next(filter(None, (unreadable(path, role) for role, path in paths.items())), None):
             raise InputError(harmed) from error
         raise
     return pa.concat_tables(tables) if tables else SHARDS.empty_table()
@@ -184,13 +199,13 @@ def _require_usable(reports: pa.Table, role: str, path: str, counts: Mapping[str
         told = _of_role(reports, role)
         lines = sum((Counter(dict(pairs)) for pairs in told["lines"].to_pylist()), Counter[int]())
         blocks = [block for malformed in told["malformed"].to_pylist() for block in malformed]
-        where = first_malformed(path, lines, min(blocks)) if blocks else f"{path}: a row is not a JSON object"
+        where = first_malformed(path, role, lines, min(blocks)) if blocks else f"{path}: a row is not a JSON object"
         raise InputError(f"{where}; each line must be one JSON object, in UTF-8")
     if not counts:
         raise InputError(f"{path}: the data set is empty (target.{role})")
     if not counts.get("used"):
         reasons = ", ".join(f"{count} x {problem}" for problem, count in counts.items())
-        raise InputError(f"{path}: no row can be used ({reasons}); rows need messages, or prompt and completion")
+        raise InputError(f"{path}: no row can be used ({reasons}); rows need {FORMS}")
 
 
 def _count_lost(found: Mapping[str, Found], paths: Mapping[str, str], counts: Counts) -> None:

@@ -13,7 +13,7 @@ import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
@@ -55,6 +55,8 @@ class RefreshConfig(Section):
     home: str = Field(description="folder of everything that refreshes leave: a local path or s3://...")
     base: str = Field(description="as of a run, like all that follows")
     pool: str
+    exclude: tuple[str, ...] = ()
+    checkpoints: Literal["leave_out", "include"] = "leave_out"
     targets: dict[Annotated[str, AfterValidator(_file_name)], TargetConfig] = Field(min_length=1)
     search: SearchConfig = SearchConfig()
     merge: MergeConfig = MergeConfig()
@@ -80,7 +82,8 @@ class RefreshConfig(Section):
         home = Folder.at(self.home)
         search = self.search.model_copy(update={"store": self.search.store or home.sub("store").uri})
         paths = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
-        content = {**paths, "target": self.targets[target], "search": search, "merge": self.merge}
+        pool = {"exclude": self.exclude, "checkpoints": self.checkpoints}
+        content = {**paths, **pool, "target": self.targets[target], "search": search, "merge": self.merge}
         return build_config(content, f"the run of target {target}")
 
 
@@ -132,7 +135,7 @@ def look(config: RefreshConfig) -> dict[str, Seen]:
         InputError: the base model is not known.
     """
     adapters, base = digest(pool_state(config.pool)), digest(_base_state(config.base))
-    settings = digest(config.search.model_dump(), config.merge.model_dump(), config.threshold)
+    settings = digest(config.search.model_dump(), config.merge.model_dump(), config.threshold, config.exclude, config.checkpoints)
     return {
         name: {"adapters": adapters, "data": digest(_data_state(target)), "base": base, "settings": settings}
         for name, target in config.targets.items()

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.report import words
 from pipeline.report.words import Json
@@ -39,6 +40,45 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
         _arms(summary),
         *(Text(line) for line in lines if line),
     )
+
+
+def start_table(selection: Json, folder: Folder) -> RenderableType:
+    """The end of a run that trains nothing: the adapter to start from, and how to go on."""
+    verdict = Text(words.single_line(words.verdict(None, selection)), style="bold")
+    if selection["verdict"] == "base":
+        return Group(verdict, Text("There is no adapter to start from: finetune the base as you would have done."))
+    adapter = folder.sub("mashup").uri
+    return Group(
+        verdict,
+        Text(f"Start from {adapter}"),
+        Text(f'  TRL, PEFT:      PeftModel.from_pretrained(model, "{adapter}", is_trainable=True)'),
+        Text(f"  axolotl:        lora_model_dir: {adapter}"),
+        Text(f"  LLaMA-Factory:  adapter_name_or_path: {adapter}"),
+        Text("More: docs/hand-off.md"),
+    )
+
+
+def found_so_far(folder: Folder) -> Json:
+    """What a run has, for `mashup show`: its stages, and the documents that are there."""
+    names = {"stages": "stages.json", "selection": "selection.json", "summary": "summary.json"}
+    return {name: folder.read_json(file) for name, file in names.items() if folder.exists(file)}
+
+
+def run_table(folder: Folder, found: Json) -> RenderableType:
+    """What a run has found so far, and how far it is."""
+    stages = Table(box=box.SIMPLE_HEAD)
+    for name in ("Stage", "state", "seconds"):
+        stages.add_column(name, justify="right" if name == "seconds" else "left", no_wrap=True)
+    for name, record in found.get("stages", {}).items():
+        if "done" in record:
+            stages.add_row(name, "done" if record["done"] else "not done", f"{record['seconds']:.0f}")
+    if "summary" in found:
+        return Group(stages, summary_table(found["summary"], found.get("selection")))
+    if "selection" in found:
+        return Group(stages, start_table(found["selection"], folder))
+    if folder.exists("leaderboard.parquet"):
+        return Group(stages, leaderboard_table(folder.read_table("leaderboard.parquet")))
+    return stages
 
 
 def plan_table(plan: Json) -> RenderableType:

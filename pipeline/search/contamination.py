@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.core.errors import AdapterError, one_line
-from pipeline.data.tokenise import tokenise_text
+from pipeline.data.tokenise import Reading, tokenise_text
 from pipeline.model.base_model import load_tokenizer
 
 MAX_BYTES = 4 << 20
@@ -26,6 +26,8 @@ MAX_BYTES = 4 << 20
 
 MAX_LINE = 256 << 10
 """Bytes of a line; a longer one is passed over."""
+
+READING = Reading(max_tokens=1 << 16)
 
 LINES, PARQUET = (".jsonl", ".json"), ".parquet"
 
@@ -167,6 +169,6 @@ def _rows(file: Path, base: str, limit: int) -> Iterator[dict[str, Any]]:
     tokenizer = load_tokenizer(base)
     with file.open("rb") as lines:
         for line in dict.fromkeys(lines.read(limit).split(b"\n")):  # the same line again says nothing new
-            row = tokenise_text(line, tokenizer, seed=0, max_tokens=1 << 16) if len(line) <= MAX_LINE else {"problem": "too long"}
+            row = tokenise_text(line, tokenizer, 0, READING) if len(line) <= MAX_LINE else {"problem": "too long"}
             if "problem" not in row:
                 yield row

@@ -18,8 +18,9 @@ from pipeline.core.parts import part_names
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
 from pipeline.data import draw, readers
+from pipeline.data.files import source_of
 from pipeline.data.splits import draw_samples, take_samples
-from pipeline.data.tokenise import tokenise_text
+from pipeline.data.tokenise import Reading, tokenise_text
 from pipeline.model.base_model import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -39,7 +40,7 @@ def plainly(config: Config, files: dict[str, list[Row]]) -> Tables:
     tokenizer = load_tokenizer(config.base)
     splits: Tables = {}
     for role in [role for role in ("test", "validation", "train") if role in files]:
-        found = [tokenise_text(json.dumps(row).encode(), tokenizer, config.search.seed, 1024) for row in files[role]]
+        found = [tokenise_text(json.dumps(row).encode(), tokenizer, config.search.seed, Reading(1024)) for row in files[role]]
         taken = {row["sample_id"] for other in splits.values() for row in other}
         usable = [row for row in found if "problem" not in row and row["sample_id"] not in taken]
         splits[role] = sorted(usable, key=lambda row: (row["draw_key"], row["sample_id"]))
@@ -115,7 +116,7 @@ def test_every_line_of_a_file_is_read_in_one_block(end: str, tmp_path: Path, con
     sizes = [*range(1, 40), 5000, 3, *[999, 998, 1] * 3]
     lines = [json.dumps({"prompt": f"{n}" + " " * size, "completion": "yes"}) for n, size in enumerate(sizes)]
     (tmp_path / "t.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]) + end)
-    assert len(readers.json_blocks(str(tmp_path / "t.jsonl"))) > 8
+    assert len(readers.json_blocks(source_of(str(tmp_path / "t.jsonl"), "train"))) > 8
     counts = take_samples(config_for(tmp_path / "t.jsonl")).counts["train"]
     assert counts["repeated (trained on, sampled once)"] == 0
     assert sum(counts.values()) == len(sizes)
@@ -144,7 +145,7 @@ def test_a_row_that_fills_whole_blocks_keeps_no_later_line_from_being_named(
 @pytest.mark.usefixtures("small")
 def test_an_array_is_read_whole_and_its_entries_are_counted(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     (tmp_path / "t.json").write_text(json.dumps([*rows(100), 5]))
-    assert len(readers.json_blocks(str(tmp_path / "t.json"))) == 1
+    assert len(readers.json_blocks(source_of(str(tmp_path / "t.json"), "train"))) == 1
     with pytest.raises(InputError, match=r"t.json: entry 101 is not a JSON object"):
         take_samples(config_for(tmp_path / "t.json"))
 
@@ -153,7 +154,7 @@ def test_small_files_share_a_task_and_large_ones_have_several(tmp_path: Path, mo
     monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
     for name, size in {"a": 30, "b": 30, "c": 250, "d": 0, "e": 20}.items():
         (tmp_path / f"{name}.jsonl").write_bytes(b"x" * size)
-    blocks = readers.json_blocks(str(tmp_path))
+    blocks = readers.json_blocks(source_of(str(tmp_path), "train"))
     assert [(block.name[0], block.start, block.stop) for block in blocks] == [
         *(("a", 0, 30), ("b", 0, 30), ("c", 0, 100), ("c", 100, 200), ("c", 200, 250), ("d", 0, 0), ("e", 0, 20))
     ]

@@ -1,6 +1,8 @@
 """Target data of any form: what is read of it, and what of harmed files is refused in words."""
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from decimal import Decimal
@@ -168,3 +170,66 @@ def test_a_harmed_folder_of_datasets_is_an_input_error(
     harm_datasets(file, value, tmp_path / "d")
     with pytest.raises(InputError, match=r"d: target.train is no folder that .datasets. saved whole"):
         take_samples(config_for(tmp_path / "d"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_all_files_of_the_same_rows_give_the_same_splits(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    lines = "\n".join(map(json.dumps, ROWS)).encode()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["prompt", "completion", "id"])
+    writer.writeheader()
+    writer.writerows({**row, "id": n} for n, row in enumerate(ROWS))
+    files = {
+        "capitals.JSONL": lines,
+        "packed.jsonl.gz": gzip.compress(lines),
+        "table.csv": b"\xef\xbb\xbf" + table.getvalue().encode(),
+        "packed.csv.gz": gzip.compress(table.getvalue().encode()),
+        "clone/data/train-00000-of-00001.jsonl": lines,
+        "clone/data/test-00000-of-00001.jsonl": b"{}",
+        "halves/b.jsonl": b"\n".join(lines.split(b"\n")[:20]),
+        "halves/a.jsonl": b"\n".join(lines.split(b"\n")[20:]),
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "TABLE.PARQUET")
+    expected = take_samples(config_for(tmp_path / "capitals.JSONL"))
+    assert expected.counts["train"]["used"] > 30
+    for name in ("packed.jsonl.gz", "table.csv", "packed.csv.gz", "clone", "halves", "TABLE.PARQUET"):
+        found = take_samples(config_for(tmp_path / name))
+        assert found.training["train"].equals(expected.training["train"]), name
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_texts_of_a_csv_file_stay_texts(tmp_path: Path, config_for: Callable[..., Config], tiny_base: str) -> None:
+    rows = "\n".join(f'"What is {n},\nplus {n}?",{2 * n}' for n in range(40))
+    (tmp_path / "t.csv").write_text(f"question,answer\n{rows}\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    config = config_for(tmp_path / "t.csv")
+    config = config.model_copy(update={"target": config.target.model_copy(update={"columns": columns})})
+    assert take_samples(config).counts["train"] == {"used": 40} | {"repeated (trained on, sampled once)": 0}
+    with pytest.raises(InputError, match=r"40 x of no known form: it has answer, question; rows need"):
+        take_samples(config_for(tmp_path / "t.csv"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_fields_that_a_table_adds_to_messages_do_not_count(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    call = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    rows = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in ROWS
+    ]
+    more = [{"role": "assistant", "content": None, "tool_calls": call}, {"role": "tool", "content": "3"}]
+    rows[0]["messages"][1:1] = more
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    found, expected = (take_samples(config_for(tmp_path / name)) for name in ("t.parquet", "t.jsonl"))
+    assert found.training["train"].equals(expected.training["train"])
+    assert expected.counts["train"]["used"] == len(ROWS)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_table_that_is_no_text_is_named(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    (tmp_path / "t.csv").write_bytes("prompt,completion\nä,b\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"t.csv: cannot be read .*UTF8"):
+        take_samples(config_for(tmp_path / "t.csv"))

@@ -219,7 +219,7 @@ def fault(kind: str, folder: Path) -> str:
         "endless nesting": "\n".join([*good, "[" * 100_000]),
         "empty": "",
         "only blank lines": "\n\n\n",
-        "unusable": '{"text": "a"}\n{"prompt": "a", "completion": ""}\n',
+        "unusable": '{"label": "a"}\n{"prompt": "a", "completion": ""}\n',
         "too few to split": "\n".join(good[:2]),
         "too few to search": "\n".join(good[:3]),
     }
@@ -242,7 +242,7 @@ def fault(kind: str, folder: Path) -> str:
     elif kind == "a name that is too long":
         path = folder / ("x" * 300 + ".jsonl")
     elif kind == "other suffix":
-        (path := folder / "t.csv").write_text("prompt,completion\na,b\n")
+        (path := folder / "t.xlsx").write_text("prompt,completion\na,b\n")
     elif kind == "empty folder":
         (path := folder / "empty").mkdir()
     elif kind == "named pipe":
@@ -274,7 +274,7 @@ def test_the_same_data_is_not_taken_for_two_splits(
         ("list for an object", "t.jsonl: line 21 is not a JSON object"),
         ("empty", "t.jsonl: the data set is empty"),
         ("only blank lines", "t.jsonl: the data set is empty"),
-        ("unusable", "t.jsonl: no row can be used .*1 x neither messages nor prompt and completion"),
+        ("unusable", "t.jsonl: no row can be used .*1 x of no known form: it has label"),
         ("too few to split", "too few to split"),
         ("too few to search", "too few to search with"),
         ("other encoding", "t.jsonl: line 1 is malformed JSON"),
@@ -283,7 +283,7 @@ def test_the_same_data_is_not_taken_for_two_splits(
         ("one row many times", "1 distinct usable rows are too few to split"),
         ("not a Parquet file", "t.parquet"),
         ("empty Parquet", "t.parquet: the data set is empty"),
-        ("other suffix", "t.csv: target.train must be"),
+        ("other suffix", "t.xlsx: target.train must be"),
         ("empty folder", "empty: the data set is empty, or no file"),
         ("endless nesting", "t.jsonl: line 21 is malformed JSON"),
         ("named pipe", "t.jsonl: the data set is empty, or no file"),

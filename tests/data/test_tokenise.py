@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.splits import take_samples
-from pipeline.data.tokenise import tokenise, tokenise_batch, tokenise_text
+from pipeline.data.tokenise import Reading, tokenise, tokenise_batch, tokenise_text
 
 FORMS: dict[str, Row] = {
     "messages": {
@@ -60,8 +60,9 @@ BAD_ROWS: dict[str, tuple[Row, str]] = {
     "message without a role": ({"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}, "without text or role"),
     "number for a role": ({"messages": [{"role": 5, "content": "a"}, {"role": "assistant", "content": "b"}]}, "text or role"),
     "half a character": ({"prompt": "\ud800", "completion": "x"}, "not valid Unicode"),
-    "other columns": ({"text": "hello"}, "neither messages nor prompt and completion"),
-    "prompt alone": ({"prompt": "hello"}, "neither messages nor prompt and completion"),
+    "other columns": ({"label": "hello", "id": 3}, "of no known form: it has id, label; rows need messages"),
+    "prompt alone": ({"prompt": "hello"}, "of no known form: it has prompt; rows need messages"),
+    "nothing": ({"prompt": None}, "of no known form: it has nothing"),
 }
 
 
@@ -77,7 +78,7 @@ def masked(tokens: Row, mask: str, tokenizer: PreTrainedTokenizerBase) -> str:
 @pytest.mark.parametrize("form", FORMS)
 def test_tokens_are_those_of_the_chat_template_and_the_mask_is_the_answer(form: str, tokenizer: PreTrainedTokenizerBase) -> None:
     row = FORMS[form]
-    tokens = tokenise(row, tokenizer)
+    tokens = tokenise(row, tokenizer, Reading(turns="last"))
     turns = row.get("messages") or as_messages(row)["messages"]
     if isinstance(row.get("prompt"), list):
         turns = [*row["prompt"], *row["completion"]]
@@ -93,12 +94,60 @@ def test_tokens_are_those_of_the_chat_template_and_the_mask_is_the_answer(form: 
     assert masked(tokens, "learn_mask", tokenizer) == answer + "<|im_end|>"
 
 
+def test_of_a_conversation_every_answer_counts(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenise(FORMS["messages"], tokenizer)
+    assert tokens["input_ids"] == tokenise(FORMS["messages"], tokenizer, Reading(turns="last"))["input_ids"]
+    assert masked(tokens, "completion_mask", tokenizer) == "ParisThe capital of France is Paris."
+    assert masked(tokens, "learn_mask", tokenizer) == "Paris<|im_end|>The capital of France is Paris.<|im_end|>"
+
+
+def test_a_row_that_is_too_long_is_passed_over_or_loses_its_first_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = FORMS["messages"]
+    whole = tokenise(row, tokenizer)
+    length = len(whole["input_ids"])
+    with pytest.raises(ValueError, match=f"longer than {length - 1} tokens"):
+        tokenise(row, tokenizer, Reading(length - 1))
+    cut = tokenise(row, tokenizer, Reading(length - 20, "cut"))
+    assert cut.pop("note") == f"cut to its last {length - 20} tokens"
+    assert cut == {name: values[20:] for name, values in whole.items()}
+    with pytest.raises(ValueError, match="nothing comes before its completion"):
+        tokenise(row, tokenizer, Reading(1, "cut"))
+
+
+def test_the_token_that_begins_every_text_is_not_cut_off(untied_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(untied_base)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer.bos_token = "<|im_start|>"
+    row = {"prompt": "one two three four five six", "completion": "seven eight"}
+    whole, cut = tokenise(row, tokenizer), tokenise(row, tokenizer, Reading(8, "cut"))
+    assert cut["input_ids"] == [tokenizer.bos_token_id, *whole["input_ids"][-7:]]
+
+
+def test_what_the_chat_template_does_not_know_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "Add 1 and 2", "completion": "3", "tools": [{"type": "function"}], "chat_template_kwargs": {"mood": "good"}}
+    assert (
+        tokenise(row, tokenizer)["note"]
+        == "mood that the chat template does not know; tools that the chat template does not know"
+    )
+
+
+def test_a_text_is_learned_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenise({"text": "The capital of France is Paris."}, tokenizer)
+    assert tokens["input_ids"] == [*tokenizer("The capital of France is Paris.")["input_ids"], tokenizer.eos_token_id]
+    assert masked(tokens, "completion_mask", tokenizer) == "The capital of France is Paris."
+
+
 def test_a_base_without_a_chat_template_gets_the_texts_joined_and_its_end_token(untied_base: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(untied_base)
     tokens = tokenise({"prompt": "The capital of France is", "completion": " Paris."}, tokenizer)
     assert tokens["input_ids"] == [*tokenizer("The capital of France is Paris.")["input_ids"], tokenizer.eos_token_id]
     assert masked(tokens, "completion_mask", tokenizer) == " Paris."
     assert masked(tokens, "learn_mask", tokenizer) == " Paris.<|im_end|>"
+
+
+def test_messages_need_a_chat_template(untied_base: str) -> None:
+    with pytest.raises(ValueError, match="messages, and the base has no chat template; give prompt and completion as texts"):
+        tokenise(FORMS["messages"], AutoTokenizer.from_pretrained(untied_base))
 
 
 def test_a_template_that_strips_the_answer_and_thinks_before_it(tiny_base: str) -> None:
@@ -119,10 +168,12 @@ def test_a_template_that_strips_the_answer_and_thinks_before_it(tiny_base: str) 
 def test_an_answer_is_not_taken_for_what_stands_before_it(template: str, answer: str, tiny_base: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = template
-    last = {"role": "assistant", "content": answer, "reasoning_content": "Is it 42? I multiply: 42, as a man can think."}
+    thought = "Is it 42? I multiply: 42, as a man can think."
+    last = {"role": "assistant", "content": answer, "reasoning_content": thought}
     tokens = tokenise({"messages": [{"role": "user", "content": "6 times 7?"}, last]}, tokenizer)
-    assert masked(tokens, "completion_mask", tokenizer) == answer
-    assert masked(tokens, "learn_mask", tokenizer) == f"{answer}<|im_end|>"
+    said = f"<think>\n{thought}\n</think>\n\n{answer}"  # by the template, or in its place
+    assert masked(tokens, "completion_mask", tokenizer) == said
+    assert masked(tokens, "learn_mask", tokenizer) == f"{said}<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +190,7 @@ def test_a_row_whose_other_fields_are_odd_is_counted(last: Row, reason: str, tin
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **last}]}
     with pytest.raises(ValueError, match=reason):
         tokenise(row, tokenizer)
-    assert set(tokenise_text(json.dumps(row).encode(), tokenizer, 0, 64)) == {"problem"}
+    assert set(tokenise_text(json.dumps(row).encode(), tokenizer, 0, Reading(64))) == {"problem"}
 
 
 def test_a_row_of_which_nothing_can_be_scored_is_counted(untied_base: str) -> None:
@@ -164,7 +215,7 @@ def test_a_row_that_the_chat_template_refuses_is_counted_not_fatal(tiny_base: st
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     monkeypatch.setattr("pipeline.data.tokenise.load_tokenizer", lambda base: tokenizer)
     batch = pa.table({"row": [json.dumps(row) for row in rows(2)]})
-    found = tokenise_batch(batch, role="train", base=tiny_base, seed=0, max_tokens=64)
+    found = tokenise_batch(batch, role="train", base=tiny_base, seed=0, reading=Reading(64))
     assert found["problem"].to_pylist() == ["the chat template refuses it: System role not supported"] * 2
 
 
@@ -173,9 +224,9 @@ def test_what_can_never_fit_is_not_tokenised(base: str, request: pytest.FixtureR
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(base))
     longest = max(map(len, tokenizer.get_vocab()))
     text = json.dumps({"prompt": "a", "completion": "x" * 8 * longest}).encode()
-    assert tokenise_text(text, tokenizer, 0, 8 * longest + 100)["input_ids"]
+    assert tokenise_text(text, tokenizer, 0, Reading(8 * longest + 100))["input_ids"]
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-    assert tokenise_text(text, tokenizer, 0, 8) == {"problem": "longer than 8 tokens"}
+    assert tokenise_text(text, tokenizer, 0, Reading(8)) == {"problem": "longer than 8 tokens"}
 
 
 @pytest.mark.usefixtures("ray_session")

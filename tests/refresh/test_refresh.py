@@ -64,7 +64,10 @@ def outcomes(found: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"treshold": 1}, "unknown key 'treshold' (known there: home, base, pool, targets, search, merge, threshold)"),
+        (
+            {"treshold": 1},
+            "unknown key 'treshold' (known there: home, base, pool, exclude, checkpoints, targets, search, merge, threshold)",
+        ),
         ({"targets": {"law": {"train": "x", "tset": "y"}}}, "unknown key 'targets.law.tset' (known there: train, validation"),
         ({"targets": {"law": {}}}, "key 'targets.law.train' is missing"),
         ({"targets": {"../law": {"train": "x"}}}, "names a folder: letters, digits"),

@@ -12,7 +12,7 @@ import pytest
 from store_server import StoreServer
 
 from pipeline.core.storage import Folder
-from pipeline.data.tokenise import tokenise_text
+from pipeline.data.tokenise import Reading, tokenise_text
 from pipeline.model.base_model import load_tokenizer
 from pipeline.search import contamination
 from pipeline.search.contamination import MAX_BYTES, Ours, compare_data, find_contamination, overlaps
@@ -27,7 +27,7 @@ def row(prompt: str, completion: str = "yes") -> dict[str, Any]:
 @pytest.fixture
 def tokenised(tiny_base: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     tokenizer = load_tokenizer(tiny_base)
-    return lambda rows: [tokenise_text(json.dumps(one).encode(), tokenizer, 0, 4096) for one in rows]
+    return lambda rows: [tokenise_text(json.dumps(one).encode(), tokenizer, 0, Reading(4096)) for one in rows]
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""Which files of a target's path hold the rows of a split, and in which form.
+
+A path is a file, or a folder: of files of one form, at any depth; one that `datasets` saved; or a clone of a data set of the Hub,
+in which files are of a split by their names, as the Hub has it (`data/train-00000-of-00001.parquet`, `test.jsonl`).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
+
+Form = Literal["datasets", "parquet", "lines", "csv"]
+
+SUFFIXES: dict[str, Form] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+GZIP = ".gz"
+"""May follow the suffix of a text file."""
+
+ABOUT = ("dataset_infos.json", "package.json", "README.json", "_SUCCESS")
+"""Files beside the data that tell of it."""
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one form; `names` are relative to the folder, which is itself the file where there is an empty one."""
+
+    folder: Folder
+    form: Form
+    names: list[str]
+
+    def path(self, name: str) -> str:
+        return self.folder.sub(name).uri if name else self.folder.uri
+
+
+def source_of(path: str, role: str) -> Source:
+    """The files that hold a split.
+
+    Raises:
+        InputError: there are none of a known form, or of several forms.
+    """
+    folder = Folder.at(path)
+    if folder.exists("dataset_dict.json") or folder.exists("dataset_info.json"):
+        return Source(folder, "datasets", [""])
+    if not folder.is_folder:
+        if form := form_of(path):
+            return Source(folder, form, [""])
+        raise InputError(_unknown(path, role))
+    names = _names(folder)
+    if form_of(path) == "lines" and not any(
+        form_of(name) == "parquet" for name in names
+    ):  # as Spark writes, whatever they are called
+        return Source(folder, "lines", names)
+    return _in_folder(path, role, folder, names)
+
+
+def form_of(name: str) -> Form | None:
+    """The form of a file by its name."""
+    lower = name.lower().removesuffix(GZIP)
+    return next((form for suffix, form in SUFFIXES.items() if lower.endswith(suffix)), None)
+
+
+def is_packed(name: str) -> bool:
+    """Whether a file is compressed by gzip, by its name."""
+    return name.lower().endswith(GZIP)
+
+
+def split_named(name: str) -> str | None:
+    """The split that a file's path names, by its last part that names one."""
+    for part in reversed(name.lower().split("/")):
+        for split, words in SPLIT_NAMES.items():
+            if any(re.search(rf"(^|[^a-z]){word}([^a-z]|$)", part) for word in words):
+                return split
+    return None
+
+
+def _in_folder(path: str, role: str, folder: Folder, names: list[str]) -> Source:
+    known = [name for name in names if form_of(name) and name.rpartition("/")[2] not in ABOUT]
+    if any(name.lower().endswith(".parquet") for name in known):  # a .json may tell of the data
+        known = [name for name in known if not name.lower().endswith(".json")]
+    known = _of_split(path, role, known)
+    files: dict[Form, str] = {form: name for name in known if (form := form_of(name))}
+    if not files:
+        raise InputError(_unknown(path, role))
+    if len(files) > 1:
+        first, other = sorted(files, key=lambda form: form != "parquet")[:2]
+        holds = "Parquet" if first == "parquet" else repr(files[first])
+        raise InputError(f"{path}: target.{role} holds {holds} and {files[other]!r}, of another form; give files of one form")
+    return Source(folder, next(iter(files)), known)
+
+
+def _of_split(path: str, role: str, names: list[str]) -> list[str]:
+    """The files of a split, where their names say of which they are; those that name none may be of train."""
+    splits = {name: split_named(name) for name in names}
+    there = sorted({split for split in splits.values() if split})
+    if not there:
+        return names
+    mine = [name for name in names if splits[name] == role]
+    if not mine and role == "train":
+        mine = [name for name in names if splits[name] is None]
+    if not mine:
+        has = f"its files are of {', '.join(there)}"
+        raise InputError(f"{path}: no split {role!r} in this folder ({has}); name a file (target.{role})")
+    return mine
+
+
+def _names(folder: Folder) -> list[str]:
+    """Of the files in a folder, but for hidden ones."""
+    names = sorted(info.path.removeprefix(f"{folder.path}/") for info in folder.walk())
+    return [name for name in names if not any(part.startswith((".", "_")) for part in name.split("/"))]
+
+
+def _unknown(path: str, role: str) -> str:
+    return (
+        f"{path}: target.{role} must be .jsonl, .json, .csv or .parquet, text also packed by gzip, a folder of such files, or a "
+        "folder saved by datasets"
+    )

@@ -1,0 +1,262 @@
+"""One row of a target -> the conversation that it holds. What trainers and the Hub's data sets have is read:
+
+    messages                            role and content, as OpenAI, TRL and axolotl have them
+    conversations                       the same, or `from` and `value`, as ShareGPT has them
+    prompt, completion                  texts or lists of messages, as TRL has them
+    prompt, chosen                      of preferences the chosen answer; `chosen` alone may be a whole conversation
+    instruction, input, output          as Alpaca has them; `history` holds earlier pairs
+    text                                learned as it is, without a chat template
+
+`system`, `tools` and `chat_template_kwargs` of a row go with it. A list or an object may also be JSON text, as in a CSV file.
+Where a row has several forms, the first one counts. `target.columns` says what a column is called in place of these names.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.core.storage import is_text
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+"""Names of roles that mean another; others are left to the chat template."""
+
+CALLS = "function_call"
+"""A role of LLaMA-Factory's: the assistant calls a tool."""
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message for what the model thinks before it answers."""
+
+FORMS = "messages, conversations, prompt and completion, prompt and chosen, instruction and output, or text"
+
+MAX_SHOWN = 10
+"""Columns of a row that a message names."""
+
+
+class RowError(ValueError):
+    """A row cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`messages` end with the answer; each has the texts `role` and `content`."""
+
+    messages: list[Message]
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is given, such as tools."""
+    texts: bool = False
+    """Whether prompt and answer are texts, which a base without a chat template gets joined as they are."""
+    bare: bool = False
+    """Whether it is one text, which no chat template is asked about."""
+
+
+def conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    """What a row says.
+
+    Args:
+        columns: names of `config.COLUMNS` -> what they are called in the row.
+
+    Raises:
+        RowError: the row is of no known form, or holds no answer that is text.
+    """
+    row = _named(row, columns or {})
+    for is_of_form, read in _FORMS:
+        if is_of_form(row):
+            found = read(row)
+            _check(found)
+            return found
+    shown = sorted(str(name)[:40] for name, value in row.items() if value is not None)
+    has = ", ".join(shown[:MAX_SHOWN]) or "nothing"
+    raise RowError(f"of no known form: it has {has}; rows need {FORMS} (target.columns names others)")
+
+
+def _named(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row by our names. A column that is renamed is not also what it was called."""
+    renamed = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in renamed and name not in columns}
+    return kept | {name: row.get(column) for name, column in columns.items()}
+
+
+def _has(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.get(name) is not None for name in names)
+
+
+def _from_messages(name: str) -> Callable[[Row], Conversation]:
+    return lambda row: _chat(_as_list(row[name], name), row)
+
+
+def _from_completion(row: Row) -> Conversation:
+    prompt, answer = _messages_or_text(row["prompt"]), _messages_or_text(row["completion"])
+    turns = [*_turns(prompt, "user"), *_turns(answer, "assistant")]
+    return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(answer, list))
+
+
+def _from_chosen(row: Row) -> Conversation:
+    prompt, chosen = _messages_or_text(row.get("prompt")), _messages_or_text(row["chosen"])
+    whole = isinstance(chosen, list) and (prompt is None or _begins_with_question(chosen))
+    if prompt is None and not whole:
+        raise RowError("a chosen answer without a prompt")
+    turns = chosen if whole else [*_turns(prompt, "user"), *_turns(chosen, "assistant")]
+    return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(chosen, list))
+
+
+def _from_instruction(row: Row) -> Conversation:
+    earlier = _as_list(row["history"], "history") if row.get("history") is not None else []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise RowError("a history that is no list of pairs")
+    pairs = [*earlier, [_joined(row["instruction"], row.get("input")), row["output"]]]
+    turns = [turn for asked, said in pairs for turn in (_turn("user", asked), _turn("assistant", said))]
+    return _chat(turns, row, texts=not earlier)
+
+
+def _from_text(row: Row) -> Conversation:
+    return Conversation([_turn("assistant", row["text"])], texts=True, bare=True)
+
+
+_FORMS: Sequence[tuple[Callable[[Row], bool], Callable[[Row], Conversation]]] = (
+    (_has("messages"), _from_messages("messages")),
+    (_has("conversations"), _from_messages("conversations")),
+    (_has("conversation"), _from_messages("conversation")),
+    (lambda row: row.get("prompt") is not None and "completion" in row, _from_completion),
+    (_has("chosen"), _from_chosen),
+    (_has("instruction", "output"), _from_instruction),
+    (_has("text"), _from_text),
+)
+"""In the order in which they count."""
+
+
+def _chat(turns: Sequence[Any], row: Row, texts: bool = False) -> Conversation:
+    messages = [_message(turn) for turn in turns]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages, texts = [_turn("system", system), *messages], False
+    options = _parsed(row.get("chat_template_kwargs")) or {}
+    if not isinstance(options, dict):
+        raise RowError("chat_template_kwargs that are no object")
+    if tools := _parsed(row.get("tools")):
+        options = {"tools": tools if isinstance(tools, list) else [tools], **options}
+    return Conversation(messages, options, texts)
+
+
+def _message(turn: Any) -> Message:
+    """A message with `role` and `content`, whatever they are called in it; fields without a value are left out."""
+    if not isinstance(turn, Mapping):
+        raise RowError("a message without text or role")
+    kept = {name: value for name, value in turn.items() if value is not None and name not in ("from", "value")}
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str):
+        raise RowError("a message without text or role")
+    content = _text_of(content)
+    if role.lower() == CALLS:
+        return _calls(kept, content)
+    if content is None and not kept.get("tool_calls"):
+        raise RowError("a message without text or role")
+    return {**kept, "role": ROLES.get(role.lower(), role), "content": content or ""}  # null beside calls: templates join texts
+
+
+def _calls(kept: Message, content: str | None) -> Message:
+    """Of the role CALLS, whose text is the call."""
+    call = _parsed(content)
+    if not isinstance(call, dict) or "name" not in call:
+        raise RowError("a call of a tool that is not JSON with its name")
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {**kept, "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def _text_of(content: Any) -> str | None:
+    """Content as text: it may come in parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError("a message without text or role")
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        kinds = sorted({str(part.get("type"))[:20] for part in content if isinstance(part, dict) and part.get("text") is None})
+        raise RowError(f"a message with parts that are no text ({', '.join(kinds) or 'of no known form'})")
+    return "".join(str(part) for part in parts)
+
+
+def _check(found: Conversation) -> None:
+    """See to it that there is an answer to learn.
+
+    Raises:
+        RowError: there is none.
+    """
+    messages = found.messages
+    if not messages:
+        raise RowError("a message without text or role")
+    if not all(_is_unicode(turn) for turn in messages):
+        raise RowError("a text that is not valid Unicode")
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise RowError(f"the last message is of role {last['role'][:20]!r}; it must be the assistant's")
+    if len(messages) < 2 and not found.bare:
+        raise RowError("an answer without a question")
+    if last.get("tool_calls"):
+        raise RowError("its answer calls tools, which are no text to learn")
+    if not last["content"].strip():
+        raise RowError("empty completion")
+
+
+def _is_unicode(turn: Message) -> bool:
+    texts = [turn[name] for name in ("role", "content", *THOUGHTS) if isinstance(turn.get(name), str)]
+    return is_text("".join(texts))
+
+
+def _turn(role: str, content: Any) -> Message:
+    if content is not None and not isinstance(content, str):
+        raise RowError("a message without text or role")
+    return {"role": role, "content": "" if content is None else content}
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    return value if isinstance(value, list) else [_turn(role, value)]
+
+
+def _begins_with_question(turns: list[Any]) -> bool:
+    role = turns[0].get("role", turns[0].get("from")) if turns and isinstance(turns[0], Mapping) else None
+    return isinstance(role, str) and ROLES.get(role.lower(), role) != "assistant"
+
+
+def _messages_or_text(value: Any) -> Any:
+    """Messages that are given as JSON text. A text that is JSON of something else is a text."""
+    found = _parsed(value)
+    is_said = isinstance(found, list) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in found)
+    return found if isinstance(value, list) or (found and is_said) else value
+
+
+def _joined(instruction: Any, given: Any) -> Any:
+    return f"{instruction}\n{given}" if isinstance(instruction, str) and isinstance(given, str) and given.strip() else instruction
+
+
+def _as_list(value: Any, name: str) -> list[Any]:
+    found = _parsed(value)
+    if not isinstance(found, list):
+        raise RowError(f"{name} that are no list")
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    """A list or an object that is given as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, list | dict) else value
+    return value

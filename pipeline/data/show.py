@@ -1,0 +1,51 @@
+"""The first rows of a target as they are understood, for a person: `mashup samples CONFIG.yaml --show 3`.
+
+No Ray is needed; only so much of the first file is read as the rows take.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import Config
+from pipeline.data.forms import RowError, conversation
+from pipeline.data.readers import first_rows
+from pipeline.data.render import render
+from pipeline.data.splits import reading_of, target_paths
+from pipeline.data.tokenise import Reading, parse, tokenise
+from pipeline.model.base_model import load_tokenizer
+
+LEARNED, CONTEXT = "bold green", "dim"
+UNSEEN = str.maketrans({chr(code): "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\n\t"})
+"""Signs that would steer the terminal."""
+
+
+def show_rows(config: Config, count: int) -> Iterator[Text]:
+    """So many rows of target.train; what is learned of them is in colour.
+
+    Raises:
+        InputError: as for `splits.draw_samples`.
+    """
+    tokenizer, reading = load_tokenizer(config.base), reading_of(config)
+    path = target_paths(config)["train"]
+    for number, row in enumerate(islice(first_rows(path, "train", list(reading.columns.values())), count), start=1):
+        yield _shown(number, row, tokenizer, reading)
+
+
+def _shown(number: int, row: bytes, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Text:
+    shown = Text(f"row {number}: ")
+    try:
+        said = parse(row)
+        tokens = tokenise(said, tokenizer, reading)
+        text, answers, _ = render(conversation(said, reading.columns), tokenizer, reading.turns)
+    except RowError as error:
+        return shown.append(f"passed over: {error}\n")
+    note = f"; {tokens['note']}" if "note" in tokens else ""
+    shown.append(f"{len(tokens['input_ids'])} tokens, {sum(tokens['learn_mask'])} of them learned{note}\n")
+    at = 0
+    for start, end in answers:
+        shown.append(text[at:start].translate(UNSEEN), CONTEXT).append(text[start:end].translate(UNSEEN), LEARNED)
+        at = end
+    return shown.append(text[at:].translate(UNSEEN), CONTEXT).append("\n")

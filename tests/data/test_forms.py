@@ -1,0 +1,110 @@
+"""Rows as trainers and the Hub's data sets have them: all forms of one conversation say the same."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.data.forms import conversation
+
+ASKED, SAID = "Add 1 and 2.", "It is 3."
+PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+SHAREGPT = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+SAME: dict[str, dict[str, Any]] = {
+    "messages": {"messages": PAIR},
+    "messages as JSON text": {"messages": json.dumps(PAIR)},
+    "fields without a value": {"messages": [{**turn, "tool_calls": None, "name": None} for turn in PAIR]},
+    "content in parts": {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in PAIR]},
+    "conversations": {"conversations": PAIR},
+    "ShareGPT": {"conversations": SHAREGPT},
+    "ShareGPT's other names": {"conversation": [{"from": "user", "value": ASKED}, {"from": "chatgpt", "value": SAID}]},
+    "roles in capitals": {"conversations": [{"from": "Human", "value": ASKED}, {"from": "GPT", "value": SAID}]},
+    "both spellings": {"conversations": [{**a, **b} for a, b in zip(PAIR, SHAREGPT, strict=True)]},
+    "texts": {"prompt": ASKED, "completion": SAID},
+    "message lists": {"prompt": PAIR[:1], "completion": PAIR[1:]},
+    "message lists as JSON text": {"prompt": json.dumps(PAIR[:1]), "completion": json.dumps(PAIR[1:])},
+    "a chosen text": {"prompt": ASKED, "chosen": SAID, "rejected": "4"},
+    "a chosen message": {"prompt": ASKED, "chosen": PAIR[1:], "rejected": PAIR[1:]},
+    "a chosen conversation": {"prompt": ASKED, "chosen": PAIR, "rejected": PAIR},
+    "chosen alone": {"chosen": PAIR, "rejected": PAIR},
+    "Alpaca": {"instruction": ASKED, "input": "", "output": SAID},
+    "Alpaca without input": {"instruction": ASKED, "output": SAID},
+    "a form that is empty beside another": {"messages": None, "text": None, "instruction": ASKED, "input": None, "output": SAID},
+    "a system prompt that is empty": {"conversations": SHAREGPT, "system": "", "tools": ""},
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_all_forms_say_the_same(form: str) -> None:
+    found = conversation(SAME[form])
+    assert found.messages == PAIR
+    assert found.options == {}
+    assert not found.bare
+
+
+def test_what_goes_with_a_conversation_is_kept() -> None:
+    given = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+    for row in (given, {name: json.dumps(value) for name, value in given.items()}):
+        found = conversation({"conversations": SHAREGPT, "system": "Be short.", **row})
+        assert found.messages == [{"role": "system", "content": "Be short."}, *PAIR]
+        assert found.options == {"tools": [TOOL], "enable_thinking": False}
+    own = [{"role": "system", "content": "Be long."}, *PAIR]
+    assert conversation({"messages": own, "system": "Be short."}).messages == own
+
+
+def test_an_input_follows_its_instruction_and_a_history_comes_before_it() -> None:
+    row = {"instruction": "Translate.", "input": "Hund", "output": "dog", "history": [["Hello", "Hi"]]}
+    assert [turn["content"] for turn in conversation(row).messages] == ["Hello", "Hi", "Translate.\nHund", "dog"]
+
+
+def test_calls_of_tools_need_no_text() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    native = [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "3"}, PAIR[1]]
+    factory = [
+        SHAREGPT[0],
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "3"},
+        SHAREGPT[1],
+    ]
+    expected = [PAIR[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}, PAIR[1]]
+    assert conversation({"messages": native}).messages == expected
+    assert conversation({"conversations": factory}).messages == expected
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"role": "user"}', '[{"a": 1}]', "[not JSON", "[]", "{}"])
+def test_an_answer_that_is_json_is_a_text(text: str) -> None:
+    assert conversation({"prompt": text, "completion": text}).messages[1]["content"] == text
+
+
+def test_columns_have_the_names_that_the_config_says() -> None:
+    row = {"question": ASKED, "answer": SAID, "prompt": "another", "text": "Add 1 and 2. It is 3."}
+    found = conversation(row, {"prompt": "question", "completion": "answer"})
+    assert found.messages == PAIR
+    assert found.texts
+
+
+def test_a_text_is_bare() -> None:
+    found = conversation({"text": "Once upon a time"})
+    assert found.bare
+    assert found.messages[-1]["content"] == "Once upon a time"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "a", "answer": "b"}, r"it has answer, question; rows need .* \(target.columns names others\)"),
+        ({"prompt": "a"}, "it has prompt; rows need"),
+        ({"chosen": "b", "rejected": "c"}, "a chosen answer without a prompt"),
+        ({"messages": "hello"}, "messages that are no list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, r"parts that are no text \(image\)"),
+        ({"messages": PAIR, "chat_template_kwargs": "loud"}, "chat_template_kwargs that are no object"),
+        ({"conversations": [SHAREGPT[0], {"from": "function_call", "value": "add"}]}, "a call of a tool that is not JSON"),
+        ({"instruction": "a", "output": "b", "history": ["x"]}, "a history that is no list of pairs"),
+        ({"instruction": "a", "output": 5}, "without text or role"),
+    ],
+)
+def test_what_cannot_be_read_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        conversation(row)

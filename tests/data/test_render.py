@@ -1,0 +1,109 @@
+"""Where the answers are in what chat templates of several kinds make of a conversation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.data.forms import conversation
+from pipeline.data.render import CLOCK, render
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+LAST_THOUGHTS = """\
+{%- if tools %}{{ 'Tools: ' + tools | tojson + '\n' }}{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}
+    {%- set thought = m.reasoning_content or '' %}{%- set said = m.content %}
+    {%- if not thought and '</think>' in said %}
+        {%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+        {%- set said = said.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {%- if loop.last %}{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ said.lstrip('\n') }}
+    {%- for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}
+{%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"""
+"""Shows thoughts of the last turn alone, from a field or from the text, and an empty thought where there is none."""
+
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+
+TRIMMED = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] | trim + '[end]' }}{% endfor %}"
+
+THOUGHT, ANSWER = "I add them.", "It is 3."
+INLINE = [f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}", f"<think>{THOUGHT}</think>\n{ANSWER}"]
+
+
+@pytest.fixture
+def answers(tiny_base: str) -> Callable[..., list[str]]:
+    """The parts of a rendered row that are its answers."""
+
+    def find(template: str | None, row: dict[str, Any], **asked: Any) -> list[str]:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_base)
+        tokenizer.chat_template = template
+        found = render(conversation(row), tokenizer, **asked)
+        return [found.text[start:end] for start, end in found.answers]
+
+    return find
+
+
+def chat(*turns: Any) -> dict[str, Any]:
+    """Messages of user and assistant in turns; an answer may be a whole message."""
+    roles = ("user", "assistant")
+    return {"messages": [t if isinstance(t, dict) else {"role": roles[n % 2], "content": t} for n, t in enumerate(turns)]}
+
+
+def thought(field: str = "reasoning_content") -> dict[str, Any]:
+    return {"role": "assistant", "content": ANSWER, field: THOUGHT}
+
+
+@pytest.mark.parametrize("template", [CHATML, LAST_THOUGHTS, DATED, TRIMMED])
+def test_every_answer_or_the_last_one(template: str, answers: Callable[..., list[str]]) -> None:
+    row = chat("a?", "a", "a?", " b\n", "a?", "a")
+    middle = "b" if template in (TRIMMED,) else " b\n"
+    assert answers(template, row) == ["a", middle, "a"]
+    assert answers(template, row, turns="last") == ["a"]
+
+
+@pytest.mark.parametrize("said", [*INLINE, thought(), thought("thinking"), thought("reasoning")])
+def test_thoughts_count_with_their_answer_wherever_the_row_has_them(said: Any, answers: Callable[..., list[str]]) -> None:
+    assert answers(LAST_THOUGHTS, chat("1 and 2?", said)) == [INLINE[0]]
+    assert answers(CHATML, chat("1 and 2?", said)) == [said if isinstance(said, str) else INLINE[0]]
+
+
+def test_of_thoughts_that_the_template_leaves_out_the_answer_counts(answers: Callable[..., list[str]]) -> None:
+    assert answers(LAST_THOUGHTS, chat("?", INLINE[1], "?", thought())) == [ANSWER, INLINE[0]]
+    assert answers(LAST_THOUGHTS, chat("?", thought(), "?", ANSWER)) == [ANSWER, ANSWER]
+
+
+def test_calls_of_tools_are_no_answer(answers: Callable[..., list[str]]) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    row = chat("?", call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": ANSWER})
+    assert answers(LAST_THOUGHTS, row) == [ANSWER]
+    assert answers(CHATML, row) == [ANSWER]
+
+
+def test_tools_reach_the_template(tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = LAST_THOUGHTS
+    row = {**chat("?", ANSWER), "tools": [{"name": "add"}], "chat_template_kwargs": {"loud": True}}
+    found = render(conversation(row), tokenizer)
+    assert found.text.startswith('Tools: [{"name": "add"}]\n')
+    assert found.left_out == ["loud"]
+
+
+def test_a_template_that_tells_the_date_tells_the_same_one_tomorrow(tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = DATED
+    assert render(conversation(chat("?", ANSWER)), tokenizer).text.startswith(f"Today: {CLOCK:%d %b %Y}\n")
+
+
+def test_an_answer_that_a_template_changes_is_no_answer(answers: Callable[..., list[str]]) -> None:
+    loud = CHATML.replace("m['content']", "m['content'] | upper")
+    for row in (chat("?", ANSWER), chat("?", "b", "?", ANSWER)):
+        with pytest.raises(ValueError, match="changes the completion's text"):
+            answers(loud, row)
+    with pytest.raises(ValueError, match="private signs"):
+        answers(CHATML, chat("\ue0000\uf8ff", ANSWER))

@@ -1,0 +1,50 @@
+"""What a person sees of the first rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from pipeline.config import Config
+from pipeline.core.errors import InputError
+from pipeline.data.show import LEARNED, show_rows
+
+ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(5)]
+
+
+def learned(text: object) -> list[str]:
+    """The parts that are in colour."""
+    return [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNED]  # type: ignore[attr-defined]
+
+
+def test_rows_are_shown_with_what_is_learned_in_colour(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    bad = [{"label": 3}, {"prompt": "\u001b[31mred", "completion": "blue"}]
+    (tmp_path / "t.jsonl").write_text("\n\n".join(map(json.dumps, [*ROWS[:1], *bad])) + "\nnot JSON\n")
+    first, second, third, fourth = show_rows(config_for(tmp_path / "t.jsonl"), 9)
+    assert learned(first) == ["It is 0."]
+    assert "What is 0?" in first.plain
+    assert "tokens," in first.plain
+    assert second.plain.startswith("row 2: passed over: of no known form: it has label")
+    assert "\u001b" not in third.plain
+    assert fourth.plain.startswith("row 4: passed over: malformed")
+
+
+@pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])
+def test_every_form_is_shown_without_ray(form: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    if form == "t.parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / form)
+    elif form == "t.csv":
+        (tmp_path / form).write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS))
+    else:
+        Dataset.from_list(ROWS).save_to_disk(tmp_path / form)
+    assert [learned(row) for row in show_rows(config_for(tmp_path / form), 2)] == [["It is 0."], ["It is 1."]]
+
+
+def test_a_harmed_file_is_an_input_error(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
+        list(show_rows(config_for(tmp_path / "t.parquet"), 1))
