@@ -90,7 +90,8 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
     try:
         with open_weights(folder / WEIGHTS_FILE) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                halves[split_name(name)] = file.get_tensor(name)
+                if name not in declared.saved:
+                    halves[split_name(name)] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise as_adapter_error(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
     tensors = {module: (halves[module, "A"], halves[module, "B"]) for module in declared.sizes}

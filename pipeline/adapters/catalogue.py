@@ -24,6 +24,7 @@ from pipeline.adapters.kept_rows import KEPT, Blocks, KeptRows
 from pipeline.adapters.licences import declared_licence
 from pipeline.adapters.low_rank import rounding_error
 from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
+from pipeline.adapters.saved_layers import require_untrained
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.adapters.validation import check_declared, largest_adapter, read_declared, unknown_fields
 from pipeline.cluster.telemetry import worker_log
@@ -33,9 +34,9 @@ from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
-from pipeline.model.base_model import Shapes, linear_shapes
+from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes
 
-CHECKS = 1
+CHECKS = 2
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
 then."""
 
@@ -185,6 +186,7 @@ class Inspector:
                     listed = listed._replace(state=None)
                     return row | self._factor(listed.adapter_id, folder)
                 adapter = read_adapter(folder, self.shapes, self.head)
+                dropped = require_untrained(folder, read_declared(folder).saved, self.base)
                 row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
                 unknown = unknown_fields(folder)
                 pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
@@ -196,7 +198,7 @@ class Inspector:
                 raise
             worker_log("index", for_display(listed.adapter_id, MAX_REASON)).exception("the check failed")
             return row | _set_aside(str(AdapterError(f"cannot be checked ({one_line(error)})")))
-        warnings = [_other_base(adapter, self.base), _of_newer_peft(unknown)]
+        warnings = [_other_base(adapter, self.base), _of_newer_peft(unknown), dropped]
         return row | {"warning": "; ".join(filter(None, warnings)) or None, "state": listed.state}
 
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
@@ -258,9 +260,14 @@ def _describe(weights: Path, adapter: Adapter) -> dict[str, Any]:
 def _other_base(adapter: Adapter, base: str) -> str | None:
     """Shapes decide; a base of another name is worth a word, as a local folder seldom bears its Hub id."""
     claimed = adapter.config.base_model_name_or_path
-    if not claimed or Path(claimed).name == Path(name_of(base)).name:
+    if not claimed or _plain_name(claimed) == _plain_name(name_of(base)):
         return None
     return f"says that it was trained on {without_secret(claimed)}; its shapes fit {name_of(base)}"
+
+
+def _plain_name(base: str) -> str:
+    """A base's name without its owner, and without what copies in fewer bits add to it."""
+    return QUANTISED_NAME.sub("", Path(base).name.lower())
 
 
 def _of_newer_peft(fields: list[str]) -> str | None:

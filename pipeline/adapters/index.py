@@ -1,18 +1,30 @@
 """The stage `index`: a pool of adapters -> catalogue.parquet."""
 
+import re
 from collections.abc import Callable
 
 import peft
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.adapters.catalogue import CHECKS, build_catalogue, valid_adapters
 from pipeline.adapters.kept_rows import KEPT, KeptRows
-from pipeline.adapters.pool import look_at
+from pipeline.adapters.pool import A_CHECKPOINT, look_at
 from pipeline.core.base_ref import name_of
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import VERSION
 from pipeline.model.base_model import fingerprint, linear_shapes
 from pipeline.run_folder import Run
+
+KIND = re.compile(r"[:(;,]| of (?=\S)")
+"""What ends the general part of a reason."""
+
+NO_LOSS = ("duplicate", "excluded", A_CHECKPOINT)
+"""Beginnings of reasons for which no donor is lost."""
+
+MAX_KINDS = 8
+"""That are told after an index."""
 
 
 def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -23,7 +35,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     """
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
-    pool = look_at(config.pool, config.exclude)
+    pool = look_at(config.pool, config.exclude, config.checkpoints == "include")
     key = digest(VERSION, CHECKS, fingerprint(config.base), pool.listing, pool.state)
     if run.ready("index", key):
         return
@@ -38,6 +50,20 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))
     run.progress.say(f"{len(valid_adapters(catalogue))} valid, {details['set_aside']} set aside")
+    for line in reasons(catalogue):
+        run.progress.say(line)
+
+
+def reasons(catalogue: pa.Table) -> list[str]:
+    """Why adapters were set aside, by kinds: those that could have been donors first, then what is there twice or was asked."""
+    aside = catalogue.filter(pc.equal(catalogue["status"], "set_aside")).select(["adapter_id", "reason"]).to_pylist()
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for row in aside:
+        kinds.setdefault(KIND.split(row["reason"])[0], []).append(row)
+    order = sorted(kinds, key=lambda kind: (kind.startswith(NO_LOSS), -len(kinds[kind]), kind))
+    lines = [f"{len(kinds[kind])} x {kind}, such as {kinds[kind][0]['adapter_id']}: {kinds[kind][0]['reason']}" for kind in order]
+    left = sum(len(kinds[kind]) for kind in order[MAX_KINDS:])
+    return lines[:MAX_KINDS] + ([f"{left} x other reasons; all are in catalogue.parquet"] if left else [])
 
 
 def _rows_folder(run: Run) -> Folder:

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,6 +42,9 @@ REMOTE = (HUB, "s3://", "gs://", "gcs://")
 
 COMMENT = re.compile(r"(^|\s)#.*")
 """In a list file; a name may have the sign in it."""
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+A_CHECKPOINT = "a checkpoint"
 
 MAX_ID = 1000
 """Characters."""
@@ -79,8 +82,8 @@ class Pool:
         return _columns(self.found)
 
 
-def look_at(pool: str, exclude: Sequence[str] = ()) -> Pool:
-    """List a pool once for all that is asked of its listing.
+def look_at(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) -> Pool:
+    """List a pool once for all that is asked of its listing; as `list_adapters`.
 
     Raises:
         InputError, OSError: as `list_adapters`.
@@ -94,14 +97,15 @@ def look_at(pool: str, exclude: Sequence[str] = ()) -> Pool:
     else:
         infos = folder.walk()
         found, state = _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
-    return Pool(_checked(pool, found, exclude), state)
+    return Pool(_checked(pool, found, exclude, checkpoints), state)
 
 
-def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
+def list_adapters(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) -> Listing:
     """Columns LISTING of everything in a pool that may be an adapter; `problem` says of some why they are not looked at.
 
     Args:
         exclude: ids to leave out, with the wildcards of a shell.
+        checkpoints: whether checkpoint-NNN folders of an adapter that is itself in the pool are adapters, too.
 
     Raises:
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
@@ -109,7 +113,7 @@ def list_adapters(pool: str, exclude: Sequence[str] = ()) -> Listing:
     """
     folder = Folder.at(pool)
     found = _from_list(folder) if _kind(pool, folder) == fs.FileType.File else _from_folder(folder, folder.walk())
-    return _columns(_checked(pool, found, exclude))
+    return _columns(_checked(pool, found, exclude, checkpoints))
 
 
 def pool_state(pool: str) -> list[Any]:
@@ -139,10 +143,24 @@ def _kind(pool: str, folder: Folder) -> fs.FileType:
     return kind
 
 
-def _checked(pool: str, found: list[Listed], exclude: Sequence[str]) -> list[Listed]:
+def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints: bool) -> list[Listed]:
     if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not checkpoints:
+        finals = {one.uri for one in found}
+        found = [_without_final(one, finals) for one in found]
     return [_shown(_excluded(_named(one), exclude)) for one in found]
+
+
+def _without_final(one: Listed, finals: Collection[str]) -> Listed:
+    """Trainers leave the steps on the way beside what they end with: near copies, of which one is enough."""
+    parent, _, name = one.uri.partition("?")[0].rpartition("/")
+    options = one.uri.partition("?")[1:]
+    if one.problem or not CHECKPOINT.fullmatch(name) or "".join([parent, *options]) not in finals:
+        return one
+    return one._replace(
+        problem=f"{A_CHECKPOINT} of {parent.rpartition('/')[2]}, which is in the pool; checkpoints: include takes it"
+    )
 
 
 def _columns(found: list[Listed]) -> Listing:

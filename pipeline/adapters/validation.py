@@ -17,7 +17,7 @@ from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.model.base_model import Shapes
+from pipeline.model.base_model import EMBEDDING_NAMES, Shapes
 
 PREFIX = "base_model.model."
 
@@ -28,6 +28,13 @@ MAX_NAME = 300
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 HEADS = ("lm_head", "embed_out")
+
+WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.|^module\.|(?<=^base_model\.model\.)module\.")
+"""What torch.compile and data parallelism put into the names of tensors."""
+
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
+"""A factor's name, with or without that of the adapter in a model, such as `default`."""
+
 PLAIN_NAME = re.compile(r"[\w.-]+")
 
 # Config fields that change what B A means, in ways that neither the engines nor the merge compute.
@@ -52,6 +59,8 @@ KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations by name that leave the base's weights as they are. Others, such as PiSSA, subtract from them, so that B A alone
 is not the delta, and PEFT does it again at each load."""
 
+MLX_FIELDS = {"fine_tune_type", "lora_parameters"}
+
 PLAIN_FIELDS = {"base_model_name_or_path", "inference_mode", "lora_alpha", "peft_type", "peft_version", "r", "target_modules"}
 PLAIN_FIELDS |= {"exclude_modules", "layers_pattern", "layers_to_transform", "lora_dropout", "use_rslora"}
 """Fields of a config that an engine may see with other values than PEFT's own: they are checked here, or bear on nothing."""
@@ -64,12 +73,15 @@ class Declared:
     """What an adapter's files say, its weights not yet read.
 
     `sizes`: module path -> shapes of lora_A and of lora_B. `own`: rank and alpha of the modules for which a pattern of the
-    config has one or both of them.
+    config has one or both of them. `saved`: names of whole embeddings and output heads that are saved beside the factors.
+    `renamed`: whether the file has tensors by other names than PEFT writes.
     """
 
     config: LoraConfig
     sizes: dict[str, tuple[Size, Size]]
     own: dict[str, tuple[int, float]]
+    saved: tuple[str, ...] = ()
+    renamed: bool = False
 
     @property
     def uniform(self) -> bool:
@@ -80,7 +92,7 @@ class Declared:
         named = {tail for module in self.sizes for tail in tails(module)}
         return (
             all(config[name] == usual[name] for name in usual.keys() - PLAIN_FIELDS)
-            and not self.own
+            and not (self.own or self.saved or self.renamed)
             and not isinstance(self.config.target_modules, str)
             and named.issuperset(self.config.target_modules)  # PEFT raises at what is no linear layer
             and not isinstance(self.config.exclude_modules, str)
@@ -98,8 +110,8 @@ def read_declared(folder: Path) -> Declared:
         AdapterError: it is not a LoRA adapter that can be a donor; the message says why.
     """
     config = _read_config(folder)
-    sizes = _read_sizes(folder)
-    return Declared(config, sizes, own_scales(config, sizes))
+    sizes, saved, renamed = _read_names(folder)
+    return Declared(config, sizes, own_scales(config, sizes), saved, renamed)
 
 
 def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None:
@@ -111,6 +123,8 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
     for module, found in declared.sizes.items():
         if module == head or module.rpartition(".")[2] in HEADS:
             raise AdapterError(f"adapts the output head ({module}), which cannot be scored under vLLM's LoRA")
+        if module not in shapes and ".experts." in module:
+            raise AdapterError(f"adapts expert layers ({module}), which are not supported")
         if module not in shapes:
             raise AdapterError(f"wrong base: it adapts {module}, which the base model does not have as a linear layer")
         rank, (out, inner) = declared.rank(module), shapes[module]
@@ -168,15 +182,23 @@ def split_name(name: str) -> tuple[str, str]:
     Raises:
         AdapterError: it is neither.
     """
-    if "lora_embedding_" in name or "embed_tokens" in name or "lm_head" in name:
+    if "lora_embedding_" in name or any(f".{layer}." in name for layer in (*EMBEDDING_NAMES, *HEADS)):
         raise AdapterError(f"changes the embeddings or the output head ({name}), which vLLM's LoRA cannot score")
     if ".lora_magnitude_vector" in name:
         raise AdapterError(UNSUPPORTED["use_dora"])
-    for half in ("A", "B"):
-        tail = f".lora_{half}.weight"
-        if name.startswith(PREFIX) and name.endswith(tail):
-            return name.removeprefix(PREFIX).removesuffix(tail), half
+    plain = WRAPPERS.sub("", name)
+    if plain.startswith(PREFIX) and (found := FACTOR.fullmatch(plain.removeprefix(PREFIX))):
+        return found["module"], found["half"]
+    if plain.startswith(PREFIX) and plain.endswith(".weight") and ".lora_" not in plain:
+        raise AdapterError(f"modules_to_save: it replaces whole modules ({name})")
     raise AdapterError(f"not plain LoRA: it carries the tensor {name}")
+
+
+def is_saved_whole(name: str) -> bool:
+    """Whether a tensor is an embedding or an output head that PEFT saved beside the factors, as it does where it thinks that the
+    vocabulary has grown. Whether it is the base's own is seen where weights are read."""
+    layer = WRAPPERS.sub("", name).removeprefix(PREFIX).removesuffix(".weight").rpartition(".")[2]
+    return name.endswith(".weight") and ".lora_" not in name and layer in (*EMBEDDING_NAMES, *HEADS)
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -215,13 +237,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_config(content: dict[str, Any]) -> None:
+    if content.keys() & MLX_FIELDS:
+        raise AdapterError("MLX: an adapter of mlx_lm, in a form of its own; convert it to PEFT")
     if content.get("peft_type") != "LORA":
         raise AdapterError(f"not LoRA: peft_type is {content.get('peft_type')!r}")
     for field, reason in UNSUPPORTED.items():
         if content.get(field):
             raise AdapterError(reason)
-    if content.get("modules_to_save"):
-        raise AdapterError(f"modules_to_save: it replaces whole modules ({content['modules_to_save']})")
     if (content.get("bias") or "none") != "none":
         raise AdapterError(f"bias={content['bias']!r}: biases are not part of a low-rank delta")
     if not _is_rank(content.get("r")):
@@ -280,16 +302,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ALPHA
 
 
-def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:
-    """Module -> shapes of lora_A and lora_B, from the header alone."""
+def _read_names(folder: Path) -> tuple[dict[str, tuple[Size, Size]], tuple[str, ...], bool]:
+    """Module -> shapes of lora_A and lora_B; tensors that are saved whole; whether names are others than PEFT writes. From the
+    header alone."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(_pickle(folder) or f"missing weights: no {WEIGHTS_FILE}")
     halves: dict[str, dict[str, Size]] = {}
+    saved, renamed = list[str](), False
     with open_weights(folder / WEIGHTS_FILE) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            module, half = split_name(name)
             tensor = file.get_slice(name)
             check_dtype(name, tensor.get_dtype())
+            if is_saved_whole(name):
+                saved.append(name)
+                continue
+            module, half = split_name(name)
+            renamed |= name != f"{PREFIX}{module}.lora_{half}.weight"
+            if half in halves.get(module, {}):
+                raise AdapterError(f"corrupt weights: {module} has lora_{half} twice, under two names")
             if len(shape := tuple(tensor.get_shape())) != 2:
                 raise AdapterError(f"wrong shapes: {name} has {len(shape)} dimensions, 2 are needed")
             halves.setdefault(module, {})[half] = shape
@@ -298,7 +328,7 @@ def _read_sizes(folder: Path) -> dict[str, tuple[Size, Size]]:
     for module, pair in halves.items():
         if len(pair) < 2:
             raise AdapterError(f"missing weights: {module} has only lora_{next(iter(pair))}")
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}, tuple(saved), renamed
 
 
 def _pickle(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The base model: its config, tokenizer, weights and the shapes of its linear layers."""
 
 import hashlib
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,9 @@ from pipeline.core.storage import Folder
 
 FIRST_VALUES = 256
 
+QUANTISED_NAME = re.compile(r"(-unsloth)?(-bnb)?-(4bit|8bit|int4|int8|gptq.*|awq.*|fp8.*|nf4|w\da\d+.*)$", re.IGNORECASE)
+"""What the names of bases in fewer bits end in."""
+
 DESCRIBING, WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken"), (".safetensors",)
 """What is fetched of a base in an object store; never pickle."""
 
@@ -37,11 +41,31 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
     Raises:
         InputError: the base model is not known.
     """
+    _require_whole(base)
     model = _skeleton(base)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in layers.items() if module is head), None)
     return {name: (module.out_features, module.in_features) for name, module in layers.items()}, head_name
+
+
+def _require_whole(base: str) -> None:
+    """See to it that a base's weights are numbers of 16 or 32 bits: adapters are merged with these and trained on them.
+
+    Raises:
+        InputError: they are quantised.
+    """
+    config = _from_pretrained(AutoConfig, base)
+    asked = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if not asked:
+        return
+    method = asked.get("quant_method") if isinstance(asked, dict) else getattr(asked, "quant_method", None)
+    name = name_of(base)
+    plain = QUANTISED_NAME.sub("", name)
+    other = f", such as {plain}" if plain != name else ""
+    raise InputError(
+        f"{base}: its weights are quantised ({method or 'by its quantization_config'}); give the base in 16 bits{other}"
+    )
 
 
 def count_parameters(base: str) -> int:
@@ -115,6 +139,22 @@ def weights_folder(base: str) -> Path:
         return Path(from_hub(lambda: snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({first_line(error)})") from error
+
+
+EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+@lru_cache(maxsize=2)
+def stored_weights(base: str, layer: str | None) -> torch.Tensor | None:
+    """The weights of the base's layer whose path ends in this name, as its files have them; without a name, of its embedding.
+    None: the base stores no such layer, or several."""
+    wanted = [layer] if layer else EMBEDDING_NAMES
+    found: list[torch.Tensor] = []
+    for file in sorted(weights_folder(base).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.removesuffix(".weight").rpartition(".")[2] in wanted]  # noqa: SIM118
+            found += [tensors.get_tensor(name) for name in names]
+    return found[0] if len(found) == 1 else None
 
 
 @lru_cache(maxsize=4)

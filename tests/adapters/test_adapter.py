@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.adapter import alpha_at, from_factors, plain, put_on, read_adapter, write_adapter
+from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
@@ -157,11 +157,11 @@ def test_from_factors_names_modules_in_full_where_leaf_names_would_name_more(
 
 CONFIGS = {
     "other method": ({"peft_type": "IA3"}, "not LoRA: peft_type is 'IA3'"),
+    "MLX": ({"fine_tune_type": "lora", "peft_type": None}, "MLX: an adapter of mlx_lm"),
     "no method": ({"peft_type": None}, "not LoRA"),
     "dora": ({"use_dora": True}, "DoRA"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only'"),
-    "modules_to_save": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
     "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -263,6 +263,29 @@ def test_nan_and_infinity_are_found_in_either_factor(
         read_and_check(good, base_layers)
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: "module." + name,
+        lambda name: name.replace("base_model.model.", "base_model.model.module."),
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    ],
+)
+def test_names_of_wrapped_models_are_those_of_the_model(
+    rename: Callable[[str], str], good: Path, base_layers: tuple[Shapes, str | None], tmp_path: Path
+) -> None:
+    expected = read_adapter(good, *base_layers)
+    save_file({rename(name): tensor for name, tensor in load_file(good / WEIGHTS_FILE).items()}, good / WEIGHTS_FILE)
+    assert read_adapter(good, *base_layers).modules == expected.modules
+    plain = for_engine(good, tmp_path / "plain")
+    assert plain != good
+    assert read_adapter(plain).modules == expected.modules
+
+
+EXPERT = "base_model.model.model.layers.0.mlp.experts.0.w1"
+
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no tensor": (lambda t: t.clear(), "holds no tensor"),
     "only lora_A": (lambda t: t.pop(Q0_B), "has only lora_A"),
@@ -272,7 +295,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 2)}),
         "changes the embeddings",
     ),
-    "whole embeddings": (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(4, 2)}), "embeddings"),
+    "a factor under two names": (
+        lambda t: t.update({Q0_A.replace(".weight", ".default.weight"): torch.ones(4, 128)}),
+        f"{Q0} has lora_A twice, under two names",
+    ),
     "output head": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 128)}), "output head"),
     "bias": (lambda t: t.update({f"base_model.model.{Q0}.lora_B.bias": torch.ones(128)}), "not plain LoRA: .*bias"),
     "other prefix": (lambda t: t.update({"transformer.q.lora_A.weight": torch.ones(4, 128)}), "not plain LoRA"),
@@ -280,6 +306,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a layer too many": (
         lambda t: t.update({name.replace("layers.0", "layers.7"): tensor.clone() for name, tensor in list(t.items())}),
         "wrong base: it adapts model.layers.7",
+    ),
+    "experts": (
+        lambda t: t.update({f"{EXPERT}.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}),
+        "adapts expert layers .* which are not supported",
     ),
     "wider input": (lambda t: t.update({Q0_A: torch.ones(4, 256)}), "wrong shapes"),
     "wider output": (lambda t: t.update({Q0_B: torch.ones(256, 4)}), "wrong shapes"),

@@ -180,6 +180,16 @@ def test_numbers_that_only_float64_holds_are_set_aside(tmp_path: Path, tiny_base
     assert all("weights too large" in rows[name]["reason"] for name in ("huge", "large"))
 
 
+def test_a_base_in_fewer_bits_is_no_other_base(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    name = Path(tiny_base).name
+    for number, claimed in enumerate((f"unsloth/{name}-unsloth-bnb-4bit", f"org/{name.upper()}-bnb-4bit", f"org/{name}-AWQ")):
+        edit_config(make_adapter(tmp_path / f"a{number}", tiny_base, seed=number), base_model_name_or_path=claimed)
+    edit_config(make_adapter(tmp_path / "other", tiny_base, seed=9), base_model_name_or_path="org/another-4bit")
+    found = inspected(tiny_base, tmp_path)
+    assert [found[f"a{number}"]["warning"] for number in range(3)] == [None] * 3
+    assert "says that it was trained on org/another-4bit" in found["other"]["warning"]
+
+
 def test_fields_of_a_newer_peft_are_told(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     edit_config(make_adapter(tmp_path / "a", tiny_base), use_super_lora=True, another=None)
     assert "not heeded: use_super_lora" in inspected(tiny_base, tmp_path)["a"]["warning"]

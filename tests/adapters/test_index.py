@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipeline.adapters.index import index
+from pipeline.adapters.index import index, reasons
 from pipeline.config import Config, TargetConfig
 from pipeline.core.errors import InputError
 from pipeline.core.lock import LockLostError
@@ -30,6 +31,26 @@ def test_a_pool_is_checked_once_and_again_where_it_changed(
     index(run)
     assert run.folder.read_table("catalogue.parquet")["adapter_id"].to_pylist() == ["one", "two"]
     assert run.ledger.records["index"]["details"] == {"adapters": 2, "set_aside": 0}
+
+
+def test_reasons_are_told_by_kinds_and_lost_donors_first() -> None:
+    told = {
+        "a": "wrong base: it adapts model.layers.7",
+        "b": "wrong base: it adapts model.layers.9",
+        "c": "duplicate of z: same weights and scaling",
+        "d": "duplicate of y: same weights and scaling",
+        "e": "duplicate of x: same weights and scaling",
+        "f": "cannot be fetched from s3://b/f (it is gone)",
+        "g": None,
+    }
+    status = ["set_aside" if reason else "ok" for reason in told.values()]
+    catalogue = pa.table({"adapter_id": list(told), "status": status, "reason": list(told.values())})
+    assert reasons(catalogue) == [
+        "2 x wrong base, such as a: wrong base: it adapts model.layers.7",
+        "1 x cannot be fetched from s3, such as f: cannot be fetched from s3://b/f (it is gone)",
+        "3 x duplicate, such as c: duplicate of z: same weights and scaling",
+    ]
+    assert reasons(catalogue.slice(6)) == []
 
 
 def test_an_unknown_base_is_said_before_anything_starts(tmp_path: Path) -> None:

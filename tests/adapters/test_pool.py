@@ -76,6 +76,19 @@ def test_adapters_that_the_config_excludes_are_set_aside_unread(tmp_path: Path, 
     ]
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_checkpoints_beside_what_they_led_to_are_left_out_unless_asked_for(place: str, tmp_path: Path, bucket: str) -> None:
+    pool = Folder.at(str(tmp_path / "pool") if place == "disk" else f"{bucket}/pool")
+    for name in ("run", "run/checkpoint-10", "run/checkpoint-20", "only/checkpoint-5", "run/checkpoint-best"):
+        pool.write_bytes(f"{name}/{WEIGHTS_FILE}", b"x")
+        pool.write_bytes(f"{name}/{CONFIG_FILE}", b"{}")
+    asked, all_of_them = (list_adapters(pool.uri, checkpoints=checkpoints) for checkpoints in (False, True))
+    assert not any(all_of_them["problem"])
+    left_out = {name: problem for name, problem in zip(asked["adapter_id"], asked["problem"], strict=True) if problem}
+    reason = "a checkpoint of run, which is in the pool; checkpoints: include takes it"
+    assert left_out == {"run/checkpoint-10": reason, "run/checkpoint-20": reason}
+
+
 def test_credentials_in_a_list_file_are_refused_and_not_shown(tmp_path: Path) -> None:
     (tmp_path / "pool.txt").write_text("org/a\ns3://KEY:SECRET@bucket/adapter\n")
     with pytest.raises(InputError, match="no credentials") as caught:

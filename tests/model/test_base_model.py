@@ -33,6 +33,17 @@ def test_shapes_are_those_of_the_loaded_model(base: str, request: pytest.Fixture
     assert count_parameters(folder) == sum(weights.numel() for weights in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["Llama-3.2-1B-unsloth-bnb-4bit", "Llama-3.2-1B-GPTQ-Int4", "Llama-3.2-1B"])
+def test_a_quantised_base_is_said_before_anything_starts(name: str, tiny_base: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, folder := tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = "" if name == "Llama-3.2-1B" else r", such as .*Llama-3.2-1B$"
+    with pytest.raises(InputError, match=rf"its weights are quantised \(bitsandbytes\); give the base in 16 bits{other}"):
+        linear_shapes(str(folder))
+
+
 @pytest.fixture
 def stored_base(tiny_base: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The base in an object store, among other files, and a disk of one's own for what is fetched."""

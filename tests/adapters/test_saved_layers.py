@@ -1,0 +1,85 @@
+"""Embeddings and heads that PEFT saved beside LoRA: the base's own say nothing, trained ones are refused."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.adapters.adapter import for_engine, read_adapter
+from pipeline.adapters.catalogue import Inspector
+from pipeline.adapters.pool import Listed
+from pipeline.adapters.saved_layers import require_untrained
+from pipeline.adapters.validation import read_declared
+from pipeline.core.errors import AdapterError
+from pipeline.core.file_names import WEIGHTS_FILE
+from pipeline.model.base_model import linear_shapes, load_model
+
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+
+
+@pytest.fixture(params=["tiny_base", "untied_base"])
+def base(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def saved(base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """An adapter with whole layers beside its factors; `change` does something to the base's own."""
+
+    def make(change: Callable[[Tensor], Tensor] = lambda own: own) -> Path:
+        folder = make_adapter(tmp_path / "a", base)
+        model = load_model(base, torch.float32)
+        layers = {EMBEDDING: model.get_input_embeddings().weight, HEAD: model.get_output_embeddings().weight}
+        tensors = load_file(folder / WEIGHTS_FILE) | {name: change(own.detach().clone()) for name, own in layers.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def grown(own: Tensor) -> Tensor:
+    return torch.cat([own, torch.ones(3, own.shape[1])])
+
+
+@pytest.mark.parametrize("change", [lambda own: own, grown, lambda own: own[:-2]], ids=["same", "new rows", "fewer rows"])
+def test_the_bases_own_layers_are_left_out(change: Callable[[Tensor], Tensor], base: str, saved: Callable[..., Path]) -> None:
+    folder = saved(change)
+    names = read_declared(folder).saved
+    assert set(names) == {EMBEDDING, HEAD}
+    assert require_untrained(folder, names, base) == "embed_tokens, lm_head beside it is the base's own and is left out"
+
+
+def test_a_trained_layer_is_refused(base: str, saved: Callable[..., Path]) -> None:
+    folder = saved(lambda own: own + (torch.arange(len(own)) == 7)[:, None] * 0.01)
+    with pytest.raises(AdapterError, match=r"changes the embeddings or the output head \(.* is not the base's\)"):
+        require_untrained(folder, read_declared(folder).saved, base)
+    with pytest.raises(AdapterError, match="changes the embeddings"):
+        require_untrained(saved(lambda own: own[:, :5].contiguous()), (EMBEDDING,), base)
+
+
+def test_engines_get_the_factors_alone(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved(grown)
+    plain = for_engine(folder, tmp_path / "plain")
+    assert plain != folder
+    assert all(".lora_" in name for name in load_file(plain / WEIGHTS_FILE))
+    before, after = read_adapter(folder), read_adapter(plain)
+    for module in before.modules:
+        torch.testing.assert_close(before.factors(module).dense(), after.factors(module).dense())
+
+
+def test_the_catalogue_says_so(base: str, saved: Callable[..., Path]) -> None:
+    folder, (shapes, head) = saved(grown), linear_shapes(base)
+
+    class Here:
+        def lease(self, uri: str) -> Any:
+            return nullcontext(Path(uri))
+
+    cache: Any = Here()
+    row = Inspector(base, shapes, head, None, 0).inspect(Listed("a", str(folder)), cache)
+    assert row["status"] == "ok"
+    assert "is the base's own and is left out" in row["warning"]
