@@ -149,14 +149,14 @@ class AdapterCache:
     def _obtain(self, uri: str) -> Hold:
         place = locate(uri, self.max_adapter_bytes)
         if isinstance(place, Path):
-            return Hold(uri, place, None if uri.startswith(HUB) else files_state(_listed(Folder.at(place))), None)
+            return Hold(uri, place, None if uri.startswith(HUB) else files_state(_listed(Folder.at(place)), local=True), None)
         try:
             listed = _listed(place)
             entry, lock = self._lock_entry(place, listed)
         except OSError as error:
             raise unfetched(uri, error) from error
         self._entries[uri] = entry
-        return Hold(uri, entry, files_state(listed), lock)
+        return Hold(uri, entry, files_state(listed, local=False), lock)
 
     def _lock_entry(self, store: Folder, listed: list[fs.FileInfo]) -> tuple[Path, int]:
         infos = _infos(store, listed)

@@ -194,16 +194,27 @@ def _look_at_one(uri: str) -> Seen:
             raise
         return type(error).__name__, None
     wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
-    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), files_state(found)
+    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), files_state(found, folder.is_local)
 
 
-def files_state(infos: Iterable[fs.FileInfo]) -> str | None:
+def files_state(infos: Iterable[fs.FileInfo], local: bool) -> str | None:
     """The state of an adapter, given the files of its folder; None: one was written just now, or the store tells no time. A
-    pickle is not read, but may be the reason why it is set aside."""
+    pickle is not read, but may be the reason why it is set aside.
+
+    Of a disk also when a file was last changed in any way: unlike the time that it bears nobody can set that.
+    """
     wanted = [info for info in infos if info.is_file and info.base_name.endswith((*READ, ".safetensors", *PICKLES))]
     now, stamps = time.time_ns(), sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
     settled = all(written is not None and now - written > SETTLED for _, _, written in stamps)
-    return digest(stamps) if stamps and settled else None
+    changes = sorted(map(_changed, wanted)) if local else []
+    return digest(stamps, changes) if stamps and settled else None
+
+
+def _changed(info: fs.FileInfo) -> int:
+    try:
+        return os.stat(info.path).st_ctime_ns
+    except FileNotFoundError:  # it has just been taken away
+        return 0
 
 
 def _excluded(one: Listed, patterns: Sequence[str]) -> Listed:
@@ -234,7 +245,7 @@ def _from_folder(folder: Folder, infos: Sequence[fs.FileInfo]) -> list[Listed]:
         held.setdefault(info.path.rpartition("/")[0], []).append(info)
     parents = sorted(parent for parent, files in held.items() if any(info.base_name in names for info in files))
     tails = {one: one.removeprefix(folder.path).strip("/") for one in parents}
-    states = {tail: files_state(held[one]) for one, tail in tails.items() if not _is_hidden(tail)}
+    states = {tail: files_state(held[one], folder.is_local) for one, tail in tails.items() if not _is_hidden(tail)}
     root = Path(folder.path).name
     top = Listed("." if root in states else root, folder.uri)  # the pool may itself be an adapter
     listed = {tail: Listed(tail, folder.sub(tail).uri) if tail else top for tail in states}

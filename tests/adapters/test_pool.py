@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from store_server import StoreServer
 
+from pipeline.adapters import pool as pool_module
 from pipeline.adapters.pool import list_adapters, look_at, pool_state
 from pipeline.core.errors import InputError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -87,6 +89,21 @@ def test_checkpoints_beside_what_they_led_to_are_left_out_unless_asked_for(place
     left_out = {name: problem for name, problem in zip(asked["adapter_id"], asked["problem"], strict=True) if problem}
     reason = "a checkpoint of run, which is in the pool; checkpoints: include takes it"
     assert left_out == {"run/checkpoint-10": reason, "run/checkpoint-20": reason}
+
+
+def test_an_adapter_that_is_given_its_old_time_back_is_in_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "SETTLED", -(10**12))
+    file = tmp_path / "pool/a" / WEIGHTS_FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"old")
+    [before], written = look_at(str(tmp_path / "pool")).found, file.stat().st_mtime_ns
+    assert look_at(str(tmp_path / "pool")).found == [before]
+    time.sleep(0.02)
+    file.write_bytes(b"new")
+    os.utime(file, ns=(written, written))
+    [after] = look_at(str(tmp_path / "pool")).found
+    assert before.state
+    assert after.state not in (before.state, None)
 
 
 def test_credentials_in_a_list_file_are_refused_and_not_shown(tmp_path: Path) -> None:
