@@ -59,7 +59,7 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"serach": {}}, r"unknown key 'serach' \(known there: run, base, pool, exclude, target"),
+        ({"serach": {}}, r"unknown key 'serach' \(known there: run, base, pool, exclude, checkpoints, target"),
         ({"search": {"sample": 3}}, r"unknown key 'search.sample' \(known there: samples, holdout"),
         ({"target": {}}, "key 'target.train' is missing"),
         ({"base": 5}, "base: .*got 5"),
