@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha256, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha256, plain, read_adapter, write_adapter
 from pipeline.adapters.cache import AdapterCache
 from pipeline.adapters.card import read_card, texts
 from pipeline.adapters.checkpoint import factor_checkpoint, is_checkpoint
@@ -26,7 +26,14 @@ from pipeline.adapters.low_rank import rounding_error
 from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.saved_layers import require_untrained
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
-from pipeline.adapters.validation import check_declared, largest_adapter, read_declared, unknown_fields
+from pipeline.adapters.validation import (
+    as_called,
+    called_otherwise,
+    check_declared,
+    largest_adapter,
+    read_declared,
+    unknown_fields,
+)
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import MAX_REASON, AdapterError, InputError, for_display, is_transient, one_line
@@ -167,7 +174,8 @@ class Inspector:
             RefusedError: they are enough to set it aside.
         """
         try:
-            check_declared(read_declared(folder), self.shapes, self.head)
+            declared = read_declared(folder)
+            check_declared(declared, as_called(self.shapes, called_otherwise(declared, self.shapes)), self.head)
         except AdapterError as error:
             raise RefusedError(str(error), _of_card(folder)) from error.__cause__
         except Exception:
@@ -185,8 +193,15 @@ class Inspector:
                 if is_checkpoint(folder):  # what it is made into goes with this run
                     listed = listed._replace(state=None)
                     return row | self._factor(listed.adapter_id, folder)
-                adapter = read_adapter(folder, self.shapes, self.head)
-                dropped = require_untrained(folder, read_declared(folder).saved, self.base)
+                declared = read_declared(folder)
+                beginnings = called_otherwise(declared, self.shapes)
+                adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head)
+                dropped = require_untrained(folder, declared.saved, self.base)
+                if beginnings:  # what it is made into goes with this run
+                    listed = listed._replace(state=None)
+                    said = "its layers' names begin with {!r}, the base's with {!r}".format(*beginnings)
+                    warning = "; ".join(filter(None, [said, dropped, _other_base(adapter, self.base)]))
+                    return row | self._renamed(listed.adapter_id, adapter, beginnings) | {"warning": warning}
                 row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
                 unknown = unknown_fields(folder)
                 pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
@@ -206,12 +221,26 @@ class Inspector:
         if self.factored is None:
             raise AdapterError("a full checkpoint, and there is no folder to factor it into")
         found = factor_checkpoint(folder, self.base, self.shapes, self.head)
+        return self._written(adapter_id, found.adapter) | {"warning": found.describe()}
+
+    def _renamed(self, adapter_id: str, adapter: Adapter, beginnings: tuple[str, str]) -> dict[str, Any]:
+        """Write an adapter with the base's names for its layers, for engines and merges, and give what the row then is of."""
+        theirs, ours = beginnings
+        tensors = {ours + module.removeprefix(theirs): pair for module, pair in plain(adapter).tensors.items()}
+        config = plain(adapter).config
+        config.target_modules, config.base_model_name_or_path = set(tensors), adapter.config.base_model_name_or_path
+        return self._written(adapter_id, Adapter(config, tensors))
+
+    def _written(self, adapter_id: str, adapter: Adapter) -> dict[str, Any]:
+        """Put an adapter that was made from what the pool holds into the folder for such, and give what the row then is of."""
+        if self.factored is None:
+            raise AdapterError("it must be rewritten, and there is no folder for it")
         target, name = Folder.at(self.factored), hashlib.sha256(adapter_id.encode()).hexdigest()[:32]  # an id may hold ../
         with temporary_folder() as scratch:
-            write_adapter(scratch, found.adapter)
+            write_adapter(scratch, adapter)
             target.upload(scratch, name)
-            about = _describe(scratch / WEIGHTS_FILE, found.adapter)
-        return about | self._looks(found.adapter) | {"uri": target.sub(name).uri, "warning": found.describe()}
+            about = _describe(scratch / WEIGHTS_FILE, adapter)
+        return about | self._looks(adapter) | {"uri": target.sub(name).uri}
 
     def _looks(self, adapter: Adapter) -> dict[str, Any]:
         """What adapters are compared by.

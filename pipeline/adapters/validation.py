@@ -32,6 +32,9 @@ HEADS = ("lm_head", "embed_out")
 WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.|^module\.|(?<=^base_model\.model\.)module\.")
 """What torch.compile and data parallelism put into the names of tensors."""
 
+LAYERS = re.compile(r"(?<![^.])(layers|h|blocks)\.\d")
+"""Where the path of a module comes to the numbered layers."""
+
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
 """A factor's name, with or without that of the adapter in a model, such as `default`."""
 
@@ -138,6 +141,32 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
         raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
     if beyond := sorted(declared.sizes.keys() - targeted):  # PEFT passes these over, and vLLM does not
         raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
+
+
+def called_otherwise(declared: Declared, shapes: Shapes) -> tuple[str, str] | None:
+    """What the paths of an adapter's layers begin with and what those of the base do, where this is all that differs: a model
+    with an encoder for pictures has its language model in another place in each version of transformers. Else None."""
+    first = next(iter(declared.sizes))
+    if not declared.sizes.keys().isdisjoint(shapes) or not (found := LAYERS.search(first)):
+        return None
+    theirs, tail = first[: found.start()], first[found.start() :]
+    beginnings = {name.removesuffix(tail) for name in shapes if name.endswith(tail)}
+    fit = [ours for ours in beginnings if all(_fits(declared, module, theirs, ours, shapes) for module in declared.sizes)]
+    return (theirs, fit[0]) if len(fit) == 1 else None
+
+
+def _fits(declared: Declared, module: str, theirs: str, ours: str, shapes: Shapes) -> bool:
+    """Whether an adapter's module is one of the base's by its name, begun otherwise, and by its features."""
+    (_, inner), (out, _) = declared.sizes[module]
+    return module.startswith(theirs) and shapes.get(ours + module.removeprefix(theirs)) == (out, inner)
+
+
+def as_called(shapes: Shapes, beginnings: tuple[str, str] | None) -> Shapes:
+    """The base's layers by the names that an adapter gives them."""
+    if beginnings is None:
+        return shapes
+    theirs, ours = beginnings
+    return {theirs + name.removeprefix(ours) if name.startswith(ours) else name: shape for name, shape in shapes.items()}
 
 
 def largest_adapter(shapes: Shapes) -> int:

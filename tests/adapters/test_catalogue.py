@@ -180,6 +180,25 @@ def test_numbers_that_only_float64_holds_are_set_aside(tmp_path: Path, tiny_base
     assert all("weights too large" in rows[name]["reason"] for name in ("huge", "large"))
 
 
+@pytest.mark.parametrize("beginning", ["model.language_model.", "language_model.model.", "model.text_model."])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*(language|text)_model.*\.(q|v)_proj"])
+def test_layers_of_a_model_within_another_are_the_bases_own(
+    beginning: str, targets: Any, tmp_path: Path, tiny_base: str, make_adapter: Make
+) -> None:
+    folder = make_adapter(tmp_path / "pool/a", tiny_base)
+    expected = read_adapter(folder)
+    stored, prefix = load_file(folder / WEIGHTS_FILE), "base_model.model."
+    save_file({name.replace(f"{prefix}model.", prefix + beginning): one for name, one in stored.items()}, folder / WEIGHTS_FILE)
+    edit_config(folder, target_modules=targets)
+    row = inspected(tiny_base, tmp_path / "pool")["a"]
+    assert (row["status"], row["state"]) == ("ok", None)
+    assert f"names begin with {beginning!r}, the base's with 'model.'" in row["warning"]
+    found = read_adapter(Path(row["uri"]), *linear_shapes(tiny_base))
+    assert found.modules == expected.modules
+    for module in found.modules:
+        torch.testing.assert_close(found.factors(module).dense(), expected.factors(module).dense())
+
+
 def test_a_base_in_fewer_bits_is_no_other_base(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     name = Path(tiny_base).name
     for number, claimed in enumerate((f"unsloth/{name}-unsloth-bnb-4bit", f"org/{name.upper()}-bnb-4bit", f"org/{name}-AWQ")):
