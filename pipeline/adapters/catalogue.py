@@ -43,7 +43,7 @@ from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes
 
-CHECKS = 2
+CHECKS = 3
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
 then."""
 
@@ -226,8 +226,9 @@ class Inspector:
     def _renamed(self, adapter_id: str, adapter: Adapter, beginnings: tuple[str, str]) -> dict[str, Any]:
         """Write an adapter with the base's names for its layers, for engines and merges, and give what the row then is of."""
         theirs, ours = beginnings
-        tensors = {ours + module.removeprefix(theirs): pair for module, pair in plain(adapter).tensors.items()}
-        config = plain(adapter).config
+        same = plain(adapter)
+        tensors = {ours + module.removeprefix(theirs): pair for module, pair in same.tensors.items()}
+        config = same.config
         config.target_modules, config.base_model_name_or_path = set(tensors), adapter.config.base_model_name_or_path
         return self._written(adapter_id, Adapter(config, tensors))
 

@@ -35,6 +35,9 @@ WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.|^module\.|(?<=^base_model\.model\.)
 LAYERS = re.compile(r"(?<![^.])(layers|h|blocks)\.\d")
 """Where the path of a module comes to the numbered layers."""
 
+LANGUAGE = {"model", "language_model", "text_model", "transformer", "llm"}
+"""Parts of the path to a language model's layers: those of an encoder for pictures are other layers, however alike."""
+
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
 """A factor's name, with or without that of the adapter in a model, such as `default`."""
 
@@ -151,6 +154,7 @@ def called_otherwise(declared: Declared, shapes: Shapes) -> tuple[str, str] | No
         return None
     theirs, tail = first[: found.start()], first[found.start() :]
     beginnings = {name.removesuffix(tail) for name in shapes if name.endswith(tail)}
+    beginnings = {ours for ours in beginnings if {*ours.split("."), *theirs.split(".")} - {""} <= LANGUAGE}
     fit = [ours for ours in beginnings if all(_fits(declared, module, theirs, ours, shapes) for module in declared.sizes)]
     return (theirs, fit[0]) if len(fit) == 1 else None
 

@@ -199,6 +199,14 @@ def test_layers_of_a_model_within_another_are_the_bases_own(
         torch.testing.assert_close(found.factors(module).dense(), expected.factors(module).dense())
 
 
+def test_layers_of_an_encoder_for_pictures_are_not_the_bases(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
+    folder, prefix = make_adapter(tmp_path / "pool/a", tiny_base), "base_model.model."
+    stored = load_file(folder / WEIGHTS_FILE)
+    renamed = {name.replace(f"{prefix}model.", f"{prefix}vision_tower.encoder."): one for name, one in stored.items()}
+    save_file(renamed, folder / WEIGHTS_FILE)
+    assert "wrong base: it adapts vision_tower" in inspected(tiny_base, tmp_path / "pool")["a"]["reason"]
+
+
 def test_a_base_in_fewer_bits_is_no_other_base(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
     name = Path(tiny_base).name
     for number, claimed in enumerate((f"unsloth/{name}-unsloth-bnb-4bit", f"org/{name.upper()}-bnb-4bit", f"org/{name}-AWQ")):
