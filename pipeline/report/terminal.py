@@ -2,9 +2,13 @@
 mashup in a small table. Strings from adapters are printed as they are, never read as Rich's markup.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import pyarrow as pa
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +19,9 @@ from pipeline.report.words import Json
 
 TOP = 25
 """Places of the leaderboard that are printed; the base's is always among them."""
+
+WIDEST = 10_000
+"""Characters of a line, to see how wide a table would be without wrapping."""
 
 
 def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
@@ -37,7 +44,7 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), words.passes(summary), summary.get("note")]
     return Group(
         Text(words.single_line(words.verdict(summary, selection)), style="bold"),
-        _arms(summary),
+        _Arms(summary["inits"]),
         *(Text(line) for line in lines if line),
     )
 
@@ -138,15 +145,34 @@ def _cells(row: Json) -> list[str]:
     ]
 
 
-def _arms(summary: Json) -> Table:
-    inits = summary["inits"]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", style="dim")
-    for init in inits:
-        table.add_column(Text(init), justify="right")
-    for name, cells in _rows(inits):
-        table.add_row(name, *(Text(cell) for cell in cells))
-    return table
+@dataclass(frozen=True)
+class _Arms:
+    """The starts side by side; those that the terminal has no room for stand below, in a table of their own."""
+
+    inits: Json
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        left = list(self.inits)
+        while left:
+            tables = (self._table(left[:count]) for count in range(len(left), 0, -1))
+            table = next((one for one in tables if _fits(one, console, options)), self._table(left[:1]))
+            yield table
+            left = left[len(table.columns) - 1 :]
+
+    def _table(self, names: Sequence[str]) -> Table:
+        inits = {name: self.inits[name] for name in names}
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("", style="dim")
+        for init in inits:
+            table.add_column(Text(init), justify="right")
+        for name, cells in _rows(inits):
+            table.add_row(name, *(Text(cell) for cell in cells))
+        return table
+
+
+def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
+    wanted = Measurement.get(console, options.update(max_width=WIDEST), table).maximum
+    return wanted <= options.max_width
 
 
 def _rows(inits: Json) -> list[tuple[str, list[str]]]:

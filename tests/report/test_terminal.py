@@ -1,9 +1,11 @@
 """What is printed at the end of a command, as plain text of a narrow terminal."""
 
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from rich.console import Console, RenderableType
 from run_data import RunData
 
@@ -33,6 +35,18 @@ def test_a_run_that_starts_from_the_base_has_one_column(summary: dict[str, Any],
     text = printed(summary_table(summary, None))
     assert text.startswith("Start from the base: no donor beats the base.")
     assert "mashup" not in text
+
+
+@pytest.mark.parametrize("starts", [1, 2, 3, 6, 40])
+def test_starts_that_find_no_room_stand_below(summary: dict[str, Any], starts: int) -> None:
+    """No cell is broken over lines, and each start is there once."""
+    names = [f"start_number_{number}" for number in range(starts)]
+    arms = dict.fromkeys(names, summary["inits"]["base"])
+    text = printed(summary_table(summary | {"inits": arms}, None), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert [word for word in text.split() if word in names] == names
+    assert text.count("64.1 % ± 1.1 %") == starts
+    assert len(re.findall(r"\(step \d+\)", text)) == starts
 
 
 def test_ids_are_not_read_as_markup(make_run: Callable[..., RunData]) -> None:
