@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.core.errors import for_display
@@ -76,8 +76,8 @@ def render(said: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Turns 
         found = _before_what_follows(text, messages, apply)
     if found is None:
         raise RowError("the chat template changes the completion's text")
-    known = _variables(tokenizer.chat_template)
-    return Rendered(text, found, sorted(name for name in said.options if name not in known))
+    template = tokenizer.get_chat_template(tools=said.options.get("tools"))  # of several that a base may have
+    return Rendered(text, found, sorted(name for name in said.options if not re.search(rf"\b{re.escape(name)}\b", template)))
 
 
 def _joined(said: Conversation) -> Rendered:
@@ -101,8 +101,7 @@ def _found(
     if not text.startswith(literals[0]):
         return None
     for slot, before, after in zip(shown, literals, literals[1:], strict=False):
-        wanted = (slot.text, slot.text.rstrip(), slot.text.lstrip(), slot.text.strip())  # some templates strip
-        shape = next((one for one in wanted if text.startswith(one + after, at)), None)
+        shape = next((one for one in _shapes(slot.text) if text.startswith(one + after, at)), None)
         if shape is None:
             return None
         opening = THINK.search(before)
@@ -139,15 +138,19 @@ def _before_what_follows(
     end = len(text) - len(after)
     if not shown or STAND_IN.search(after) or not text.endswith(after):
         return None
-    wanted = (one for one in (answer, answer.rstrip(), answer.lstrip(), answer.strip()) if text.endswith(one, 0, end))
-    return [(end - len(one), end) for one in wanted][:1] or None
+    return next(([(end - len(one), end)] for one in _shapes(answer) if text.endswith(one, 0, end)), None)
+
+
+def _shapes(text: str) -> tuple[str, ...]:
+    """What a template may make of a text of a message: some strip it."""
+    return text, text.rstrip(), text.lstrip(), text.strip()
 
 
 def _with_known_thoughts(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
     """What was thought, in the field that the template knows; in the text where it knows none."""
     if not any(isinstance(turn.get(name), str) for turn in messages for name in THOUGHTS):
         return messages
-    known = _known_field(tokenizer.chat_template, tokenizer)
+    known = _known_field(tokenizer.get_chat_template(), tokenizer)
     return [_with_known_thought(turn, known) for turn in messages]
 
 
@@ -159,12 +162,6 @@ def _with_known_thought(turn: Message, known: str | None) -> Message:
     if known:
         return {**kept, known: turn[field]}
     return {**kept, "content": f"<think>\n{turn[field].strip()}\n</think>\n\n{turn['content']}"}
-
-
-@lru_cache(maxsize=8)
-def _variables(template: str) -> frozenset[str]:
-    """What a template asks for."""
-    return frozenset(meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)))
 
 
 @lru_cache(maxsize=8)

@@ -94,6 +94,21 @@ def test_tools_reach_the_template(tiny_base: str) -> None:
     assert found.left_out == ["loud"]
 
 
+GENERATION = CHATML.replace("m['content'] +", "'' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{")
+"""With the marks by which transformers itself finds answers."""
+
+
+@pytest.mark.parametrize("template", [GENERATION, {"default": CHATML, "tool_use": CHATML, "rag": "{{ 1 / 0 }}"}])
+@pytest.mark.parametrize("said", ["a", thought()])
+def test_templates_with_marks_and_several_templates_of_a_base(template: Any, said: Any, tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    for options in ({}, {"tools": [{"name": "add"}]}):
+        found = render(conversation({**chat("?", said), **options}), tokenizer)
+        assert [found.text[start:end] for start, end in found.answers] == [said if said == "a" else INLINE[0]]
+        assert found.left_out == [*options]
+
+
 def test_a_template_that_tells_the_date_tells_the_same_one_tomorrow(tiny_base: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = DATED
