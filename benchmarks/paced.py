@@ -38,17 +38,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from benchmarks.memory import EnginePeaks, own_peak
-from benchmarks.pools import random_samples
+from benchmarks.pools import random_samples, with_states
 from pipeline.adapters.adapter import content_hash, file_sha256
-from pipeline.adapters.pool import SETTLED, look_at
 from pipeline.adapters.validation import PREFIX
 from pipeline.config import SearchConfig
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID, SCORES
+from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded, Scorer
 from pipeline.search import engine_pool
-from pipeline.search.batch import candidates_table
+from pipeline.search.batch import candidates_table, with_base
 from pipeline.search.race import make_schedule
 from pipeline.search.score_store import ScoreStore
 from pipeline.search.scoreboard import RaceProgress, Work
@@ -84,7 +83,7 @@ def main(
         folder = Path(scratch)
         pool = write_pool(folder / "pool", count, rank)
         speed = _plain_speed(Path(pool["uri"][-1].as_py()) / WEIGHTS_FILE)
-        pool = _with_states(upload(pool, store) if store else pool, f"{store or folder}/pool")
+        pool = with_states(upload(pool, store) if store else pool, f"{store or folder}/pool")
         found = measure(folder, store or str(folder / "store"), pool, rank, engines)
         without = measure(folder, store or str(folder / "another-store"), pool, rank, engines, ahead=False)
         found |= {f"{name}_when_not_read_ahead": without[name] for name in ("busy_share", "waited_for_loads", "race_seconds")}
@@ -120,14 +119,6 @@ def upload(pool: pa.Table, store: str) -> pa.Table:
     return pool.set_column(1, "uri", pa.array([f"{store}/pool/{name}" for name in pool["adapter_id"].to_pylist()]))
 
 
-def _with_states(pool: pa.Table, where: str) -> pa.Table:
-    """What an index says of the files, once their times tell what comes later."""
-    time.sleep(SETTLED / 1e9 + 1)
-    states = {one.adapter_id: one.state for one in look_at(where).found}
-    place = pool.schema.get_field_index("state")
-    return pool.set_column(place, "state", pa.array([states[name] for name in pool["adapter_id"].to_pylist()]))
-
-
 def write_pool(folder: Path, count: int, rank: int) -> pa.Table:
     """As many adapters, each with weights of its own; of schema CANDIDATES."""
     tensors = _random_tensors(rank)
@@ -157,9 +148,8 @@ def measure(folder: Path, place: str, pool: pa.Table, rank: int, engines: int, a
     leaves = {leaf.rpartition(".")[2] for leaf in LEAVES}
     config = engine_pool.engine_config("paced", rank, leaves, search, LENGTH)
     samples = random_samples(SAMPLES + HOLDOUT, LENGTH, 1000)
-    base = pa.table([[BASE_ID], pa.array([None], pa.string()), [BASE_ID]], names=pool.column_names)
     store = ScoreStore.at(place, "base", "engine", "read-ahead" if ahead else "not-read-ahead")
-    work = Work(pa.concat_tables([base, pool]), samples, store, Folder.at(place).sub("failures"))
+    work = Work(with_base(pool), samples, store, Folder.at(place).sub("failures"))
     schedule = make_schedule(len(pool) + 1, SAMPLES, HOLDOUT, 0.1)
     board, began, up, memory = RaceProgress(), time.perf_counter(), 0.0, EnginePeaks()
     for board in engine_pool.score_stream(work, config, search, schedule):

@@ -1,5 +1,6 @@
 """Bases, pools and samples for the benchmarks: a tiny random Llama and adapters for it, or real ones that the user names."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.adapters.adapter import from_factors, hash_of, write_adapter
 from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.pool import SETTLED, look_at
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID, SAMPLES
+from pipeline.core.tables import SAMPLES
 from pipeline.model.base_model import Shapes, linear_shapes
 
 if TYPE_CHECKING:
@@ -64,6 +66,14 @@ def random_adapters(
     return pa.table({"adapter_id": names, "uri": [str(folder / name) for name in names]})
 
 
+def with_states(pool: pa.Table, where: str) -> pa.Table:
+    """Candidates of the pool at `where` with what an index says of their files, once these files' times tell what comes later."""
+    time.sleep(SETTLED / 1e9 + 1)
+    states = {one.adapter_id: one.state for one in look_at(where).found}
+    place = pool.schema.get_field_index("state")
+    return pool.set_column(place, "state", pa.array([states[name] for name in pool["adapter_id"].to_pylist()]))
+
+
 def random_samples(count: int, length: int, vocabulary: int, completion: int = 8) -> pa.Table:
     """Rows of random token ids, the last `completion` of them the answer."""
     generator = torch.Generator().manual_seed(0)
@@ -83,13 +93,12 @@ def random_samples(count: int, length: int, vocabulary: int, completion: int = 8
 
 def everything(adapters: pa.Table, samples: pa.Table, scores: Path) -> "Work":
     """The base and these adapters on these samples, with a score store at `scores`."""
-    from pipeline.search.batch import candidates_table
+    from pipeline.search.batch import candidates_table, with_base
     from pipeline.search.score_store import ScoreStore
     from pipeline.search.scoreboard import Work  # needs Ray, which half of the GPU check does without
 
     names, uris = adapters["adapter_id"].to_pylist(), adapters["uri"].to_pylist()
-    hashes = [hash_of(Path(uri)) for uri in uris]
-    candidates = candidates_table([BASE_ID, *names], [None, *uris], [BASE_ID, *hashes])
+    candidates = with_base(candidates_table(names, uris, [hash_of(Path(uri)) for uri in uris]))
     return Work(candidates, samples, ScoreStore.at(str(scores), "base", "engine", "dtype"), Folder.at(scores / "failures"))
 
 

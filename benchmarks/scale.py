@@ -26,17 +26,17 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import EnginePeaks, own_peak
+from benchmarks.pools import with_states
 from pipeline.adapters.adapter import hash_of
 from pipeline.adapters.catalogue import build_catalogue, valid_adapters
 from pipeline.cluster.connect import connect
 from pipeline.config import Config, SearchConfig
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of, take_samples
 from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import fingerprint
-from pipeline.search.batch import candidates_table
+from pipeline.search.batch import candidates_table, with_base
 from pipeline.search.engine_pool import engine_config, score_stream
 from pipeline.search.race import Schedule, make_schedule
 from pipeline.search.score_store import ScoreStore
@@ -59,7 +59,7 @@ def main(
     connect()
     base = str(Path(base).resolve())
     donors = valid_adapters(build_catalogue(base, pool))
-    made = make_pool(work.resolve() / "pool", donors, adapters)
+    made = with_states(make_pool(work.resolve() / "pool", donors, adapters), str(work.resolve() / "pool"))
     search = SearchConfig(samples=samples)
     drawn = take_samples(Config(run="-", base=base, pool=pool, target={"train": target}, search=search)).sample
     leaves = {leaf for leaves in donors["target_modules"].to_pylist() for leaf in leaves}
@@ -135,8 +135,7 @@ def best_of(
 
 
 def _work(made: pa.Table, drawn: pa.Table, store: Path) -> Work:
-    candidates = pa.concat_tables([candidates_table([BASE_ID], [None], [BASE_ID]), made])
-    return Work(candidates, drawn, ScoreStore.at(str(store), "base", "engine", "dtype"), Folder.at(store).sub("failures"))
+    return Work(with_base(made), drawn, ScoreStore.at(str(store), "base", "engine", "dtype"), Folder.at(store).sub("failures"))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"list of {_words(get_args(kind)[0])}"
     if get_origin(kind) is dict:
-        return "sections by name"
+        return "texts by name" if get_args(kind)[-1] is str else "sections by name"
     parts = [f"`{part}`" if isinstance(part, str) else _words(part) for part in get_args(kind)]
     return ", ".join(part for part in parts if part)
 

@@ -64,7 +64,7 @@ COLUMNS = (
 
 
 class TargetConfig(Section):
-    """The new task's data: JSON, JSONL, Parquet (a file or a folder of them) or a folder saved by `datasets`."""
+    """The new task's data: files or folders, in the forms of docs/data.md."""
 
     train: str = Field(description="rows of conversations, of prompt and completion, or in another form (docs/data.md)")
     validation: str | None = Field(None, description="a tenth of train where absent")

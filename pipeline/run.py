@@ -44,12 +44,8 @@ def run_all(config: Config) -> dict[str, Any]:
         InputError: the input is not right; nothing is left behind by the stage that found it.
         LockTakenError, LockLostError: another process works in the run folder, or may by now, as this one slept or hung.
     """
-    engines = Engines(config.search)
     with open_run(config, require_room) as run:
-        with engines.kept():
-            index(run, meanwhile=lambda: warm_up(config.search))
-            samples(run)
-            search_and_merge(run, engines)
+        _to_the_merge(run)
         compare(run)
         report(run)
         return dict(run.folder.read_json("summary.json"))
@@ -61,14 +57,18 @@ def find_start(config: Config) -> dict[str, Any]:
     Raises:
         InputError, LockTakenError, LockLostError: as for `run_all`.
     """
-    engines = Engines(config.search)
     with open_run(config, lambda run: require_engine(run.config.search)) as run:
-        with engines.kept():
-            index(run, meanwhile=lambda: warm_up(config.search))
-            samples(run)
-            search_and_merge(run, engines)
+        _to_the_merge(run)
         report(run)
         return dict(run.folder.read_json("selection.json"))
+
+
+def _to_the_merge(run: Run) -> None:
+    engines = Engines(run.config.search)
+    with engines.kept():
+        index(run, meanwhile=lambda: warm_up(run.config.search))
+        samples(run)
+        search_and_merge(run, engines)
 
 
 def search_and_merge(run: Run, engines: Engines) -> None:

@@ -44,7 +44,10 @@ COMMENT = re.compile(r"(^|\s)#.*")
 """In a list file; a name may have the sign in it."""
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""The folder of a step on the way, as transformers' trainer names it."""
+
 A_CHECKPOINT = "a checkpoint"
+"""Begins the reason for which one is left out."""
 
 MAX_ID = 1000
 """Characters."""
@@ -154,13 +157,12 @@ def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints
 
 def _without_final(one: Listed, finals: Collection[str]) -> Listed:
     """Trainers leave the steps on the way beside what they end with: near copies, of which one is enough."""
-    parent, _, name = one.uri.partition("?")[0].rpartition("/")
-    options = one.uri.partition("?")[1:]
-    if one.problem or not CHECKPOINT.fullmatch(name) or "".join([parent, *options]) not in finals:
+    path, mark, options = one.uri.partition("?")
+    parent, _, name = path.rpartition("/")
+    if one.problem or not CHECKPOINT.fullmatch(name) or parent + mark + options not in finals:
         return one
-    return one._replace(
-        problem=f"{A_CHECKPOINT} of {parent.rpartition('/')[2]}, which is in the pool; checkpoints: include takes it"
-    )
+    final = parent.rpartition("/")[2]
+    return one._replace(problem=f"{A_CHECKPOINT} of {final}, which is in the pool; checkpoints: include takes it")
 
 
 def _columns(found: list[Listed]) -> Listing:

@@ -109,10 +109,7 @@ def read_yaml(path: str, keys: str) -> dict[str, Any]:
         raise InputError(f"{path}: cannot read the config file ({getattr(error, 'strerror', error)})") from error
     if len(text) > MAX_BYTES:
         raise InputError(f"{path}: a config file has {MAX_BYTES} bytes at most; this is another file")
-    try:
-        content = yaml.load(text.decode(), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of odd !!tags, too
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    content = _loaded(text, path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys such as {keys}, got {type(content).__name__}")
     return content
@@ -128,14 +125,21 @@ def with_settings(content: dict[str, Any], settings: Sequence[str]) -> dict[str,
         key, equals, text = setting.partition("=")
         if not (key.strip() and equals):
             raise InputError(f"--set {for_display(setting, MAX_SHOWN)}: must be KEY=VALUE, such as train.steps=50")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"--set {for_display(setting, MAX_SHOWN)}: not valid YAML ({' '.join(str(error).split())})"
-            ) from error
+        value = _loaded(text.encode(errors="surrogateescape"), f"--set {for_display(setting, MAX_SHOWN)}")
         content = _with(content, key.strip().split("."), value)
     return content
+
+
+def _loaded(text: bytes, source: str) -> Any:
+    """What YAML says; `source` names it in the message.
+
+    Raises:
+        InputError: it is not valid.
+    """
+    try:
+        return yaml.load(text.decode(), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of odd !!tags, too
+        raise InputError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _with(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -60,9 +60,8 @@ def source_of(path: str, role: str) -> Source:
             return Source(folder, form, [""])
         raise InputError(_unknown(path, role))
     names = _names(folder)
-    if form_of(path) == "lines" and not any(
-        form_of(name) == "parquet" for name in names
-    ):  # as Spark writes, whatever they are called
+    has_parquet = any(form_of(name) == "parquet" for name in names)
+    if form_of(path) == "lines" and not has_parquet:  # as Spark writes, whatever the files are called
         return Source(folder, "lines", names)
     return _in_folder(path, role, folder, names)
 

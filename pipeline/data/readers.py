@@ -94,8 +94,7 @@ def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -
     elif source.form == "lines":
         yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
     else:
-        batches = _csv_batches if source.form == "csv" else _parquet_batches
-        for batch in batches(source, source.names[0]):
+        for batch in _batches(source, source.names[0]):
             yield from _as_json(wanted, pa.Table.from_batches([batch.slice(0, FIRST)]))
 
 
@@ -108,7 +107,7 @@ def unreadable(path: str, role: str) -> str | None:
     source = source_of(path, role)
     for name in source.names if source.form in ("parquet", "csv") else []:
         try:
-            for _ in _csv_batches(source, name) if source.form == "csv" else _parquet_batches(source, name):
+            for _ in _batches(source, name):
                 pass
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
@@ -130,9 +129,12 @@ def _from_parquet(path: str, role: str, source: Source, wanted: Sequence[str]) -
         raise InputError(unreadable(path, role) or otherwise) from error
 
 
-def _parquet_batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+def _batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a CSV or Parquet file, in its order."""
+    if source.form == "csv":
+        return _csv_batches(source, name)
     dataset = pads.dataset(source.folder.join(name), format="parquet", filesystem=source.folder.files)
-    yield from dataset.to_batches()
+    return iter(dataset.to_batches())
 
 
 def _from_csv(source: Source, wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:

@@ -25,6 +25,9 @@ from pipeline.core.storage import Folder
 
 FIRST_VALUES = 256
 
+EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+"""What models call the layer that turns tokens into features."""
+
 QUANTISED_NAME = re.compile(r"(-unsloth)?(-bnb)?-(4bit|8bit|int4|int8|gptq.*|awq.*|fp8.*|nf4|w\da\d+.*)$", re.IGNORECASE)
 """What the names of bases in fewer bits end in."""
 
@@ -139,9 +142,6 @@ def weights_folder(base: str) -> Path:
         return Path(from_hub(lambda: snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise InputError(f"{base}: its weights are not in the Hub's cache and cannot be fetched ({first_line(error)})") from error
-
-
-EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
 @lru_cache(maxsize=2)

@@ -30,9 +30,8 @@ PROVEN = "_mashup_decoder"
 PROOF_TOKENS, PROOF_SHARED, PROOF_WORDS = 10, 6, 200
 """Of the two rows that a decoder is proven on: tokens of each, of which so many are the same, and token ids."""
 
-PROOF = {True: 1e-3, False: 3e-2}
-"""Of the logits' spread, by which half of them may differ at most; in float32, and in 16 bits, where matrix products of other
-shapes round otherwise."""
+APART, APART_IN_16_BITS = 1e-3, 3e-2
+"""Of the logits' spread, by which half of them may differ at most; in 16 bits matrix products of other shapes round otherwise."""
 
 LOGITS = 1 << 25
 """Logits held at a time in training and scoring: 128 MB in float32."""
@@ -105,7 +104,8 @@ def completion_logits(model: Any, batch: Batch) -> Tensor:
 def completion_nll(model: Any, batch: Batch) -> Tensor:
     """-log p of each token that counts, shape (N,); differentiable.
 
-    Never more than LOGITS logits are held: where there are more, they are made in chunks, and anew for the gradient.
+    Never more than LOGITS logits are held: where there are more, they are made in chunks, and anew for the gradient. A model
+    that is run whole gives all at once.
     """
     chunks = _chunks(model, batch)
     if len(chunks) == 1:
@@ -247,7 +247,7 @@ def _are_alike(model: Any, found_NV: Tensor, expected_NV: Tensor) -> bool:
     """By medians: of logits that a model masks the spread is none, and a rounding that flips an expert moves few."""
     spread = (expected_NV - expected_NV.median()).abs().median()
     apart = (found_NV.to(expected_NV.device) - expected_NV).abs().median()
-    return bool(apart <= PROOF[model.dtype == torch.float32] * spread)
+    return bool(apart <= (APART if model.dtype == torch.float32 else APART_IN_16_BITS) * spread)
 
 
 def _own_logits(model: Any, decoder: Any, hidden_NH: Tensor) -> Tensor:

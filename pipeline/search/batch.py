@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.core.tables import CANDIDATES
+from pipeline.core.tables import BASE_ID, CANDIDATES
 from pipeline.engines.scorer import Loaded
 
 
 def candidates_table(names: Sequence[str], uris: Sequence[str | None], hashes: Sequence[str]) -> pa.Table:
     """Of schema CANDIDATES, where the state of the files is not known."""
     return pa.Table.from_arrays([*map(pa.array, (names, uris, hashes)), pa.nulls(len(names))], CANDIDATES.names).cast(CANDIDATES)
+
+
+def with_base(adapters: pa.Table) -> pa.Table:
+    """The base, and after it these adapters (columns CANDIDATES); of schema CANDIDATES."""
+    return pa.concat_tables([candidates_table([BASE_ID], [None], [BASE_ID]), adapters.select(CANDIDATES.names)])
 
 
 @dataclass(frozen=True)

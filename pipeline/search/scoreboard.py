@@ -136,7 +136,8 @@ class Scoreboard:
         """
         self.work, self.number = work, number
         self._held = held or HeldBy()
-        known = work.store.load(work.candidates["adapter_hash"].to_pylist(), work.samples)
+        self._hashes: list[str] = work.candidates["adapter_hash"].to_pylist()
+        known = work.store.load(self._hashes, work.samples)
         self._tell = RaceProgress(rungs=len(schedule.rungs))
         self._limit = math.inf if seconds is None else seconds
         self._deadline = self._first_rung_ends = math.inf
@@ -149,7 +150,7 @@ class Scoreboard:
         names = work.candidates["adapter_id"].to_pylist()
         self._row_of = {name: row for row, name in enumerate(names)}
         self._rows_of_hash: dict[str, list[int]] = {}
-        for row, one in enumerate(work.candidates["adapter_hash"].to_pylist()):
+        for row, one in enumerate(self._hashes):
             self._rows_of_hash.setdefault(one, []).append(row)
         self._sample_of = {name: row for row, name in enumerate(work.samples["sample_id"].to_pylist())}
         for name in read_failures(work.failures).keys() & self._row_of.keys():
@@ -210,16 +211,15 @@ class Scoreboard:
             del self._out[number]
             return CANDIDATES.empty_table(), self._blame(lease)
         lease.engine, lease.started = engine, time.monotonic()
-        hashes = self.work.candidates["adapter_hash"]
         if not lease.alone and BASE not in lease.candidates:
-            recency = lambda row: self._held.recency(engine, hashes[row].as_py())  # noqa: E731
+            recency = lambda row: self._held.recency(engine, self._hashes[row])  # noqa: E731
             lease.candidates = self.race.exchange(lease.candidates, np.array(lease.samples, np.int64), recency)
         self._drop_late(lease)
         rows = [row for row in lease.candidates if self._lacks(row, lease.samples)]
         if not rows:
             self._end(self._out.pop(number))
         wanted = self.work.candidates.take(pa.array(rows, pa.int64()))
-        self._held.note(engine, wanted["adapter_hash"].to_pylist())
+        self._held.note(engine, [self._hashes[row] for row in rows])
         return wanted, {}
 
     def stopped(self, engine: str) -> list[str]:

@@ -13,12 +13,12 @@ from pipeline.cluster.telemetry import tell
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID, CANDIDATES
+from pipeline.core.tables import BASE_ID
 from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig, engine_version, too_large
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
-from pipeline.search.batch import candidates_table
+from pipeline.search.batch import with_base
 from pipeline.search.engine_pool import Engines, engine_config, scoring_dtype, scoring_kind, scoring_resources
 from pipeline.search.race import CONFIDENCE, Schedule, make_schedule
 from pipeline.search.rates import Rates
@@ -64,14 +64,7 @@ def in_order(run: Run, catalogue: pa.Table, drawn: pa.Table) -> pa.Table:
 
 def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder) -> Work:
     """The base and these adapters (columns CANDIDATES) on these samples."""
-    base = candidates_table([BASE_ID], [None], [BASE_ID])
-    return Work(
-        pa.concat_tables([base, adapters.select(CANDIDATES.names)]),
-        samples,
-        store_of(run),
-        failures,
-        run.ledger.running or "search",
-    )
+    return Work(with_base(adapters), samples, store_of(run), failures, run.ledger.running or "search")
 
 
 def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:

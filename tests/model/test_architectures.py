@@ -5,20 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import SMALL
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.model.completion_loss import collate, completion_nll, decoder_of, score_rows
 
-SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = SMALL | {
     "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
     "n_embd": 32,

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from sizes import SMALL
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -34,16 +35,6 @@ from pipeline.model.completion_loss import (
 )
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "initializer_range": 0.5,
-}
 
 
 def drawn_rows(n: int, vocabulary: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
