@@ -58,7 +58,8 @@ MethodName = Literal[("auto", *METHODS)]  # type: ignore[valid-type]
 
 COLUMNS = (
     *("messages", "conversations", "conversation", "prompt", "completion", "chosen"),
-    *("instruction", "input", "output", "history", "text", "system", "tools", "chat_template_kwargs"),
+    *("instruction", "input", "output", "history", "text", "label"),
+    *("system", "system_prompt", "tools", "chat_template_kwargs"),
 )
 """Of a target's files; what each is for: `data/forms.py`."""
 

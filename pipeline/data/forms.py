@@ -7,8 +7,9 @@
     instruction, input, output          as Alpaca has them; `history` holds earlier pairs
     text                                learned as it is, without a chat template
 
-`system`, `tools` and `chat_template_kwargs` of a row go with it. A list or an object may also be JSON text, as in a CSV file.
-Where a row has several forms, the first one counts. `target.columns` says what a column is called in place of these names.
+`system` (or `system_prompt`), `tools` and `chat_template_kwargs` of a row go with it. A list or an object may also be JSON text,
+as in a CSV file. Where a row has several forms, the first one counts. `target.columns` says what a column is called in place of
+these names.
 """
 
 import json
@@ -101,6 +102,8 @@ def _from_messages(name: str) -> Callable[[Row], Conversation]:
 
 
 def _from_completion(row: Row) -> Conversation:
+    if row.get("label") is False:  # as TRL has preferences without pairs
+        raise RowError("label: false, which says that its answer is not wanted")
     prompt, answer = _messages_or_text(row["prompt"]), _messages_or_text(row["completion"])
     turns = [*_turns(prompt, "user"), *_turns(answer, "assistant")]
     return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(answer, list))
@@ -142,7 +145,7 @@ _FORMS: Sequence[tuple[Callable[[Row], bool], Callable[[Row], Conversation]]] = 
 
 def _chat(turns: Sequence[Any], row: Row, texts: bool = False) -> Conversation:
     messages = [_message(turn) for turn in turns]
-    system = row.get("system")
+    system = row.get("system") or row.get("system_prompt")
     if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
         messages, texts = [_turn("system", system), *messages], False
     options = _parsed(row.get("chat_template_kwargs")) or {}
@@ -189,6 +192,11 @@ def _text_of(content: Any) -> str | None:
         kinds = sorted({str(part.get("type"))[:20] for part in content if isinstance(part, dict) and part.get("text") is None})
         raise RowError(f"a message with parts that are no text ({', '.join(kinds) or 'of no known form'})")
     return "".join(str(part) for part in parts)
+
+
+def is_learned(turn: Message) -> bool:
+    """Whether a message does not say that it is context alone, as axolotl's `train` and OpenAI's `weight` do."""
+    return turn.get("train") is not False and turn.get("weight") != 0
 
 
 def _check(found: Conversation) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.core.errors import for_display
 from pipeline.core.storage import is_text
-from pipeline.data.forms import THOUGHTS, Conversation, Message, RowError
+from pipeline.data.forms import THOUGHTS, Conversation, Message, RowError, is_learned
 
 Turns = Literal["all", "last"]
 
@@ -66,13 +66,16 @@ def render(said: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Turns 
     if tokenizer.chat_template is None:
         return _joined(said)
     messages = _with_known_thoughts(said.messages, tokenizer)
-    answers = [n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn["content"].strip()]
+    said_by_model = (n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn["content"].strip())
+    answers = [n for n in said_by_model if is_learned(messages[n])]
+    if not answers:
+        raise RowError("none of its answers is to be learned")
     apply = lambda given: _apply_template(given, said.options, tokenizer)  # noqa: E731
     text = apply(messages)
     if STAND_IN.search(text):
         raise RowError("a text with private signs of Unicode")
     found = _found(text, messages, answers if turns == "all" else answers[-1:], apply)
-    if found is None and len(answers) == 1:
+    if found is None and answers == [len(messages) - 1]:
         found = _before_what_follows(text, messages, apply)
     if found is None:
         raise RowError("the chat template changes the completion's text")

@@ -32,6 +32,8 @@ SAME: dict[str, dict[str, Any]] = {
     "Alpaca": {"instruction": ASKED, "input": "", "output": SAID},
     "Alpaca without input": {"instruction": ASKED, "output": SAID},
     "a form that is empty beside another": {"messages": None, "text": None, "instruction": ASKED, "input": None, "output": SAID},
+    "an answer that is wanted": {"prompt": ASKED, "completion": SAID, "label": True},
+    "a label that is a class": {"prompt": ASKED, "completion": SAID, "label": 0},
     "a system prompt that is empty": {"conversations": SHAREGPT, "system": "", "tools": ""},
 }
 
@@ -50,6 +52,7 @@ def test_what_goes_with_a_conversation_is_kept() -> None:
         found = conversation({"conversations": SHAREGPT, "system": "Be short.", **row})
         assert found.messages == [{"role": "system", "content": "Be short."}, *PAIR]
         assert found.options == {"tools": [TOOL], "enable_thinking": False}
+    assert conversation({"messages": PAIR, "system_prompt": "Be short."}).messages[0]["content"] == "Be short."
     own = [{"role": "system", "content": "Be long."}, *PAIR]
     assert conversation({"messages": own, "system": "Be short."}).messages == own
 
@@ -96,6 +99,7 @@ def test_a_text_is_bare() -> None:
     [
         ({"question": "a", "answer": "b"}, r"it has answer, question; rows need .* \(target.columns names others\)"),
         ({"prompt": "a"}, "it has prompt; rows need"),
+        ({"prompt": "a", "completion": "b", "label": False}, "its answer is not wanted"),
         ({"chosen": "b", "rejected": "c"}, "a chosen answer without a prompt"),
         ({"messages": "hello"}, "messages that are no list"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, r"parts that are no text \(image\)"),

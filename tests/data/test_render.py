@@ -78,6 +78,18 @@ def test_of_thoughts_that_the_template_leaves_out_the_answer_counts(answers: Cal
     assert answers(LAST_THOUGHTS, chat("?", thought(), "?", ANSWER)) == [ANSWER, ANSWER]
 
 
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+def test_a_turn_that_is_not_to_be_learned_is_context(mark: dict[str, Any], answers: Callable[..., list[str]]) -> None:
+    context = {"role": "assistant", "content": "a", **mark}
+    learned = {"role": "assistant", "content": "b", "train": True, "weight": 1}
+    for template in (CHATML, LAST_THOUGHTS):
+        assert answers(template, chat("?", context, "?", learned)) == ["b"]
+        assert answers(template, chat("?", learned, "?", context)) == ["b"]
+        assert answers(template, chat("?", learned, "?", context), turns="last") == ["b"]
+        with pytest.raises(ValueError, match="none of its answers is to be learned"):
+            answers(template, chat("?", context))
+
+
 def test_calls_of_tools_are_no_answer(answers: Callable[..., list[str]]) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     row = chat("?", call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": ANSWER})
