@@ -184,6 +184,7 @@ class Inspector:
     def inspect(self, listed: Listed, cache: AdapterCache) -> dict[str, Any]:
         """A row of schema KEPT: what the adapter is, or why it is set aside."""
         row: dict[str, Any] = {"adapter_id": listed.adapter_id, "uri": listed.uri, "status": "ok", "salt": self.salt}
+        row["downloads"] = listed.downloads
         row["state"] = None  # until all that is in the row is the adapter's own
         if listed.problem:
             return row | _set_aside(listed.problem)

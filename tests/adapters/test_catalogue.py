@@ -17,7 +17,7 @@ from store_server import StoreServer
 
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
 from pipeline.adapters.catalogue import build_catalogue, compare_adapters, inspect_batch
-from pipeline.adapters.pool import LISTING, list_adapters
+from pipeline.adapters.pool import LOOKED_AT, look_at
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import InputError
@@ -40,7 +40,8 @@ def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
 
 def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
-    return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head, salt=0)
+    listed = pa.Table.from_pylist([one._asdict() for one in look_at(str(pool)).found], schema=LOOKED_AT)
+    return inspect_batch(listed, f"{pool}-factored", base, shapes, head, salt=0)
 
 
 def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
@@ -311,7 +312,7 @@ def test_a_list_file_names_paths_and_hub_ids(
         "near": str(tmp_path / "near"),
         "two/deep": str(tmp_path / "two" / "deep"),
         str(absolute): str(absolute),
-        "org/donor": "hf://org/donor",
+        "org/donor": f"hf://org/donor@{'0' * 40}",  # the commit that it is at
         "org/absent": "hf://org/absent",
         "./gone": str(tmp_path / "gone"),
     }
@@ -365,7 +366,7 @@ def test_an_object_store_prefix_is_a_pool(bucket: str, tmp_path: Path, tiny_base
     store = Folder.at(f"{bucket}/adapters")
     for number, name in enumerate(["a", "deep/b"]):
         store.upload(make_adapter(tmp_path / name, tiny_base, seed=number), name)
-    assert list_adapters(f"{bucket}/adapters/") == {
+    assert look_at(f"{bucket}/adapters/").listing == {
         "adapter_id": ["a", "deep/b"],
         "uri": [f"{bucket}/adapters/a", f"{bucket}/adapters/deep/b"],
         "problem": [None, None],
