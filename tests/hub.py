@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import HfFileSystem, constants
+
 COMMIT = "0" * 40
 
 Repos = MutableMapping[str, MutableMapping[str, bytes]]
@@ -30,6 +33,29 @@ def serve_hub(repos: Repos, refused: int = 0, downloads: dict[str, int] | None =
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def this_process_asks(repos: Repos) -> Iterator[None]:
+    """Serve repositories to this process, of which huggingface_hub has read its settings."""
+    with serve_hub(repos) as (endpoint, _), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        HfFileSystem.clear_instance_cache()
+        yield
+    HfFileSystem.clear_instance_cache()
+
+
+def _tree(files: MutableMapping[str, bytes], folder: str, is_deep: bool) -> Iterator[dict[str, Any]]:
+    """What is in a folder of a repository, as the Hub lists it."""
+    start = f"{folder}/" if folder else ""
+    inside = [name for name in files if name.startswith(start)]
+    for below in sorted({name.removeprefix(start).partition("/")[0] for name in inside if "/" in name.removeprefix(start)}):
+        yield {"type": "directory", "path": start + below, "oid": below}
+    for name in inside:
+        if is_deep or "/" not in name.removeprefix(start):
+            yield {"type": "file", "path": name, "size": len(files[name]), "oid": sha1(files[name]).hexdigest()}
 
 
 def _handler(repos: Repos, asked: list[str], refused: int, downloads: dict[str, int]) -> type[BaseHTTPRequestHandler]:
@@ -67,8 +93,10 @@ def _handler(repos: Repos, asked: list[str], refused: int, downloads: dict[str, 
             if not is_api:
                 return self._content(files, "/".join(rest[2:]))
             about = {"id": name, "sha": COMMIT, "downloads": downloads.get(repo, 0)}
-            tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": file} for file in files]
-            return self._json(tree if "tree" in rest else about | {"siblings": [{"rfilename": file} for file in files]})
+            if "tree" not in rest:
+                return self._json(about | {"siblings": [{"rfilename": file} for file in files]})
+            is_deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+            return self._json(list(_tree(files, "/".join(rest[2:]), is_deep)))
 
         def _listed(self) -> list[dict[str, Any]]:
             """Repositories whose card names the base that is asked for."""
@@ -91,14 +119,19 @@ def _handler(repos: Repos, asked: list[str], refused: int, downloads: dict[str, 
 
         def _take(self, parts: list[str], content: bytes) -> bytes:
             """Of an upload: the repository is made, each file is to be sent as it is, and a commit brings them all."""
+            if not self.headers.get("Authorization"):
+                return self._send(401, b"", "text/plain", {})
+            if parts[-1] == "validate-yaml":
+                return self._json({"errors": [], "warnings": []})
             if parts[-2:] == ["repos", "create"]:
                 made = json.loads(content)
-                repos.setdefault("/".join(filter(None, [made.get("organization"), made["name"]])), {})
-                return self._json({"url": f"http://{self.headers['Host']}/{made['name']}", "name": made["name"]})
+                repo = "/".join(filter(None, [made.get("organization"), made["name"]]))
+                repos.setdefault(repo, {})
+                return self._json({"url": f"http://{self.headers['Host']}/{repo}", "name": repo})
             repo = "/".join(parts[2:4])
             if parts[4] == "preupload":
-                files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(content)["files"]]
-                return self._json({"files": files})
+                how = {"uploadMode": "regular", "shouldIgnore": False}
+                return self._json({"files": [{"path": one["path"], **how} for one in json.loads(content)["files"]]})
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
                     repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])

@@ -7,19 +7,16 @@
 Each adapter is pinned to the commit that there is now: whoever fetches it later gets what was checked.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from pipeline.core.errors import InputError, first_line
+from pipeline.core.errors import InputError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.core.hub import HUB, Place, from_hub
-
-T = TypeVar("T")
+from pipeline.core.hub import HUB, Place
+from pipeline.core.hub_api import answer
 
 FORM = "a pool on the Hub is hf://?base=ORG/NAME (with &limit=500, &author=ORG) or hf://ORG/NAME[@REVISION][/FOLDER]"
 OPTIONS = {"base", "limit", "author"}
@@ -40,12 +37,12 @@ def adapters_on_hub(pool: str) -> list[OnHub]:
     """What a pool on the Hub holds.
 
     Raises:
-        InputError: the pool is not written as FORM says, or the Hub has no such place.
+        InputError: the pool is not written as FORM says, or the Hub refuses it.
         HubBusyError: the Hub does not answer.
     """
     options, place = parse_qs(pool.partition("?")[2], keep_blank_values=True), Place.of(pool)
     if place:
-        return _asked(pool, partial(_of_repository, place))
+        return answer(pool, partial(_of_repository, place))
     limit = options.get("limit", ["1"])[-1]
     bases = options.get("base", [])
     right = pool.startswith(f"{HUB}?") and bases and all(base.count("/") == 1 for base in bases) and options.keys() <= OPTIONS
@@ -53,30 +50,21 @@ def adapters_on_hub(pool: str) -> list[OnHub]:
         raise InputError(f"{pool}: {FORM}")
     most = int(limit) if "limit" in options else None
     author = options.get("author", [None])[-1]
-    found = [one for base in bases for one in _asked(pool, partial(_of_base, base, author, most))]
+    found = [one for base in bases for one in answer(pool, partial(_of_base, base, author, most))]
     ranked = sorted({one.place.repo: one for one in found}.values(), key=lambda one: (-(one.downloads or 0), one.adapter_id))
     return ranked[:most]
 
 
-def _of_base(base: str, author: str | None, most: int | None) -> list[OnHub]:
-    said = HfApi().list_models(
+def _of_base(base: str, author: str | None, most: int | None, api: HfApi) -> list[OnHub]:
+    said = api.list_models(
         filter=f"base_model:adapter:{base}", author=author, sort="downloads", limit=most, expand=["sha", "downloads"]
     )
     return [OnHub(Place(model.id, model.sha), model.downloads) for model in said]
 
 
-def _of_repository(place: Place) -> list[OnHub]:
-    said = HfApi().model_info(place.repo, revision=place.revision)
+def _of_repository(place: Place, api: HfApi) -> list[OnHub]:
+    said = api.model_info(place.repo, revision=place.revision)
     files = (file.rfilename.rpartition("/") for file in said.siblings or [])
     folders = sorted({folder for folder, _, name in files if name in (CONFIG_FILE, WEIGHTS_FILE)})
     inside = [one for one in folders if not place.folder or f"{one}/".startswith(f"{place.folder}/")]
     return [OnHub(Place(place.repo, said.sha, folder), said.downloads) for folder in inside]
-
-
-def _asked(pool: str, ask: Callable[[], T]) -> T:
-    try:
-        return from_hub(ask)
-    except OfflineModeIsEnabled as error:
-        raise InputError(f"{pool}: the Hub is not asked, as HF_HUB_OFFLINE is set; unset it, or give a list file") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{pool}: the Hub has no such pool, or not for your HF_TOKEN ({first_line(error)})") from error

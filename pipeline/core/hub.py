@@ -21,7 +21,7 @@ XET = ("CAS Client Error", "error sending request")
 """In what the client of the Hub's storage for large files raises, a plain RuntimeError, where that cannot be reached."""
 
 
-HUB = "hf://"
+HUB, HUB_DATA = "hf://", "hf://datasets/"
 COMMIT = re.compile("[0-9a-f]{40}")
 PLACE = re.compile(r"(?P<repo>[^/@?]+/[^/@?]+)(@(?P<revision>[^/?]+))?(/(?P<folder>[^?]*))?")
 

@@ -77,7 +77,7 @@ def test_the_folders_of_a_repository_are_a_pool(look_from: Ask) -> None:
         whole, below, absent = look_from(endpoint, *pools)
     assert [name for name, *_ in whole] == ["org/many", "org/many/x", "org/many/x/checkpoint-5", "org/many/xy"]
     assert [uri for _, uri, *_ in below] == [f"hf://org/many@{COMMIT}/x", f"hf://org/many@{COMMIT}/x/checkpoint-5"]
-    assert "the Hub has no such pool" in absent
+    assert "the Hub says no (404" in absent
 
 
 def test_an_entry_of_a_list_is_pinned_to_the_commit_of_its_revision(look_from: Ask, tmp_path: Path) -> None:
