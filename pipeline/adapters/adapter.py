@@ -75,8 +75,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = None) -> Adapter:
-    """Read an adapter folder into memory, without whole layers that are saved beside it, of which `require_untrained` says whether
-    they matter, and without layers for pictures and sounds.
+    """Read an adapter folder into memory, without layers for pictures and sounds, and without whole layers that are saved beside
+    it: `saved_layers.require_untrained` says whether these matter.
 
     Args:
         shapes, head: linear layers and output head of the base model; an adapter that does not fit them is not read.
