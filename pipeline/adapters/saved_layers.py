@@ -15,7 +15,7 @@ from pipeline.adapters.validation import open_weights, saved_whole
 from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.model.base_model import stored_embedding, stored_weights
-from pipeline.model.layer_names import EMBEDDING_NAMES, HEADS
+from pipeline.model.layer_names import EMBEDDING_NAMES, HEADS, is_of_text
 
 MOST_NAMED = 3
 """Layers that are named where several were saved."""
@@ -50,13 +50,15 @@ def _require_own(name: str, file: safe_open, base: str) -> None:
     if own is None and layer in HEADS:  # tied to the embedding
         own = stored_embedding(base)
     if own is None or not _has_shape_of(own, tuple(file.get_slice(name).get_shape()), layer):
-        raise _changed(layer, name)
+        raise _changed(tensor, name)
     if not _is_own(file.get_tensor(name), own):
-        raise _changed(layer, f"{name} is not the base's")
+        raise _changed(tensor, f"{name} is not the base's")
 
 
-def _changed(layer: str, what: str) -> AdapterError:
-    if layer in (*EMBEDDING_NAMES, *HEADS):
+def _changed(tensor: str, what: str) -> AdapterError:
+    if not is_of_text(tensor):
+        return AdapterError(f"changes layers for pictures or sounds ({what}), which no text runs through")
+    if _layer(tensor) in (*EMBEDDING_NAMES, *HEADS):
         return AdapterError(f"changes the embeddings or the output head ({what}), which vLLM's LoRA cannot score")
     return AdapterError(f"modules_to_save: it replaces whole layers ({what}), which vLLM's LoRA cannot score")
 

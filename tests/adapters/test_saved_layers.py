@@ -95,13 +95,15 @@ def test_a_norm_that_peft_saves_is_the_bases_own_until_it_is_trained(
 
 
 def test_what_the_base_does_not_have_is_not_its_own(base: str, tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
-    for name, size in (
-        ("score.weight", (2, 128)),
-        ("model.norm.weight", (120,)),
-        ("model.layers.9.input_layernorm.weight", (128,)),
+    whole, seeing = "modules_to_save: it replaces whole layers", "changes layers for pictures or sounds"
+    for name, size, reason in (
+        ("score.weight", (2, 128), whole),
+        ("model.norm.weight", (120,), whole),
+        ("model.layers.9.input_layernorm.weight", (128,), whole),
+        ("multi_modal_projector.linear_1.weight", (128, 8), seeing),
     ):
         folder = saved_as(name, torch.ones(size), make_adapter(tmp_path / name, base))
-        with pytest.raises(AdapterError, match="modules_to_save: it replaces whole layers"):
+        with pytest.raises(AdapterError, match=reason):
             require_untrained(folder, read_declared(folder).saved, base)
 
 
