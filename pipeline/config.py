@@ -335,7 +335,7 @@ class Config(Section):
     pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
     exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
     checkpoints: Literal["leave_out", "include"] = Field(
-        "leave_out", description="checkpoint-NNN folders of an adapter that is itself in the pool"
+        "leave_out", description="checkpoint-NNN folders in that of an adapter of the pool, or beside one called final"
     )
     target: TargetConfig
     search: SearchConfig = SearchConfig()

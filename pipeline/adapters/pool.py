@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -45,6 +45,9 @@ COMMENT = re.compile(r"(^|\s)#.*")
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """The folder of a step on the way, as transformers' trainer names it."""
+
+FINAL = re.compile(r"final([_-](adapter|checkpoint|lora|model))?")
+"""The folder beside such steps that scripts around a trainer save the adapter to."""
 
 REVISION = re.compile(r"[^./~][^/]*/[^/]+@")
 """Begins a Hub id with a revision, behind which a folder may follow."""
@@ -145,19 +148,33 @@ def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints
     if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not checkpoints:
-        finals = {one.uri for one in found}
+        finals = _finals(found)
         found = [_without_final(one, finals) for one in found]
     return [_shown(_excluded(_named(one), exclude)) for one in found]
 
 
-def _without_final(one: Listed, finals: Collection[str]) -> Listed:
+def _finals(found: list[Listed]) -> dict[str, str]:
+    """Folders -> what the steps in them led to: the adapter of the folder itself, or else the one in it that is called the final
+    one. Others beside the steps may be of other runs, and so may all that lies in the pool's own folder."""
+    named = {_parent(one.uri): _name(one.uri) for one in found if "/" in one.adapter_id and FINAL.fullmatch(_name(one.uri))}
+    return named | {one.uri: _name(one.uri) for one in found}
+
+
+def _without_final(one: Listed, finals: Mapping[str, str]) -> Listed:
     """Trainers leave the steps on the way beside what they end with: near copies, of which one is enough."""
-    path, mark, options = one.uri.partition("?")
-    parent, _, name = path.rpartition("/")
-    if one.problem or not CHECKPOINT.fullmatch(name) or parent + mark + options not in finals:
+    final = finals.get(_parent(one.uri))
+    if one.problem or final is None or not CHECKPOINT.fullmatch(_name(one.uri)):
         return one
-    final = parent.rpartition("/")[2]
     return one._replace(problem=f"{A_CHECKPOINT} of {final}, which is in the pool; checkpoints: include takes it")
+
+
+def _parent(uri: str) -> str:
+    path, mark, options = uri.partition("?")
+    return path.rpartition("/")[0] + mark + options
+
+
+def _name(uri: str) -> str:
+    return uri.partition("?")[0].rpartition("/")[2]
 
 
 def _columns(found: list[Listed]) -> Listing:

@@ -81,14 +81,26 @@ def test_adapters_that_the_config_excludes_are_set_aside_unread(tmp_path: Path, 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_checkpoints_beside_what_they_led_to_are_left_out_unless_asked_for(place: str, tmp_path: Path, bucket: str) -> None:
     pool = Folder.at(str(tmp_path / "pool") if place == "disk" else f"{bucket}/pool")
-    for name in ("run", "run/checkpoint-10", "run/checkpoint-20", "only/checkpoint-5", "run/checkpoint-best"):
+    steps = ("run/checkpoint-10", "run/checkpoint-20", "run/checkpoint-best", "only/checkpoint-5", "checkpoint-30")
+    beside = (
+        "trl/checkpoint-1",
+        "trl/final_checkpoint",
+        "own/out/checkpoint-2",
+        "own/out/final",
+        "two/checkpoint-3",
+        "two/adapter",
+    )
+    for name in ("run", "final", *steps, *beside):
         pool.write_bytes(f"{name}/{WEIGHTS_FILE}", b"x")
         pool.write_bytes(f"{name}/{CONFIG_FILE}", b"{}")
     asked, all_of_them = (look_at(pool.uri, checkpoints=checkpoints).listing for checkpoints in (False, True))
     assert not any(all_of_them["problem"])
     left_out = {name: problem for name, problem in zip(asked["adapter_id"], asked["problem"], strict=True) if problem}
-    reason = "a checkpoint of run, which is in the pool; checkpoints: include takes it"
-    assert left_out == {"run/checkpoint-10": reason, "run/checkpoint-20": reason}
+    led_to = {"run/checkpoint-10": "run", "run/checkpoint-20": "run"}
+    led_to |= {"trl/checkpoint-1": "final_checkpoint", "own/out/checkpoint-2": "final"}
+    assert left_out == {
+        name: f"a checkpoint of {final}, which is in the pool; checkpoints: include takes it" for name, final in led_to.items()
+    }
 
 
 def test_an_adapter_that_is_given_its_old_time_back_is_in_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
