@@ -97,7 +97,16 @@ COMPARISON = pa.schema(
     ]
 )
 
-ANSWERS = pa.schema([("answer", pa.string()), ("score", pa.float64())])  # of each row of the test split, in its order
+ANSWERS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("answer", pa.string()),
+        ("score", pa.float64()),  # null: not scored yet
+    ]
+)
+"""What some weights answer to each row of the test split, in its order."""
 
 METRIC_ROWS = pa.schema(
     [

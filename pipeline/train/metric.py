@@ -1,0 +1,237 @@
+"""`compare.metric`: what the chosen weights of each start answer on the test split, scored row by row.
+
+    choices, choices_per_token   1 where the right one of a row's choices is the likeliest, else 0
+    exact_match                  1 where what is written equals the right answer once both are normalised, else 0
+    package.module:function      function(prompts, answers, references) -> one number a row, from three lists of texts
+
+Answers are kept beside each arm's result, and so are the scores of a function: what was interrupted goes on with them. A function
+runs in the process of the command.
+"""
+
+import inspect
+import math
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.config import BY_CHOICES
+from pipeline.core.errors import InputError, one_line
+from pipeline.core.ledger import digest
+from pipeline.core.storage import Folder
+from pipeline.core.tables import METRIC_ROWS
+from pipeline.model.base_model import load_tokenizer
+from pipeline.run_folder import Run
+from pipeline.train.arm import Job, checkpoints_without
+from pipeline.train.ray_train import choose_on_test, on_each
+from pipeline.train.tune import Outcome
+
+TRIED = 2
+"""Rows of the test split that a function is tried on before anything is trained."""
+
+MAX_PROMPT = 600
+"""Characters of a prompt in the table of rows; of a longer one the middle is left out."""
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+THOUGHTS_END = "</think>"
+
+Arms = Mapping[str, Sequence[Outcome]]
+"""The chosen arms of each init, one a seed."""
+
+
+class Measured(NamedTuple):
+    """Mean scores of each init's arms, in their order; and of the rows what METRIC_ROWS says."""
+
+    means: dict[str, list[float]]
+    rows: pa.Table
+
+
+def check(metric: str | None) -> None:
+    """See that a function can be had, before anything is spent.
+
+    Raises:
+        InputError: there is no such module, or no such function in it.
+    """
+    if is_own(metric):
+        _function(str(metric))
+
+
+def is_own(metric: str | None) -> bool:
+    """Whether a metric is a function of the user's."""
+    return metric is not None and ":" in metric
+
+
+def try_out(run: Run) -> None:
+    """See that the test split can be measured as `compare.metric` asks, once it is drawn and before anything is trained.
+
+    Raises:
+        InputError: a row has no choices, or no prompt to write from, or the function fails on right answers.
+    """
+    metric = run.config.compare.metric
+    if metric is None:
+        return
+    rows = run.folder.read_table("data/test.parquet")
+    if metric in BY_CHOICES:
+        _require_choices(rows, metric)
+        return
+    from pipeline.train.answers import asked, texts_of  # not above: see pipeline/train/ray_train.py
+
+    if not all(row.prompt for row in asked(rows)):
+        raise InputError(f"compare.metric {metric}: a row of the test split is text alone, without a prompt to write from")
+    prompts, references = texts_of(rows.slice(0, TRIED), load_tokenizer(run.config.base))
+    score(metric, prompts, references, references)
+
+
+def metric_key(metric: str, data: Folder) -> str:
+    """Digest of what scores depend on besides the weights: rows and choices, and the source of a function's module."""
+    return digest(metric, _answers_key(metric, data), _source(metric))
+
+
+def measure(metric: str, job: Job, arms: Arms, storage: Folder) -> Measured:
+    """Answers and scores of the arms on the test split.
+
+    Args:
+        job: that of any arm.
+        storage: where `train_arms` left the arms.
+
+    Raises:
+        InputError: the function fails, or gives something else than one finite number a row.
+    """
+    all_arms = [arm for chosen in arms.values() for arm in chosen]
+    answers = _answers(metric, job, all_arms, storage)
+    file = f"scores-{metric_key(metric, job.data)}.json"
+    scored = {name: _with_scores(metric, found, storage.sub(name), file) for name, found in answers.items()}
+    means = {init: [fmean(scored[arm["name"]]["score"].to_pylist()) for arm in chosen] for init, chosen in arms.items()}
+    by_seed = {(init, arm["seed"]): scored[arm["name"]] for init, chosen in arms.items() for arm in chosen}
+    return Measured(means, _rows(by_seed))
+
+
+def score(metric: str, prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
+    """A number for each answer: 1 or 0 for `exact_match`, or what the function gives.
+
+    Raises:
+        InputError: it fails, or gives something else than one finite number a row.
+    """
+    if not is_own(metric):
+        return [float(normalise(one) == normalise(other)) for one, other in zip(answers, references, strict=True)]
+    try:
+        scores = [float(one) for one in _function(metric)(prompts, answers, references)]
+    except Exception as error:  # it is the user's
+        raise InputError(f"compare.metric: {metric} failed ({one_line(error)})") from error
+    if len(scores) != len(answers):
+        raise InputError(f"compare.metric: {metric} gave {len(scores)} numbers for {len(answers)} rows; it must give one a row")
+    if not all(map(math.isfinite, scores)):
+        raise InputError(f"compare.metric: {metric} gave a number that is not finite")
+    return scores
+
+
+def normalise(text: str) -> str:
+    """As SQuAD's evaluation does it: lower case, without punctuation, articles and repeated blanks. What was thought before the
+    answer is no part of it."""
+    said = text.rpartition(THOUGHTS_END)[2].lower().translate(PUNCTUATION)
+    return " ".join(ARTICLES.sub(" ", said).split())
+
+
+def _function(metric: str) -> Callable[..., Any]:
+    module, _, name = metric.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except Exception as error:  # whatever the module does
+        where = "PYTHONPATH names folders with modules"
+        raise InputError(f"compare.metric: {module} cannot be imported ({one_line(error)}); {where}") from error
+    if not callable(found):
+        raise InputError(f"compare.metric: {module} has no function {name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _source(metric: str) -> str:
+    """Of the module that a function is defined in; empty where there is none to be read."""
+    if not is_own(metric):
+        return ""
+    function = _function(metric)
+    try:
+        return inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        return ""
+
+
+def _require_choices(rows: pa.Table, metric: str) -> None:
+    if without := rows["choices"].null_count:
+        raise InputError(
+            f"compare.metric {metric}: {without} of {len(rows)} rows of the test split have no `choices` that can be used: a list "
+            "of two texts or more, one of them the answer (target.columns names another column)"
+        )
+
+
+def _answers_key(metric: str, data: Folder) -> str:
+    """Digest of what answers depend on besides the weights."""
+    by_choices = metric in BY_CHOICES
+    rows = data.read_table("test.parquet", ["sample_id", "choices"] if by_choices else ["sample_id"])
+    return digest(metric if by_choices else "written", rows.to_pylist())
+
+
+def _answers(metric: str, job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, pa.Table]:
+    """What each arm answers, schema ANSWERS, by its name; those that are not there yet are made."""
+    file = f"answers-{_answers_key(metric, job.data)}.parquet"
+    for name, found in _answered(metric, job, checkpoints_without(file, arms, storage), storage):
+        storage.write_table(f"{name}/{file}", found)
+    return {arm["name"]: storage.read_table(f"{arm['name']}/{file}") for arm in arms}
+
+
+def _answered(metric: str, job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, pa.Table]]:
+    """Name and answers of each checkpoint, as they come."""
+    from pipeline.train.answers import answers_on_test  # not above: see pipeline/train/ray_train.py
+
+    if checkpoints and job.train.shard:
+        yield from choose_on_test(job, checkpoints, storage, metric).items()
+    else:
+        yield from on_each(answers_on_test, job, checkpoints, metric)
+
+
+def _with_scores(metric: str, answers: pa.Table, arm: Folder, file: str) -> pa.Table:
+    """Answers with their scores, which are kept where a function gave them."""
+    if metric in BY_CHOICES:
+        return answers
+    if not arm.is_complete(file):
+        texts = (answers[name].to_pylist() for name in ("prompt", "answer", "reference"))
+        arm.write_json(file, score(metric, *texts))
+    scores = pa.array(arm.read_json(file), pa.float64())
+    return answers.set_column(answers.column_names.index("score"), "score", scores)
+
+
+def _rows(found: Mapping[tuple[str, int], pa.Table]) -> pa.Table:
+    """Base and mashup side by side, schema METRIC_ROWS.
+
+    Args:
+        found: answers with scores, by init and seed.
+    """
+    seeds = sorted({seed for init, seed in found if init in ("base", "mashup")})
+    return pa.concat_tables([METRIC_ROWS.empty_table(), *(_rows_of_seed(found, seed) for seed in seeds)])
+
+
+def _rows_of_seed(found: Mapping[tuple[str, int], pa.Table], seed: int) -> pa.Table:
+    base, mashup = found.get(("base", seed)), found.get(("mashup", seed))
+    rows = base or mashup
+    assert rows is not None
+    nothing = pa.nulls(len(rows))
+    columns = {
+        "sample_id": rows["sample_id"],
+        "seed": pa.array([seed] * len(rows)),
+        "prompt": pa.array(map(_shortened, rows["prompt"].to_pylist())),
+        "reference": rows["reference"],
+        **{
+            f"{init}_{name}": table[name] if table else nothing
+            for init, table in (("base", base), ("mashup", mashup))
+            for name in ("answer", "score")
+        },
+    }
+    return pa.table(columns).cast(METRIC_ROWS)
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= MAX_PROMPT else f"{prompt[: MAX_PROMPT // 2]} … {prompt[-MAX_PROMPT // 2 :]}"
