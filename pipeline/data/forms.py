@@ -8,8 +8,8 @@
     text                                learned as it is, without a chat template
 
 `system` (or `system_prompt`), `tools` and `chat_template_kwargs` of a row go with it; `choices` are the answers that it might
-have, for a metric over them. A list or an object may also be JSON text, as in a CSV file. Where a row has several forms, the first
-one counts. `target.columns` says what a column is called in place of these names.
+have, for a metric over them. A list or an object may also be JSON text, as in a CSV file. Where a row has several forms, the
+first one counts. `target.columns` says what a column is called in place of these names.
 """
 
 import json

@@ -82,9 +82,16 @@ class _Masked(NamedTuple):
 
 
 def _choices(said: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[dict[str, Any]]:
-    """One row several times, each time with another answer."""
+    """One row several times, each time with another answer.
+
+    Raises:
+        RowError: one of them cannot be used.
+    """
     only_last = replace(reading, turns="last")
-    tokens = [_tokens(one, tokenizer, only_last)[0]._asdict() for one in said]
+    try:
+        tokens = [_tokens(one, tokenizer, only_last)[0]._asdict() for one in said]
+    except RowError as problem:
+        raise RowError(f"with choices {problem}") from problem
     return [{field.name: one[field.name] for field in CHOICE} for one in tokens]
 
 

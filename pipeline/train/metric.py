@@ -163,8 +163,8 @@ def _source(metric: str) -> str:
 def _require_choices(rows: pa.Table, metric: str) -> None:
     if without := rows["choices"].null_count:
         raise InputError(
-            f"compare.metric {metric}: {without} of {len(rows)} rows of the test split have no `choices` that can be used: a list "
-            "of two texts or more, one of them the answer (target.columns names another column)"
+            f"compare.metric {metric}: {without} of {len(rows)} rows of the test split have no `choices` that can be used: a "
+            "list of two texts or more, one of them the answer (target.columns names another column)"
         )
 
 
