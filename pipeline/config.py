@@ -25,6 +25,9 @@ ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 BY_CHOICES = ("choices", "choices_per_token")
 """Metrics over the choices of a row."""
 
+HARNESS = "lm_eval:"
+"""Begins a metric that is a task of lm-eval."""
+
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A metric of one's own: a function, and the module that it is in."""
 
@@ -321,7 +324,7 @@ class CompareConfig(Section):
     metric: str | None = Field(
         None,
         description="what is measured on the test split besides: choices (accuracy by option likelihood), choices_per_token, "
-        "exact_match (of generated answers), or package.module:function (docs/method.md)",
+        "exact_match (of answers that are written), lm_eval:TASK (extra eval), or package.module:function (docs/method.md)",
     )
 
     @field_validator("inits")
@@ -332,9 +335,9 @@ class CompareConfig(Section):
     @field_validator("metric")
     @classmethod
     def known_metric(cls, value: str | None) -> str | None:
-        if value is not None and value not in (*BY_CHOICES, "exact_match") and not FUNCTION.fullmatch(value):
-            raise ValueError(f"must be {', '.join(BY_CHOICES)}, exact_match or package.module:function")
-        return value
+        if value in (None, *BY_CHOICES, "exact_match") or str(value).startswith(HARNESS) or FUNCTION.fullmatch(str(value)):
+            return value
+        raise ValueError(f"must be {', '.join(BY_CHOICES)}, exact_match, lm_eval:TASK or package.module:function")
 
 
 class TrackConfig(Section):
@@ -390,8 +393,8 @@ class Config(Section):
     def answers_are_generated_on_one_device(self) -> "Config":
         if self.train.shard and self.compare.metric not in (None, *BY_CHOICES):
             raise ValueError(
-                f"compare.metric {self.compare.metric} generates answers on one device, train.shard is for bases that fit none; "
-                f"use {' or '.join(BY_CHOICES)}, or leave one out"
+                f"compare.metric {self.compare.metric} has answers written on one device, train.shard is for bases that fit "
+                f"none; use {' or '.join(BY_CHOICES)}, or leave one out"
             )
         return self
 

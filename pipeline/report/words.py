@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import HARNESS
 from pipeline.config import METHODS as MERGE_METHODS
 
 Json = Mapping[str, Any]
@@ -93,11 +94,13 @@ def measures(summary: Json) -> Sequence[Measure]:
 
 def asked_measure(metric: str) -> Measure:
     """What `compare.metric` asked for."""
-    name, meaning = METRICS.get(
-        metric, (single_line(metric), "The mean over rows of what this function gives of written answers.")
-    )
-    written = (percent, points) if metric in METRICS else (nll, signed)
-    return Measure("test_metric", f"{name} on the test split", *written, meaning)
+    if metric in METRICS:
+        name, meaning = METRICS[metric]
+        return Measure("test_metric", f"{name} on the test split", percent, points, meaning)
+    if metric.startswith(HARNESS):
+        return Measure("test_metric", single_line(metric), nll, signed, "The mean of this task's first metric, on its own rows.")
+    name, meaning = f"{single_line(metric)} on the test split", "The mean of what this function gives for the answers written."
+    return Measure("test_metric", name, nll, signed, meaning)
 
 
 def duration(seconds: float | None) -> str:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.config import BY_CHOICES
+from pipeline.config import BY_CHOICES, HARNESS
 from pipeline.core.storage import Folder
 from pipeline.core.tables import ANSWERS
 from pipeline.model.base_model import device, fast_dtype, load_tokenizer
 from pipeline.model.completion_loss import Batch, collate, score_tokens
 from pipeline.train.batches import share_out
 from pipeline.train.evaluate import Score, in_batches, load_checkpoint, sum_over_workers
+from pipeline.train.harness import answer_task
 
 GENERATION_TOKENS = 8192
 """Tokens of prompts and answers, padding included, that are kept at a time."""
@@ -50,9 +51,11 @@ def texts_of(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> tuple[list[s
 
 
 def answers_on_test(base: str, dtype: str, data: Folder, checkpoint: Folder, metric: str) -> pa.Table:
-    """What a checkpoint answers on the test split, schema ANSWERS."""
-    model = load_checkpoint(base, fast_dtype(dtype), checkpoint)
-    rows, tokenizer = data.read_table("test.parquet"), load_tokenizer(base)
+    """What a checkpoint answers on the test split, or to a task of lm-eval; schema ANSWERS."""
+    model, tokenizer = load_checkpoint(base, fast_dtype(dtype), checkpoint), load_tokenizer(base)
+    if metric.startswith(HARNESS):
+        return answer_task(model, tokenizer, metric)
+    rows = data.read_table("test.parquet")
     if metric in BY_CHOICES:
         return choose(partial(score_tokens, model), rows, tokenizer, metric)
     return _table(rows, tokenizer, write(model, asked(rows), tokenizer), None)

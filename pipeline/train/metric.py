@@ -2,6 +2,7 @@
 
     choices, choices_per_token   1 where the right one of a row's choices is the likeliest, else 0
     exact_match                  1 where what is written equals the right answer once both are normalised, else 0
+    lm_eval:TASK                 the task's own rows and scores (`harness.py`)
     package.module:function      function(prompts, answers, references) -> one number a row, from three lists of texts
 
 Answers are kept beside each arm's result, and so are the scores of a function: what was interrupted goes on with them. A function
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.config import BY_CHOICES
+from pipeline.config import BY_CHOICES, HARNESS
 from pipeline.core.errors import InputError, one_line
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -27,6 +28,7 @@ from pipeline.core.tables import METRIC_ROWS
 from pipeline.model.base_model import load_tokenizer
 from pipeline.run_folder import Run
 from pipeline.train.arm import Job, checkpoints_without
+from pipeline.train.harness import require_harness, require_task, task_key
 from pipeline.train.ray_train import choose_on_test, on_each
 from pipeline.train.tune import Outcome
 
@@ -52,28 +54,39 @@ class Measured(NamedTuple):
 
 
 def check(metric: str | None) -> None:
-    """See that a function can be had, before anything is spent.
+    """See that what a metric needs can be had, before anything is spent.
 
     Raises:
-        InputError: there is no such module, or no such function in it.
+        InputError: lm-eval is not installed, or there is no such module, or no such function in it.
     """
-    if is_own(metric):
+    if is_task(metric):
+        require_harness()
+    elif is_own(metric):
         _function(str(metric))
+
+
+def is_task(metric: str | None) -> bool:
+    """Whether a metric is a task of lm-eval."""
+    return metric is not None and metric.startswith(HARNESS)
 
 
 def is_own(metric: str | None) -> bool:
     """Whether a metric is a function of the user's."""
-    return metric is not None and ":" in metric
+    return metric is not None and ":" in metric and not is_task(metric)
 
 
 def try_out(run: Run) -> None:
     """See that the test split can be measured as `compare.metric` asks, once it is drawn and before anything is trained.
 
     Raises:
-        InputError: a row has no choices, or no prompt to write from, or the function fails on right answers.
+        InputError: there is no such task, a row has no choices or no prompt to write from, or the function fails on right
+            answers.
     """
     metric = run.config.compare.metric
     if metric is None:
+        return
+    if is_task(metric):
+        require_task(metric)
         return
     rows = run.folder.read_table("data/test.parquet")
     if metric in BY_CHOICES:
@@ -146,7 +159,7 @@ def _function(metric: str) -> Callable[..., Any]:
         raise InputError(f"compare.metric: {module} cannot be imported ({one_line(error)}); {where}") from error
     if not callable(found):
         raise InputError(f"compare.metric: {module} has no function {name!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _source(metric: str) -> str:
@@ -170,6 +183,8 @@ def _require_choices(rows: pa.Table, metric: str) -> None:
 
 def _answers_key(metric: str, data: Folder) -> str:
     """Digest of what answers depend on besides the weights."""
+    if is_task(metric):
+        return task_key(metric)
     by_choices = metric in BY_CHOICES
     rows = data.read_table("test.parquet", ["sample_id", "choices"] if by_choices else ["sample_id"])
     return digest(metric if by_choices else "written", rows.to_pylist())
@@ -194,8 +209,8 @@ def _answered(metric: str, job: Job, checkpoints: dict[str, Folder], storage: Fo
 
 
 def _with_scores(metric: str, answers: pa.Table, arm: Folder, file: str) -> pa.Table:
-    """Answers with their scores, which are kept where a function gave them."""
-    if metric in BY_CHOICES:
+    """Answers with their scores; those of what was written are kept."""
+    if metric in BY_CHOICES or is_task(metric):
         return answers
     if not arm.is_complete(file):
         texts = (answers[name].to_pylist() for name in ("prompt", "answer", "reference"))

@@ -74,6 +74,7 @@ def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
         ("choices", "Accuracy by option likelihood on the test split", "25.0 % → 75.0 %", "+50.0 points"),
         ("choices_per_token", "Accuracy by option likelihood a token on the test split", "25.0 % → 75.0 %", "+50.0 points"),
         ("exact_match", "Exact match of written answers on the test split", "25.0 % → 75.0 %", "+50.0 points"),
+        ("lm_eval:arc_easy", "lm_eval:arc_easy", "0.2500 → 0.7500", "+0.5000"),
         ("own.metrics:f1", "own.metrics:f1 on the test split", "0.2500 → 0.7500", "+0.5000"),
     ],
 )
