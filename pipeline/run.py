@@ -4,7 +4,7 @@
     samples  rows of the target task         -> samples.parquet, data/
     search   catalogue x samples             -> scores/, leaderboard.parquet
     merge    leaderboard -> recipes -> merge -> selection.json, mashup/
-    compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/
+    compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/, metric_rows.parquet
     report   all of the above                -> report.html
 
 The stages are called in this order; `run_folder.STAGES` repeats it. Each leaves its results in the run folder and is skipped

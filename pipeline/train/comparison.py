@@ -1,4 +1,5 @@
-"""The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/."""
+"""The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/; with
+`compare.metric` also metric_rows.parquet."""
 
 from collections.abc import Callable
 from dataclasses import replace
