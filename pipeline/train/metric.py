@@ -24,7 +24,7 @@ from pipeline.config import BY_CHOICES, HARNESS
 from pipeline.core.errors import InputError, one_line
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
-from pipeline.core.tables import METRIC_ROWS
+from pipeline.core.tables import METRIC_ROWS, TEST
 from pipeline.model.base_model import load_tokenizer
 from pipeline.run_folder import Run
 from pipeline.train.arm import Job, checkpoints_without
@@ -88,7 +88,7 @@ def try_out(run: Run) -> None:
     if is_task(metric):
         require_task(metric)
         return
-    rows = run.folder.read_table("data/test.parquet")
+    rows = _test_rows(run.folder.sub("data"))
     if metric in BY_CHOICES:
         _require_choices(rows, metric)
         return
@@ -176,9 +176,16 @@ def _source(metric: str) -> str:
 def _require_choices(rows: pa.Table, metric: str) -> None:
     if without := rows["choices"].null_count:
         raise InputError(
-            f"compare.metric {metric}: {without} of {len(rows)} rows of the test split have no `choices` that can be used: a "
-            "list of two texts or more, one of them the answer (target.columns names another column)"
+            f"compare.metric {metric}: {without} of {len(rows)} rows of the test split have no `choices` that can be used, lists "
+            "of two texts or more with the answer (target.columns names another column; `mashup run` reads them anew)"
         )
+
+
+def _test_rows(data: Folder) -> pa.Table:
+    """The test split, schema TEST; what an older version drew has no choices."""
+    rows = data.read_table("test.parquet")
+    nothing = pa.nulls(len(rows), TEST.field("choices").type)
+    return rows if "choices" in rows.column_names else rows.append_column("choices", nothing)
 
 
 def _answers_key(metric: str, data: Folder) -> str:
@@ -186,7 +193,7 @@ def _answers_key(metric: str, data: Folder) -> str:
     if is_task(metric):
         return task_key(metric)
     by_choices = metric in BY_CHOICES
-    rows = data.read_table("test.parquet", ["sample_id", "choices"] if by_choices else ["sample_id"])
+    rows = _test_rows(data).select(["sample_id", "choices"] if by_choices else ["sample_id"])
     return digest(metric if by_choices else "written", rows.to_pylist())
 
 

@@ -145,6 +145,15 @@ def test_rows_without_the_right_choice_are_counted_and_refused(name: str, choice
         try_out(run(name, good, row("It is 1.", choices=choices)))
 
 
+def test_a_test_split_that_an_older_version_drew_has_no_choices(run: Callable[..., Run]) -> None:
+    asked = run("choices", row("Here."))
+    old = asked.folder.read_table("data/test.parquet").drop_columns(["choices"])
+    asked.folder.write_table("data/test.parquet", old)
+    assert metric_key("choices", asked.folder.sub("data"))
+    with pytest.raises(InputError, match=r"1 of 1 rows .* `mashup run` reads them anew"):
+        try_out(asked)
+
+
 def test_rows_of_text_alone_have_nothing_to_write_from(run: Callable[..., Run]) -> None:
     with pytest.raises(InputError, match="text alone, without a prompt"):
         try_out(run("exact_match", {"text": "The capital of France is Paris."}))
