@@ -1,27 +1,21 @@
 """`compare.metric`: what the chosen weights of each start answer on the test split, scored row by row.
 
     choices, choices_per_token   1 where the right one of a row's choices is the likeliest, else 0
-    exact_match                  1 where what is written equals the right answer once both are normalised, else 0
+    exact_match                  1 where what is written equals the right answer once both are normalised, else 0 (`scores.py`)
     lm_eval:TASK                 the task's own rows and scores (`harness.py`)
-    package.module:function      function(prompts, answers, references) -> one number a row, from three lists of texts
+    package.module:function      what the function gives of what is written (`scores.py`)
 
-Answers are kept beside each arm's result, and so are the scores of a function: what was interrupted goes on with them. A function
-runs in the process of the command.
+Answers are kept beside each arm's result, and so are the scores of what is written: who was interrupted goes on with them.
 """
 
-import inspect
-import math
-import re
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipeline.config import BY_CHOICES, HARNESS
-from pipeline.core.errors import InputError, one_line
+from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import METRIC_ROWS, TEST
@@ -30,6 +24,7 @@ from pipeline.run_folder import Run
 from pipeline.train.arm import Job, checkpoints_without
 from pipeline.train.harness import require_harness, require_task, task_key
 from pipeline.train.ray_train import choose_on_test, on_each
+from pipeline.train.scores import function_of, is_own, score, source_of
 from pipeline.train.tune import Outcome
 
 TRIED = 2
@@ -37,10 +32,6 @@ TRIED = 2
 
 MAX_PROMPT = 600
 """Characters of a prompt in the table of rows; of a longer one the middle is left out."""
-
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-THOUGHTS_END = "</think>"
 
 Arms = Mapping[str, Sequence[Outcome]]
 """The chosen arms of each init, one a seed."""
@@ -62,17 +53,12 @@ def check(metric: str | None) -> None:
     if is_task(metric):
         require_harness()
     elif is_own(metric):
-        _function(str(metric))
+        function_of(str(metric))
 
 
 def is_task(metric: str | None) -> bool:
     """Whether a metric is a task of lm-eval."""
     return metric is not None and metric.startswith(HARNESS)
-
-
-def is_own(metric: str | None) -> bool:
-    """Whether a metric is a function of the user's."""
-    return metric is not None and ":" in metric and not is_task(metric)
 
 
 def try_out(run: Run) -> None:
@@ -102,7 +88,7 @@ def try_out(run: Run) -> None:
 
 def metric_key(metric: str, data: Folder) -> str:
     """Digest of what scores depend on besides the weights: rows and choices, and the source of a function's module."""
-    return digest(metric, _answers_key(metric, data), _source(metric))
+    return digest(metric, _answers_key(metric, data), source_of(metric))
 
 
 def measure(metric: str, job: Job, arms: Arms, storage: Folder) -> Measured:
@@ -122,55 +108,6 @@ def measure(metric: str, job: Job, arms: Arms, storage: Folder) -> Measured:
     means = {init: [fmean(scored[arm["name"]]["score"].to_pylist()) for arm in chosen] for init, chosen in arms.items()}
     by_seed = {(init, arm["seed"]): scored[arm["name"]] for init, chosen in arms.items() for arm in chosen}
     return Measured(means, _rows(by_seed))
-
-
-def score(metric: str, prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
-    """A number for each answer: 1 or 0 for `exact_match`, or what the function gives.
-
-    Raises:
-        InputError: it fails, or gives something else than one finite number a row.
-    """
-    if not is_own(metric):
-        return [float(normalise(one) == normalise(other)) for one, other in zip(answers, references, strict=True)]
-    try:
-        scores = [float(one) for one in _function(metric)(prompts, answers, references)]
-    except Exception as error:  # it is the user's
-        raise InputError(f"compare.metric: {metric} failed ({one_line(error)})") from error
-    if len(scores) != len(answers):
-        raise InputError(f"compare.metric: {metric} gave {len(scores)} numbers for {len(answers)} rows; it must give one a row")
-    if not all(map(math.isfinite, scores)):
-        raise InputError(f"compare.metric: {metric} gave a number that is not finite")
-    return scores
-
-
-def normalise(text: str) -> str:
-    """As SQuAD's evaluation does it: lower case, without punctuation, articles and repeated blanks. What was thought before the
-    answer is no part of it."""
-    said = text.rpartition(THOUGHTS_END)[2].lower().translate(PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", said).split())
-
-
-def _function(metric: str) -> Callable[..., Any]:
-    module, _, name = metric.partition(":")
-    try:
-        found = getattr(import_module(module), name, None)
-    except Exception as error:  # whatever the module does
-        where = "PYTHONPATH names folders with modules"
-        raise InputError(f"compare.metric: {module} cannot be imported ({one_line(error)}); {where}") from error
-    if not callable(found):
-        raise InputError(f"compare.metric: {module} has no function {name!r}")
-    return found
-
-
-def _source(metric: str) -> str:
-    """Of the module that a function is defined in; empty where there is none to be read."""
-    if not is_own(metric):
-        return ""
-    function = _function(metric)
-    try:
-        return inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):
-        return ""
 
 
 def _require_choices(rows: pa.Table, metric: str) -> None:
