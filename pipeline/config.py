@@ -5,6 +5,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,15 @@ SHORT_LIST = 3
 
 ON_SAMPLES = ("greedy", "learned", "learned_by_module")
 """Merge weights that are found on the search sample by running the model."""
+
+BY_CHOICES = ("choices", "choices_per_token")
+"""Metrics over the choices of a row."""
+
+HARNESS = "lm_eval:"
+"""Begins a metric that is a task of lm-eval."""
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A metric of one's own: a function, and the module that it is in."""
 
 MAX_COUNT = 1 << 31
 """Of whatever is counted: rows, workers, tokens."""
@@ -59,7 +69,7 @@ MethodName = Literal[("auto", *METHODS)]  # type: ignore[valid-type]
 COLUMNS = (
     *("messages", "conversations", "conversation", "prompt", "completion", "chosen"),
     *("instruction", "input", "output", "history", "text", "label"),
-    *("system", "system_prompt", "tools", "chat_template_kwargs"),
+    *("system", "system_prompt", "tools", "chat_template_kwargs", "choices"),
 )
 """Of a target's files; what each is for: `data/forms.py`."""
 
@@ -311,10 +321,23 @@ class CompareConfig(Section):
         ("base", "mashup"), min_length=1, description="starts; random_delta: random weights of the mashup's norm in each module"
     )
 
+    metric: str | None = Field(
+        None,
+        description="what is measured on the test split besides: choices (accuracy by option likelihood), choices_per_token, "
+        "exact_match (of answers that are written), lm_eval:TASK (extra eval), or package.module:function (docs/method.md)",
+    )
+
     @field_validator("inits")
     @classmethod
     def each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _distinct(value)
+
+    @field_validator("metric")
+    @classmethod
+    def known_metric(cls, value: str | None) -> str | None:
+        if value in (None, *BY_CHOICES, "exact_match") or str(value).startswith(HARNESS) or FUNCTION.fullmatch(str(value)):
+            return value
+        raise ValueError(f"must be {', '.join(BY_CHOICES)}, exact_match, lm_eval:TASK or package.module:function")
 
 
 class TrackConfig(Section):
@@ -364,6 +387,15 @@ class Config(Section):
     def a_probe_trains_on_one_device(self) -> "Config":
         if self.merge.probe and self.train.shard:
             raise ValueError("merge.probe trains on one device, train.shard is for bases that fit none; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def answers_are_generated_on_one_device(self) -> "Config":
+        if self.train.shard and self.compare.metric not in (None, *BY_CHOICES):
+            raise ValueError(
+                f"compare.metric {self.compare.metric} has answers written on one device, train.shard is for bases that fit "
+                f"none; use {' or '.join(BY_CHOICES)}, or leave one out"
+            )
         return self
 
     @field_validator("base")

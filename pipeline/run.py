@@ -4,7 +4,7 @@
     samples  rows of the target task         -> samples.parquet, data/
     search   catalogue x samples             -> scores/, leaderboard.parquet
     merge    leaderboard -> recipes -> merge -> selection.json, mashup/
-    compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/
+    compare  base against mashup             -> train/, comparison.parquet, summary.json, finetuned/, metric_rows.parquet
     report   all of the above                -> report.html
 
 The stages are called in this order; `run_folder.STAGES` repeats it. Each leaves its results in the run folder and is skipped
@@ -34,6 +34,7 @@ from pipeline.search.engine_pool import Engines, require_engine, warm_up
 from pipeline.search.search import search, search_key, search_together
 from pipeline.train import tracking
 from pipeline.train.comparison import compare_starts, train_one
+from pipeline.train.metric import check, try_out
 from pipeline.train.ray_train import require_workers
 from pipeline.train.starts import shapes_of
 
@@ -68,8 +69,14 @@ def _to_the_merge(run: Run) -> None:
     engines = Engines(run.config.search)
     with engines.kept():
         index(run, meanwhile=lambda: warm_up(run.config.search))
-        samples(run)
+        _samples(run)
         search_and_merge(run, engines)
+
+
+def _samples(run: Run) -> None:
+    """With a look at whether the metric that is asked for can be had of them: said now, not after hours of search."""
+    samples(run)
+    try_out(run)
 
 
 def search_and_merge(run: Run, engines: Engines) -> None:
@@ -93,7 +100,7 @@ def run_search(config: Config) -> Folder:
     """
     with open_run(config, lambda run: require_engine(run.config.search)) as run:
         index(run)
-        samples(run)
+        _samples(run)
         search(run, on_start=estimate_before_search)
         return run.folder
 
@@ -107,7 +114,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     """
     with open_run(config, require_room) as run:
         index(run)
-        samples(run)
+        _samples(run)
         run.progress.stage("plan")
         run.start_ray()
         catalogue, drawn = valid_adapters_of(run.folder), run.folder.read_table("samples.parquet")
@@ -148,11 +155,13 @@ def open_run(config: Config, once_joined: Callable[[Run], None]) -> Iterator[Run
     """The run folder, locked, with what is asked in it, where that can be had; `once_joined` is called when the cluster is there.
 
     Raises:
-        InputError: there is nothing at a path, or a package for `track` is missing: said now, not after an hour of indexing.
+        InputError: there is nothing at a path, or a package for `track` or a function for `compare.metric` is missing: said now,
+            not after an hour of indexing.
         LockTakenError: another process works in the run folder.
     """
     target_paths(config)
     tracking.check(config.track)
+    check(config.compare.metric)
     if config.search.store:
         Folder.at(config.search.store).create()
     run = Run(config, once_joined)

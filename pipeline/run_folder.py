@@ -35,7 +35,7 @@ STAGES = {
         ["leaderboard.parquet", "scoring_failures.json", "contamination.json", "scores"], work=["failures", "prediction.json"]
     ),
     "merge": Outputs(["selection.json", "mashup"], work=["candidates", "starts"]),
-    "compare": Outputs(["comparison.parquet", "summary.json", "finetuned", "report.html"]),
+    "compare": Outputs(["comparison.parquet", "metric_rows.parquet", "summary.json", "finetuned", "report.html"]),
 }
 
 

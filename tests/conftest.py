@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pipeline.config import Config, TrainConfig, build_config
 from pipeline.core import storage, uploads, whole_files
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES
-from pipeline.data.tokenise import tokenise
+from pipeline.core.tables import SAMPLES, TEST
+from pipeline.data.tokenise import Reading, tokenise
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.loop import Finetuning
 
@@ -163,11 +163,12 @@ def data(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Splits of a task that a few steps can learn: repeat the last word."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     words = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number"]
-    rows = [{"prompt": f"{a} and {b}", "completion": b} for a in words for b in words]
+    rows = [{"prompt": f"{a} and {b}", "completion": b, "choices": words} for a in words for b in words]
     folder = Folder.at(tmp_path_factory.mktemp("data"))
     for split, part in {"train": rows[8:], "validation": rows[:8], "test": rows[:4]}.items():
-        tokens = [{"sample_id": str(n), "split": split, **tokenise(row, tokenizer)} for n, row in enumerate(part)]
-        folder.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=SAMPLES))
+        schema, reading = (TEST, Reading(choices=True)) if split == "test" else (SAMPLES, Reading())
+        tokens = [{"sample_id": str(n), "split": split, **tokenise(row, tokenizer, reading)} for n, row in enumerate(part)]
+        folder.write_table(f"{split}.parquet", pa.Table.from_pylist(tokens, schema=schema))
     return folder
 
 

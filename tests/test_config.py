@@ -106,6 +106,10 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
             "train.gpus_per_worker 4: .*set it to 1 and train.workers to 8",
         ),
         ({"train": {"tokens_per_pass": 0}}, "train.tokens_per_pass: must be positive"),
+        ({"compare": {"metric": "accuracy"}}, "compare.metric: must be choices, .*, lm_eval:TASK or package"),
+        ({"compare": {"metric": "own.metrics:"}}, "compare.metric: must be choices, .*got 'own.metrics:'"),
+        ({"compare": {"metric": "exact_match"}, "train": {"shard": True}}, "exact_match has answers written .* use choices or"),
+        ({"compare": {"metric": "own:f1"}, "train": {"shard": True}}, "own:f1 has answers written on one device"),
         ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),
         ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),
         ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),
@@ -117,6 +121,17 @@ def test_what_is_wrong_is_named_with_its_key_and_value(changes: dict[str, Any], 
         load_config(path)
     assert str(refusal.value).startswith(f"{path}: ")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "metric", ["choices", "choices_per_token", "exact_match", "own:f1", "my.own.metrics:f_1", "lm_eval:a/t.yaml"]
+)
+def test_a_metric_is_one_of_ours_or_a_function(metric: str, write: Callable[..., str]) -> None:
+    assert load_config(write(compare={"metric": metric})).compare.metric == metric
+
+
+def test_choices_are_measured_of_a_base_that_no_device_holds(write: Callable[..., str]) -> None:
+    assert load_config(write(compare={"metric": "choices"}, train={"shard": True})).train.shard
 
 
 @pytest.mark.parametrize("field", ["actors", "cpus_per_actor", "gpus_per_actor"])

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.dataset as pads
@@ -103,7 +104,7 @@ def test_the_whole_page(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], before_check: dict[str, bool]
 ) -> None:
     """What happens to it on the way is told in tests/test_disturbed.py."""
-    config |= {"merge": {"k": 2, "weights": "learned", "method": "fold"}}
+    config |= {"merge": {"k": 2, "weights": "learned", "method": "fold"}, "compare": {"metric": "exact_match"}}
     file, run = run_config(config, tmp_path), tmp_path / "run"
     assert mashup("run", file) == 0
     told = capsys.readouterr()
@@ -152,10 +153,35 @@ def _check_results(run: Path, base: str) -> None:
     curves = pq.read_table(run / "comparison.parquet").to_pylist()
     assert [row["step"] for row in curves if row["init"] == "base"] == [0, 2, 4, 6]
     assert [row["step"] for row in curves if row["init"] == "mashup"] == [0, 2, 4, 6]
+    rows = pq.read_table(run / "metric_rows.parquet").to_pylist()
+    assert len(rows) == len(pq.read_table(run / "data/test.parquet"))
+    for init in ("base", "mashup"):
+        assert inits[init]["test_metric"]["mean"] == fmean(row[f"{init}_score"] for row in rows)
+        assert inits[init]["test_metric"]["mean"] >= inits[init]["test_exact_match"]["mean"]  # words apart, they are the same
+    assert "Exact match of written answers on the test split" in (run / "report.html").read_text()
     for folder in ("mashup", "finetuned"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / folder))
         assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
     assert "base_model" in (run / "mashup/README.md").read_text()
+
+
+@pytest.mark.timeout(60)
+def test_a_metric_that_is_not_there_is_said_before_anything(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mashup("run", run_config(config | {"compare": {"metric": "no_such_module:f1"}}, tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("mashup: compare.metric: no_such_module cannot be imported")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_that_the_metric_cannot_measure_end_a_run_before_the_search(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mashup("run", run_config(config | {"compare": {"metric": "choices"}}, tmp_path)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("mashup: compare.metric choices: 10 of 10 rows of the test split have no `choices`")
+    assert not (tmp_path / "run/scores").exists()
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -47,6 +47,12 @@ SAMPLES = pa.schema(
     ]
 )
 
+CHOICE = pa.struct([(name, SAMPLES.field(name).type) for name in ("input_ids", "completion_mask")])
+"""A row with one of its choices as its answer; the mask is of this last answer alone."""
+
+TEST = SAMPLES.append(pa.field("choices", pa.list_(CHOICE)))
+"""The test split; null: the row has no choices, or nothing asks for them."""
+
 SCORES = pa.schema(
     [
         ("adapter_id", pa.string()),
@@ -91,6 +97,31 @@ COMPARISON = pa.schema(
         ("eval_exact_match", pa.float64()),
     ]
 )
+
+ANSWERS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("answer", pa.string()),
+        ("score", pa.float64()),  # null: not scored yet
+    ]
+)
+"""What some weights answer to each row of the test split, in its order."""
+
+METRIC_ROWS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("seed", pa.int32()),  # of training
+        ("prompt", pa.string()),  # the beginning and the end of a long one
+        ("reference", pa.string()),
+        ("base_answer", pa.string()),  # null: there is no such start
+        ("base_score", pa.float64()),
+        ("mashup_answer", pa.string()),
+        ("mashup_score", pa.float64()),
+    ]
+)
+"""What `compare.metric` found, a row for each row of the test split and each seed."""
 
 SEEN = ("adapters", "data", "base", "settings")
 """What a refresh looks at to find out whether there is anything to do."""

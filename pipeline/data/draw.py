@@ -17,7 +17,7 @@ import ray
 
 from pipeline.core.parts import part_names, write_part
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES
+from pipeline.core.tables import SAMPLES, TEST
 from pipeline.data.shards import RANGES, read_pieces
 
 ROLES = ("train", "validation", "test")
@@ -99,8 +99,8 @@ class Draw:
         return before + rows, contents + sum(found[role].contents for found in self._found[:part])
 
     def write(self, cuts: dict[str, Cut], data: Folder, check: Callable[[], None]) -> None:
-        """Write the splits as `<name>.parquet/<part>.parquet`, schema SAMPLES. Before each part `check` is called,
-        by the task that writes it: it raises where another process may write by now."""
+        """Write the splits as `<name>.parquet/<part>.parquet`, schema SAMPLES, that of test TEST. Before each part `check`
+        is called, by the task that writes it: it raises where another process may write by now."""
         check()
         attempt, write = uuid.uuid4().hex[:8], ray.remote(num_cpus=1)(_write_part)
         tasks = [
@@ -155,5 +155,6 @@ def _write_part(
     start, stop = inside
     rows = shards.rows(role, ranges).slice(start, stop - start)
     split = pa.array([name] * len(rows), pa.string())
+    columns = (TEST if name == "test" else SAMPLES).names
     check()
-    write_part(data, f"{name}.parquet/{file}.parquet", rows.append_column("split", split).select(SAMPLES.names))
+    write_part(data, f"{name}.parquet/{file}.parquet", rows.append_column("split", split).select(columns))

@@ -8,9 +8,9 @@
     instruction, input, output          as Alpaca has them; `history` holds earlier pairs
     text                                learned as it is, without a chat template
 
-`system` (or `system_prompt`), `tools` and `chat_template_kwargs` of a row go with it. A list or an object may also be JSON text,
-as in a CSV file. Where a row has several forms, the first one counts. `target.columns` says what a column is called in place of
-these names.
+`system` (or `system_prompt`), `tools` and `chat_template_kwargs` of a row go with it; `choices` are the answers that it might
+have, for a metric over them. A list or an object may also be JSON text, as in a CSV file. Where a row has several forms, the
+first one counts. `target.columns` says what a column is called in place of these names.
 """
 
 import json
@@ -89,6 +89,27 @@ def conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversa
     shown = sorted(f"{str(name)[:40]}{' (empty)' * (value == [])}" for name, value in row.items() if value is not None)
     has = ", ".join(shown[:MAX_SHOWN]) or "nothing"
     raise RowError(f"of no known form: it has {has}; rows need {FORMS} (target.columns names others)")
+
+
+def choices(row: Row, said: Conversation, columns: Mapping[str, str] | None = None) -> list[Conversation]:
+    """The conversation of a row with each of its choices as the last answer, between the blanks that the answer has around it.
+
+    Args:
+        said: what `conversation` makes of the row.
+
+    Raises:
+        RowError: the row has no list of choices, or its answer is none of them.
+    """
+    texts = _parsed(_named(row, columns or {}).get("choices"))
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RowError("without a list of two choices or more, all texts")
+    last = said.messages[-1]
+    answer = last["content"].strip()
+    if answer not in map(str.strip, texts):
+        raise RowError("with an answer that is none of its choices")
+    before, _, after = last["content"].partition(answer)
+    turns = [{**last, "content": before + text.strip() + after} for text in texts]
+    return [replace(said, messages=[*said.messages[:-1], turn]) for turn in turns]
 
 
 def _named(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

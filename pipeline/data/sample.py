@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from pipeline.config import Config
+from pipeline.config import BY_CHOICES, Config
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.data.shards import USED, USED_BUT
@@ -15,7 +15,8 @@ def samples(run: Run) -> None:
     """Draw the sample of the target task and tokenise its training splits."""
     config = run.config
     files = [Folder.at(path).state() for path in target_paths(config).values()]
-    key = digest(fingerprint(config.base), config.target.model_dump(), files, _sampling(config))
+    with_choices = [True] if config.compare.metric in BY_CHOICES else []
+    key = digest(fingerprint(config.base), config.target.model_dump(), files, _sampling(config), *with_choices)
     if run.ready("samples", key):
         return
     with run.ledger.perform("samples", key):

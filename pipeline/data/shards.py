@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import ipc
 
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES
+from pipeline.core.tables import TEST
 
 RANGES = 512
 """Of draw keys; as many parts as a split may have."""
@@ -37,7 +37,7 @@ OTHER_REASONS = "other reasons"
 USED, USED_BUT = "used", "used, but "
 """In counts of rows by reasons: those that were not passed over, and the beginning of what is to be said of some of these."""
 
-ROWS = pa.schema([("draw_key", pa.uint64()), *(field for field in SAMPLES if field.name != "split")])
+ROWS = pa.schema([("draw_key", pa.uint64()), *(field for field in TEST if field.name != "split")])
 HASHES = pa.schema([ROWS.field("draw_key"), ROWS.field("sample_id")])
 IN_ORDER = [("draw_key", "ascending"), ("sample_id", "ascending")]
 

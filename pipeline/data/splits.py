@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config
+from pipeline.config import BY_CHOICES, Config
 from pipeline.core.errors import InputError, is_transient, one_line
 from pipeline.core.lock import nobody_else
 from pipeline.core.node_folder import temporary_folder
@@ -55,7 +55,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a target gives: tables of schema SAMPLES, and how many rows were passed over for which reason."""
+    """What a target gives: tables of schema SAMPLES, that of test TEST, and how many rows were passed over for which reason."""
 
     sample: pa.Table
     training: dict[str, pa.Table]
@@ -151,11 +151,13 @@ def _exists(folder: Folder, role: str) -> bool:
         raise InputError(f"{folder.uri}: cannot be looked at (target.{role}; {one_line(error)})") from error
 
 
-def reading_of(config: Config) -> Reading:
-    """How the rows of a target are read."""
+def reading_of(config: Config, role: str = "train") -> Reading:
+    """How the rows of a role are read: with their choices where the test split is drawn from them, and is measured by these."""
     target = config.target
     longest = min(target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
-    return Reading(longest, target.too_long, target.turns, dict(target.columns))
+    gives_test = role == ("test" if target.test else "train")
+    asks_choices = config.compare.metric in BY_CHOICES
+    return Reading(longest, target.too_long, target.turns, dict(target.columns), gives_test and asks_choices)
 
 
 def split_of(table: pa.Table, split: str) -> pa.Table:
@@ -166,10 +168,11 @@ def split_of(table: pa.Table, split: str) -> pa.Table:
 def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Table:
     """The reports of shards with the usable rows of all files. One Ray Data execution reads them side by side."""
     load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
-    options = {"folder": folder, "base": config.base, "seed": config.search.seed, "reading": reading_of(config)}
+    options = {"folder": folder, "base": config.base, "seed": config.search.seed}
+    given = {role: {"role": role, "reading": reading_of(config, role), **options} for role in paths}
     parts = [
         read_rows(path, role, list(config.target.columns.values())).map_batches(
-            tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"role": role, **options}
+            tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=given[role]
         )
         for role, path in paths.items()
     ]

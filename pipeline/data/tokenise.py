@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES
-from pipeline.data.forms import RowError, conversation
+from pipeline.core.tables import CHOICE, TEST
+from pipeline.data.forms import Conversation, RowError, choices, conversation
 from pipeline.data.render import Turns, render
 from pipeline.data.shards import Lines, write_shard
 from pipeline.model.base_model import load_tokenizer
@@ -32,7 +32,7 @@ TOKENISED = pa.schema(
         ("problem", pa.string()),
         ("note", pa.string()),  # of a row that is used, what else is to be said of it
         ("draw_key", pa.uint64()),
-        *(field for field in SAMPLES if field.name != "split"),
+        *(field for field in TEST if field.name != "split"),
     ]
 )
 
@@ -48,10 +48,13 @@ class Reading:
     """Of which answers in a conversation all tokens count."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """As of `forms.conversation`."""
+    choices: bool = False
+    """Whether the choices of a row are tokenised, too."""
 
 
 def tokenise(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reading: Reading = Reading()) -> dict[str, Any]:
-    """Token ids of a row, up to the end of its last answer, with the masks of `tables.SAMPLES`, and what is to be said of it.
+    """Token ids of a row, up to the end of its last answer, with the masks of `tables.SAMPLES`, its choices as of `tables.TEST`
+    where they are asked for, and what is to be said of it.
 
     A token belongs to the completion if it covers a character of an answer. What the chat template adds around an answer
     does not; the first token after an answer, the end of the turn, is learned but not scored.
@@ -60,6 +63,44 @@ def tokenise(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reading
         RowError: the row has no answer of a known form, or too many tokens; the message says which.
     """
     said = conversation(row, reading.columns)
+    tokens, notes = _tokens(said, tokenizer, reading)
+    found: dict[str, Any] = tokens._asdict()
+    if reading.choices:
+        try:
+            found["choices"] = _choices(choices(row, said, reading.columns), tokenizer, reading)
+        except RowError as problem:
+            notes.append(str(problem))
+    return found | ({"note": "; ".join(notes)} if notes else {})
+
+
+class _Masked(NamedTuple):
+    """By the names of `tables.SAMPLES`."""
+
+    input_ids: list[int]
+    completion_mask: list[bool]
+    learn_mask: list[bool]
+
+
+def _choices(said: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[dict[str, Any]]:
+    """One row several times, each time with another answer.
+
+    Raises:
+        RowError: one of them cannot be used.
+    """
+    only_last = replace(reading, turns="last")
+    try:
+        tokens = [_tokens(one, tokenizer, only_last)[0]._asdict() for one in said]
+    except RowError as problem:
+        raise RowError(f"with choices {problem}") from problem
+    return [{field.name: one[field.name] for field in CHOICE} for one in tokens]
+
+
+def _tokens(said: Conversation, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> tuple[_Masked, list[str]]:
+    """The tokens of a conversation, and what is to be said of them.
+
+    Raises:
+        RowError: as for `tokenise`.
+    """
     text, answers, left_out = render(said, tokenizer, reading.turns)
     end, limit = answers[-1][1], reading.max_tokens
     if reading.too_long == "drop" and end > limit * _longest_entry(tokenizer):
@@ -78,14 +119,7 @@ def tokenise(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reading
         notes.append(f"cut to its last {limit} tokens")
     if not any(mask[1:]):
         raise RowError("nothing comes before its completion")
-    found = {"input_ids": ids, "completion_mask": mask, "learn_mask": learn}
-    return found | ({"note": "; ".join(notes)} if notes else {})
-
-
-class _Masked(NamedTuple):
-    ids: list[int]
-    completion: list[bool]
-    learn: list[bool]
+    return _Masked(ids, mask, learn), notes
 
 
 def _masked(

@@ -19,13 +19,19 @@ from markupsafe import Markup
 from pipeline.adapters.licences import conflicts
 from pipeline.core.base_ref import name_of
 from pipeline.core.storage import Folder
-from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, require
+from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, METRIC_ROWS, require
 from pipeline.report import plots, words
 
 REPORT_FILE = "report.html"
 
 VISIBLE_ROWS = 25
 """Rows of a long table that are shown at once; the others are one click away."""
+
+CHANGED_ROWS = 100
+"""Rows of the test split that are shown of those that got better, and of those that got worse."""
+
+MAX_TEXT = 300
+"""Characters of a prompt or an answer; of a longer one the middle is left out."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class RunFiles:
     contamination: dict[str, list[str]]
     selection: dict[str, Any] | None
     comparison: pa.Table | None
+    metric_rows: pa.Table | None
     stages: dict[str, dict[str, Any]]
     summary: dict[str, Any] | None
 
@@ -71,6 +78,7 @@ def read_run(run: Folder) -> RunFiles:
         contamination=_json(run, "contamination.json") or {},
         selection=_json(run, "selection.json"),
         comparison=_table(run, "comparison.parquet", COMPARISON),
+        metric_rows=_table(run, "metric_rows.parquet", METRIC_ROWS),
         stages=_json(run, "stages.json") or {},
         summary=_json(run, "summary.json"),
     )
@@ -85,6 +93,8 @@ def render(files: RunFiles) -> str:
         verdict=words.verdict(files.summary, files.selection),
         headlines=words.headlines(files.summary) if files.summary else [],
         passes=words.passes(files.summary) if files.summary else None,
+        asked=words.asked_measure(metric) if (metric := (files.summary or {}).get("metric")) else None,
+        changed=_changed(files),
         arms=_arms(files.comparison, _chosen_rates(files)),
         leaderboard=files.leaderboard.to_pylist() if files.leaderboard else [],
         donor_ids=_donor_ids(files),
@@ -97,6 +107,8 @@ def render(files: RunFiles) -> str:
         settings=_settings(files.config),
         base_id=BASE_ID,
         visible=VISIBLE_ROWS,
+        most_changed=CHANGED_ROWS,
+        max_text=MAX_TEXT,
     )
 
 
@@ -119,8 +131,8 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     measures: list[Callable[..., str]] = [words.nll, words.signed, words.percent, words.duration, words.ratio, words.rate]
-    environment.filters |= {function.__name__: function for function in (*measures, words.unbroken)}
-    environment.globals |= {"count": words.count, "metric": words.metric, "METHODS": words.METHODS, "DASH": words.DASH}
+    environment.filters |= {function.__name__: function for function in (*measures, words.unbroken, words.shorten)}
+    environment.globals |= {"count": words.count, "METHODS": words.METHODS, "DASH": words.DASH}
     return environment.get_template(name)
 
 
@@ -168,6 +180,22 @@ def _arms(comparison: pa.Table | None, chosen: dict[str, float]) -> list[dict[st
         }
         for (init, lr, seed), rows in runs.items()
     ]
+
+
+def _changed(files: RunFiles) -> dict[str, Any] | None:
+    """What `compare.metric` found row by row, from the largest change on; None: nothing to compare."""
+    rows = files.metric_rows.to_pylist() if files.metric_rows else []
+    pairs = [row for row in rows if row["base_score"] is not None and row["mashup_score"] is not None]
+    if not (pairs and (files.summary or {}).get("metric")):
+        return None
+    change = lambda row: row["mashup_score"] - row["base_score"]  # noqa: E731
+    better = sorted((row for row in pairs if change(row) > 0), key=change, reverse=True)
+    worse = sorted((row for row in pairs if change(row) < 0), key=change)
+    return {
+        "seeds": len({row["seed"] for row in pairs}) > 1,
+        "same": len(pairs) - len(better) - len(worse),
+        "kinds": {"better": better, "worse": worse},
+    }
 
 
 def _set_aside(files: RunFiles) -> list[dict[str, str]]:

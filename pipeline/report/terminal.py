@@ -44,7 +44,7 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), words.passes(summary), summary.get("note")]
     return Group(
         Text(words.single_line(words.verdict(summary, selection)), style="bold"),
-        _Arms(summary["inits"]),
+        _Arms(summary["inits"], words.measures(summary)),
         *(Text(line) for line in lines if line),
     )
 
@@ -150,6 +150,7 @@ class _Arms:
     """The starts side by side; those that the terminal has no room for stand below, in a table of their own."""
 
     inits: Json
+    measures: Sequence[words.Measure]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         left = list(self.inits)
@@ -165,7 +166,7 @@ class _Arms:
         table.add_column("", style="dim")
         for init in inits:
             table.add_column(Text(init), justify="right")
-        for name, cells in _rows(inits):
+        for name, cells in _rows(inits, self.measures):
             table.add_row(name, *(Text(cell) for cell in cells))
         return table
 
@@ -175,9 +176,9 @@ def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
     return wanted <= options.max_width
 
 
-def _rows(inits: Json) -> list[tuple[str, list[str]]]:
+def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, list[str]]]:
     arms = list(inits.values())
-    test = [(name, [words.metric(key, arm.get(key)) for arm in arms]) for key, name in words.TEST_METRICS]
+    test = [(one.name, [words.measured(one, arm.get(one.key)) for arm in arms]) for one in measures]
     return [
         *test,
         ("Validation NLL at the start", [words.nll(arm["validation_nll_start"]) for arm in arms]),

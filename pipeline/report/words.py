@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import HARNESS
 from pipeline.config import METHODS as MERGE_METHODS
 
 Json = Mapping[str, Any]
@@ -15,11 +16,35 @@ DASH = "–"
 
 METHODS = {name: method.sentence for name, method in MERGE_METHODS.items()}
 
-TEST_METRICS = (
-    ("test_exact_match", "Exact match on the test split"),
-    ("test_token_accuracy", "Token accuracy on the test split"),
-    ("test_nll", "NLL on the test split"),
-)
+METRICS = {
+    "choices": (
+        "Accuracy by option likelihood",
+        "The share of rows whose right choice has the highest log-likelihood given the prompt, summed over its tokens without "
+        "the end of the turn.",
+    ),
+    "choices_per_token": (
+        "Accuracy by option likelihood a token",
+        "The share of rows whose right choice has the highest mean log-likelihood a token given the prompt, without the end of "
+        "the turn.",
+    ),
+    "exact_match": (
+        "Exact match of written answers",
+        "The share of rows of which the answer that is decoded greedily equals the right one, both in lower case and without "
+        "punctuation, articles and repeated blanks, as SQuAD's evaluation compares them.",
+    ),
+}
+"""What each `compare.metric` is called, and what it is; a function has its own name."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of the test split: its key in an init's summary, its name, and how it and a difference of it are written."""
+
+    key: str
+    name: str
+    write: Callable[[float | None], str]
+    difference: Callable[[float], str]
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,35 @@ def signed(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return f"{100 * value:.1f} %" if value is not None and is_number(value) else DASH
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with a true minus sign."""
+    return f"{100 * share:+.1f} points".replace("-", "−")
+
+
+TEST_MEASURES = (
+    Measure("test_exact_match", "Exact match on the test split", percent, points),
+    Measure("test_token_accuracy", "Token accuracy on the test split", percent, points),
+    Measure("test_nll", "NLL on the test split", nll, signed),
+)
+
+
+def measures(summary: Json) -> Sequence[Measure]:
+    """What was measured on the test split; the metric that was asked for comes first."""
+    asked = summary.get("metric")
+    return (*([asked_measure(asked)] if asked else []), *TEST_MEASURES)
+
+
+def asked_measure(metric: str) -> Measure:
+    """What `compare.metric` asked for."""
+    if metric in METRICS:
+        name, meaning = METRICS[metric]
+        return Measure("test_metric", f"{name} on the test split", percent, points, meaning)
+    if metric.startswith(HARNESS):
+        return Measure("test_metric", single_line(metric), nll, signed, "The mean of this task's first metric, on its own rows.")
+    name, meaning = f"{single_line(metric)} on the test split", "The mean of what this function gives for the answers written."
+    return Measure("test_metric", name, nll, signed, meaning)
 
 
 def duration(seconds: float | None) -> str:
@@ -141,7 +195,7 @@ def headlines(summary: Json) -> list[Headline]:
     """The figures on top of the page, parity first."""
     parity, inits = parity_of(summary), summary["inits"]
     first = [_steps(parity), _wall_clock(parity, summary)] if parity else [_search_cost(summary)]
-    return first + [_test(key, name, inits) for key, name in TEST_METRICS]
+    return first + [_test(measure, inits) for measure in measures(summary)]
 
 
 def passes(summary: Json) -> str | None:
@@ -159,11 +213,11 @@ def _pass_size(sizes: tuple[int, ...]) -> str:
     return f"{first}, for want of memory then {', '.join(smaller)}" if smaller else first
 
 
-def metric(key: str, value: Json | None) -> str:
+def measured(measure: Measure, value: Json | None) -> str:
     """A test metric, with its spread over seeds where there were several."""
     if not value:
         return DASH
-    write = nll if key.endswith("nll") else percent
+    write = measure.write
     spread = value.get("spread")
     return write(value["mean"]) if spread is None else f"{write(value['mean'])} ± {write(spread)}"
 
@@ -219,14 +273,12 @@ def _search_cost(summary: Json) -> Headline:
     return Headline("Time spent on the pool", spent, "index, samples, search over all candidates, merge")
 
 
-def _test(key: str, name: str, inits: Json) -> Headline:
-    base, mashup = ((inits.get(init) or {}).get(key) for init in ("base", "mashup"))
+def _test(measure: Measure, inits: Json) -> Headline:
+    name, write = measure.name, measure.write
+    base, mashup = ((inits.get(init) or {}).get(measure.key) for init in ("base", "mashup"))
     if not (base and mashup):
-        return Headline(name, metric(key, base or mashup), "base" if base else "mashup")
-    is_nll = key.endswith("nll")
-    write = nll if is_nll else percent
-    difference = mashup["mean"] - base["mean"]
-    change = signed(difference) if is_nll else f"{100 * difference:+.1f} points".replace("-", "−")
+        return Headline(name, measured(measure, base or mashup), "base" if base else "mashup")
+    change = measure.difference(mashup["mean"] - base["mean"])
     spreads = [write(arm["spread"]) for arm in (base, mashup) if arm.get("spread") is not None]
     over_seeds = f"; over seeds ± {' and ± '.join(spreads)}" if spreads else ""
     return Headline(name, f"{write(base['mean'])} → {write(mashup['mean'])}", f"base → mashup: {change}{over_seeds}")

@@ -1,8 +1,10 @@
 """What the arms of a comparison are: an init at a learning rate and a seed, and all that training it depends on."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
@@ -103,6 +105,16 @@ def row_ids(data: Folder, split: str) -> list[str]:
 def download_model(checkpoint: Folder, target: Path) -> None:
     """Copy the whole model of a checkpoint to a local folder, without what only going on needs."""
     checkpoint.download([name for name in checkpoint.list_files() if not name.startswith(STATE)], target)
+
+
+def checkpoints_without(file: str, arms: Sequence[Mapping[str, Any]], storage: Folder) -> dict[str, Folder]:
+    """The checkpoints of the arms that have no such file beside their result yet, by the arms' names.
+
+    Args:
+        arms: outcomes, with `name` and `checkpoint`.
+    """
+    left = [arm for arm in arms if not storage.is_complete(f"{arm['name']}/{file}")]
+    return {arm["name"]: storage.sub(*arm["checkpoint"].split("/")) for arm in left}
 
 
 def keep_best(storage: Folder, checkpoint: str) -> None:

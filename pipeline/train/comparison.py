@@ -1,4 +1,5 @@
-"""The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/."""
+"""The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/; with
+`compare.metric` also metric_rows.parquet."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,8 @@ from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Job, Lora, copy_weights, row_ids
-from pipeline.train.curves import compare_arms, with_overhead
+from pipeline.train.curves import chosen_arms, compare_arms, spread, with_overhead
+from pipeline.train.metric import measure, metric_key, try_out
 from pipeline.train.starts import list_arms, make_jobs
 from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
 
@@ -32,19 +34,33 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
     config = run.config
     arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
     jobs = make_jobs(run, arms, lora)
-    key = digest([job.name for job in jobs], row_ids(run.folder.sub("data"), "test"))
+    metric, data = config.compare.metric, run.folder.sub("data")
+    key = digest([job.name for job in jobs], row_ids(data, "test"), *([metric_key(metric, data)] if metric else []))
     if run.ready("compare", key):
         return
     if choice["verdict"] == "base" and "mashup" in config.compare.inits:
         run.progress.say("no donor beats the base: the mashup start is the base start, and is not trained twice")
+    try_out(run)
     with run.ledger.perform("compare", key) as details:
         trained = run.folder.sub("train")
         outcomes = train_arms(jobs, trained, _said_and_timed(run), run.folder.uri, config.track)
         curves, result = compare_arms(jobs, outcomes, trained)
+        if metric:
+            _measure(run, metric, jobs[0], outcomes, result)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.check()
         run.folder.write_table("comparison.parquet", curves)
         run.folder.write_json("summary.json", _summary(run, choice, result) | compare_with_plan(run, outcomes))
+
+
+def _measure(run: Run, metric: str, job: Job, outcomes: list[Outcome], result: dict[str, Any]) -> None:
+    """Add the metric to the result of each init, and write its rows."""
+    found = measure(metric, job, chosen_arms(outcomes), run.folder.sub("train"))
+    result["metric"] = metric
+    for init, means in found.means.items():
+        result["inits"][init]["test_metric"] = spread(means)
+    run.check()
+    run.folder.write_table("metric_rows.parquet", found.rows)
 
 
 def train_one(run: Run, lora: Lora, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
@@ -94,6 +110,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
         "why": choice["why"],
         "donors": [donor["adapter_id"] for donor in choice["donors"]],
         "recipe": choice["recipe"]["name"] if choice["recipe"] else None,
+        **({"metric": result["metric"]} if "metric" in result else {}),
         "inits": result["inits"],
         "parity": with_overhead(result["parity"], total) if "parity" in result else None,
         "overhead_seconds": {**overhead, "total": total},

@@ -10,14 +10,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow as pa
-import ray
 
-from pipeline.cluster.resources import compute_task
 from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, steps_to_parity
 from pipeline.core.storage import Folder
-from pipeline.train.arm import Job, row_ids
-from pipeline.train.ray_train import curve_table, score_on_test
+from pipeline.train.arm import Job, checkpoints_without, row_ids
+from pipeline.train.ray_train import curve_table, on_each, score_on_test
 from pipeline.train.tune import Outcome
 
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
@@ -32,17 +30,26 @@ def compare_arms(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Fold
     Raises:
         RuntimeError: every arm of an init diverged.
     """
-    inits = list(dict.fromkeys(outcome["init"] for outcome in outcomes))
-    chosen = {init: _chosen([outcome for outcome in outcomes if outcome["init"] == init]) for init in inits}
+    chosen = chosen_arms(outcomes)
     tested = _test(jobs[0], [outcome for arms in chosen.values() for outcome in arms], storage)
     summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
-    if "base" in inits:
+    if "base" in chosen:
         parities = {init: parity(chosen["base"], arms) for init, arms in chosen.items()}
         for init, found in parities.items():
             summary["inits"][init]["parity_steps"] = found["steps"]
         if "mashup" in parities:
             summary["parity"] = parities["mashup"]
     return curve_table(outcomes), summary
+
+
+def chosen_arms(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Of each init the arms that its figures are of, one a seed.
+
+    Raises:
+        RuntimeError: every arm of an init diverged.
+    """
+    inits = list(dict.fromkeys(outcome["init"] for outcome in outcomes))
+    return {init: _chosen([outcome for outcome in outcomes if outcome["init"] == init]) for init in inits}
 
 
 def parity(base: Sequence[Outcome], mashup: Sequence[Outcome]) -> dict[str, Any]:
@@ -93,12 +100,7 @@ def _best_nll(arm: Outcome) -> float:
 def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, Any]:
     """Metrics on the test split of the chosen checkpoints, each kept beside its arm's result; `job` is that of any arm."""
     file = f"test-{digest(row_ids(job.data, 'test'))}.json"
-    todo = {
-        arm["name"]: storage.sub(*arm["checkpoint"].split("/"))
-        for arm in arms
-        if not storage.is_complete(f"{arm['name']}/{file}")
-    }
-    for name, metrics in _tested(job, todo, storage):
+    for name, metrics in _tested(job, checkpoints_without(file, arms, storage), storage):
         storage.write_json(f"{name}/{file}", metrics)
     return {arm["name"]: storage.read_json(f"{arm['name']}/{file}") for arm in arms}
 
@@ -109,12 +111,8 @@ def _tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterat
 
     if checkpoints and job.train.shard:
         yield from score_on_test(job, checkpoints, storage).items()
-        return
-    task = compute_task(evaluate_on_test, job.train.cpus_per_worker, job.train.gpus_per_worker)
-    coming = {task.remote(job.base, job.train.dtype, job.data, checkpoint): name for name, checkpoint in checkpoints.items()}
-    while coming:
-        done = ray.wait(list(coming))[0][0]
-        yield coming.pop(done), ray.get(done)
+    else:
+        yield from on_each(evaluate_on_test, job, checkpoints)
 
 
 def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
     return {
         "lr": arms[0]["lr"],
         "seeds": [arm["seed"] for arm in arms],
-        **{metric: _spread([tested[arm["name"]][metric] for arm in arms]) for metric in TEST_METRICS},
+        **{metric: spread([tested[arm["name"]][metric] for arm in arms]) for metric in TEST_METRICS},
         "validation_nll_start": fmean(arm["curve"][0]["eval_nll"] for arm in arms),
         "validation_nll_final": fmean(arm["curve"][-1]["eval_nll"] for arm in arms),
         "validation_nll_best": fmean(_best_nll(arm) for arm in arms),
@@ -138,7 +136,7 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
+def spread(values: Sequence[float]) -> dict[str, float | None]:
     """Mean over seeds and their sample standard deviation; one seed has none."""
     return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
 

@@ -1,7 +1,7 @@
 """Validation and test metrics of a causal LM, teacher-forced."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,18 @@ Score = Callable[[Batch], tuple[Tensor, Tensor]]
 """What `score_tokens` gives, of some model."""
 
 
+def in_batches(
+    score: Score, batch_of: Callable[[Sequence[int]], Batch], lengths: Sequence[int], rank: int = 0, workers: int = 1
+) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
+    """Of one worker's share of rows of these lengths, in batches: their places, the batch, and what `score` gives of it."""
+    for chosen in share_out(lengths, workers, EVALUATION_TOKENS)[rank]:
+        if chosen:
+            batch = batch_of(chosen)
+            yield chosen, batch, *score(batch)
+        else:
+            score(collate([[0, 0]], [[False, False]], device()))  # the others wait for this worker's part of the model
+
+
 def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tensor:
     """Sums over one worker's share of the rows: NLL and number of completion tokens, how many were first choice, rows, exact
     matches.
@@ -73,12 +85,7 @@ def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tenso
         float64, shape (5,).
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device())  # on the device until all is done: to read is to wait for it
-    for chosen in share_out([len(ids) for ids in rows.ids], workers, EVALUATION_TOKENS)[rank]:
-        if not chosen:
-            score(collate([rows.ids[0][:2]], [[False, False]], device()))  # the others wait for this worker's part of the model
-            continue
-        batch = rows.batch(chosen)
-        nll_N, hit_N = score(batch)
+    for chosen, batch, nll_N, hit_N in in_batches(score, rows.batch, [len(ids) for ids in rows.ids], rank, workers):
         counted_N = rows.counted(chosen)
         misses_B = torch.zeros(len(chosen), device=hit_N.device).index_add(0, batch.row_N, (~hit_N).float())
         sums[:3] += torch.stack([torch.where(counted_N, nll_N, 0.0).sum(), counted_N.sum(), (hit_N & counted_N).sum()])
@@ -123,12 +130,12 @@ def on_test(metrics: dict[str, float]) -> dict[str, float]:
 
 def evaluate_on_test(base: str, dtype: str, data: Folder, checkpoint: Folder) -> dict[str, float]:
     """Metrics of a checkpoint on the test split."""
-    model = _load_checkpoint(base, fast_dtype(dtype), checkpoint)
+    model = load_checkpoint(base, fast_dtype(dtype), checkpoint)
     return on_test(as_metrics(evaluate(partial(score_tokens, model), Rows(data.read_table("test.parquet")))))
 
 
-def _load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
-    """A whole model, or the base with an adapter."""
+def load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
+    """What an arm left, in evaluation mode: a whole model, or the base with an adapter."""
     with temporary_folder() as cache:
         if checkpoint.exists(CONFIG_FILE):
             return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, cache)).eval())

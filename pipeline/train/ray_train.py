@@ -7,11 +7,11 @@ PEFT's world there costs ten seconds of a CPU each, so that it is left to the wo
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,16 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, torch_env, worker_resources, workers_at_once
+from pipeline.cluster.resources import (
+    MOST_AHEAD,
+    Resources,
+    compute_task,
+    describe,
+    require,
+    torch_env,
+    worker_resources,
+    workers_at_once,
+)
 from pipeline.cluster.telemetry import WorkerLog, worker_log
 from pipeline.config import TrainConfig
 from pipeline.core.errors import PassTooLargeError
@@ -33,6 +42,7 @@ HALVINGS = 6
 """Of a pass, from the largest that is chosen to the smallest: each costs workers that share the weights out a start."""
 SIZES_FILE = "tokens_per_pass.json"
 """Beside an arm's checkpoints: what `PassTooLargeError` says, for the next attempt."""
+Found = TypeVar("Found")
 TUNE_STEP = "timesteps_total"
 """What Tune's loggers draw over, where it is reported."""
 
@@ -76,6 +86,23 @@ def score_on_test(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> 
     return found
 
 
+def choose_on_test(job: Job, checkpoints: dict[str, Folder], storage: Folder, metric: str) -> dict[str, pa.Table]:
+    """As `score_on_test`, the likeliest choices in place of the metrics; see `answers.choose`."""
+    given = {"job": job, "checkpoints": checkpoints, "metric": metric}
+    found: dict[str, pa.Table] = _trainer(choosing_loop, given, job, storage, name=f"{metric}-{job.key}").fit().return_value
+    return found
+
+
+def on_each(function: Callable[..., Any], job: Job, checkpoints: dict[str, Folder], *given: Any) -> Iterator[tuple[str, Any]]:
+    """By Ray tasks what `function(base, dtype, data, checkpoint, *given)` gives of each checkpoint, with its name, as they come.
+    `job` is that of any of the arms."""
+    task = compute_task(function, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    coming = {task.remote(job.base, job.train.dtype, job.data, one, *given): name for name, one in checkpoints.items()}
+    while coming:
+        done = ray.wait(list(coming))[0][0]
+        yield coming.pop(done), ray.get(done)
+
+
 def train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs. Where workers share the weights out, one that runs out of memory ends them all; the next
     attempt goes on from the last checkpoint with smaller passes."""
@@ -100,17 +127,37 @@ def train_loop(config: dict[str, Any]) -> None:
 def scoring_loop(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What each Ray Train worker runs for `score_on_test`."""
     from pipeline.train.evaluate import Rows, as_metrics, evaluate, on_test, sum_over_workers
-    from pipeline.train.worker_model import trained
+
+    rows = Rows(config["job"].data.read_table("test.parquet"))
+
+    def metrics(score: Any, rank: int, workers: int) -> dict[str, float]:
+        return on_test(as_metrics(sum_over_workers(evaluate(score, rows, rank, workers), workers)))
+
+    return _of_each(config, metrics)
+
+
+def choosing_loop(config: dict[str, Any]) -> dict[str, pa.Table]:
+    """What each Ray Train worker runs for `choose_on_test`."""
+    from pipeline.model.base_model import load_tokenizer
+    from pipeline.train.answers import choose
 
     job: Job = config["job"]
+    rows, tokenizer = job.data.read_table("test.parquet"), load_tokenizer(job.base)
+
+    def chosen(score: Any, rank: int, workers: int) -> pa.Table:
+        return choose(score, rows, tokenizer, config["metric"], rank, workers)
+
+    return _of_each(config, chosen)
+
+
+def _of_each(config: dict[str, Any], look: Callable[[Any, int, int], Found]) -> dict[str, Found]:
+    """By the names of the checkpoints what all workers find, from how one scores, its rank and their number."""
+    from pipeline.train.worker_model import trained
+
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    rows = Rows(job.data.read_table("test.parquet"))
-    found: dict[str, dict[str, float]] = {}
-    for name, checkpoint in config["checkpoints"].items():
-        sums = evaluate(trained(job, checkpoint, workers).score, rows, rank, workers)
-        found[name] = on_test(as_metrics(sum_over_workers(sums, workers)))
-    return found
+    trainables = ((name, trained(config["job"], checkpoint, workers)) for name, checkpoint in config["checkpoints"].items())
+    return {name: look(one.score, rank, workers) for name, one in trainables}
 
 
 def training_resources(train: TrainConfig) -> Resources:

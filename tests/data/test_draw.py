@@ -16,7 +16,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.lock import LockLostError, nobody_else
 from pipeline.core.parts import part_names
 from pipeline.core.storage import Folder
-from pipeline.core.tables import SAMPLES
+from pipeline.core.tables import SAMPLES, TEST
 from pipeline.data import draw, readers
 from pipeline.data.files import source_of
 from pipeline.data.splits import draw_samples, take_samples
@@ -66,7 +66,9 @@ def found(tables: dict[str, pa.Table]) -> Tables:
 
 
 def without_place(tables: Tables) -> Tables:
-    return {name: [{key: row[key] for key in SAMPLES.names} for row in table] for name, table in tables.items()}
+    """Of the test split with its choices, which are none here."""
+    kept = {name: TEST if name == "test" else SAMPLES for name in tables}
+    return {name: [{key: row.get(key) for key in kept[name].names} for row in table] for name, table in tables.items()}
 
 
 REPEATED = [*rows(60), *rows(30), *rows(8) * 5, {"prompt": "?", "completion": ""}]

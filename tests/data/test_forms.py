@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.forms import conversation
+from pipeline.data.forms import RowError, choices, conversation
 
 ASKED, SAID = "Add 1 and 2.", "It is 3."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
@@ -125,3 +125,41 @@ def test_a_text_is_bare() -> None:
 def test_what_cannot_be_read_says_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         conversation(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "completion": SAID, "choices": ["It is 2.", SAID]},
+        {"messages": PAIR, "choices": json.dumps(["It is 2.", SAID])},
+        {"prompt": ASKED, "completion": SAID, "options": [" It is 2.", f"{SAID} "]},
+    ],
+)
+def test_each_choice_takes_the_place_of_the_answer(row: dict[str, Any]) -> None:
+    columns = {"choices": "options"} if "options" in row else {}
+    found = choices(row, conversation(row, columns), columns)
+    assert [one.messages[-1]["content"] for one in found] == ["It is 2.", SAID]
+    assert all(one.messages[:-1] == PAIR[:1] for one in found)
+
+
+def test_a_choice_has_the_blanks_of_the_answer_around_it() -> None:
+    """A base without a chat template learns answers that begin with a blank."""
+    row = {"prompt": ASKED, "completion": f" {SAID}\n", "choices": [SAID, "It is 2."]}
+    assert [one.messages[-1]["content"] for one in choices(row, conversation(row))] == [f" {SAID}\n", " It is 2.\n"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "without a list of two choices"),
+        (SAID, "without a list of two choices"),
+        ([SAID], "without a list of two choices"),
+        ([SAID, 2], "without a list of two choices"),
+        ([SAID, " "], "without a list of two choices"),
+        (["It is 2.", "It is 4."], "an answer that is none of its choices"),
+    ],
+)
+def test_choices_that_are_none_are_told(given: Any, message: str) -> None:
+    row = {"prompt": ASKED, "completion": SAID, "choices": given}
+    with pytest.raises(RowError, match=message):
+        choices(row, conversation(row))

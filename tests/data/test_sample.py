@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import CompareConfig, Config
 from pipeline.data.sample import samples
 from pipeline.data.splits import split_of
 from pipeline.run_folder import Run
@@ -19,9 +19,9 @@ def test_a_sample_is_drawn_once_and_anew_by_another_seed(
     rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"{2 * n}"} for n in range(60)]
     train = write_jsonl(tmp_path / "train.jsonl", [*rows, {"prompt": "and", "completion": ""}])
 
-    def drawn(seed: int) -> Run:
+    def drawn(seed: int, metric: str | None = None) -> Run:
         config = config_for(train, samples=8, seed=seed)
-        run = Run(config.model_copy(update={"run": str(tmp_path / "run")}))
+        run = Run(config.model_copy(update={"run": str(tmp_path / "run"), "compare": CompareConfig(metric=metric)}))
         samples(run)
         return run
 
@@ -34,6 +34,12 @@ def test_a_sample_is_drawn_once_and_anew_by_another_seed(
     assert "passed over: 1 x empty completion" in capsys.readouterr().err
 
     assert drawn(seed=0).folder.read_table("samples.parquet").equals(first)
+    assert "already done" in capsys.readouterr().err
+    drawn(seed=0, metric="exact_match")
+    assert "already done" in capsys.readouterr().err
+    assert drawn(seed=0, metric="choices").folder.read_table("samples.parquet").equals(first)
+    assert "used: 60 x without a list of two choices or more, all texts" in capsys.readouterr().err
+    drawn(seed=0, metric="choices_per_token")
     assert "already done" in capsys.readouterr().err
     assert not drawn(seed=1).folder.read_table("samples.parquet").equals(first)
     assert "already done" not in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from pipeline.config import Config
+from pipeline.config import CompareConfig, Config
 from pipeline.core.errors import InputError
 from pipeline.data.show import LEARNED, MARKS, show_rows
 
@@ -37,6 +37,16 @@ def test_what_is_learned_is_also_seen_without_colours(tmp_path: Path, config_for
     (tmp_path / "t.jsonl").write_text(json.dumps(ROWS[0]))
     [shown] = show_rows(config_for(tmp_path / "t.jsonl"), 1, MARKS)
     assert learned(shown) == ["[[It is 0.]]"]
+
+
+def test_choices_are_counted_where_they_are_asked_for(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    rows = [{**ROWS[0], "choices": ["It is 0.", "It is 1.", "It is 2."]}, ROWS[1]]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_for(tmp_path / "t.jsonl")
+    first, second = show_rows(config.model_copy(update={"compare": CompareConfig(metric="choices")}), 2)
+    assert "learned; 3 choices\n" in first.plain
+    assert "learned; without a list of two choices" in second.plain
+    assert "choices" not in "".join(row.plain for row in show_rows(config, 2))
 
 
 @pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])

@@ -11,9 +11,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from target_rows import Row, as_messages, rows
 
-from pipeline.config import Config
+from pipeline.config import CompareConfig, Config
 from pipeline.core.errors import InputError
-from pipeline.core.tables import SAMPLES
+from pipeline.core.tables import SAMPLES, TEST
 from pipeline.data import splits
 from pipeline.data.splits import Splits, take_samples, target_paths
 
@@ -86,7 +86,9 @@ def test_splits_are_disjoint_and_complete(
     assert set(drawn) <= set(train)
     assert splits.sample["split"].to_pylist() == ["search"] * 6 + ["holdout"] * 2
     assert len(set(drawn)) == 8
-    assert all(table.schema.names == SAMPLES.names for table in [splits.sample, *splits.training.values()])
+    columns = {name: table.schema.names for name, table in {"sample": splits.sample, **splits.training}.items()}
+    assert columns == {**dict.fromkeys(("sample", "train", "validation"), SAMPLES.names), "test": TEST.names}
+    assert splits.training["test"]["choices"].null_count == 4
     assert {role: set(table["split"].to_pylist()) for role, table in splits.training.items()} == {
         "train": {"train"},
         "validation": {"validation"},
@@ -109,6 +111,25 @@ def test_given_splits_are_read_and_limited(
         "validation": {"used": 10},
         "test": {"used": 10},
     }
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("given", [False, True], ids=["split off", "given"])
+def test_choices_are_kept_of_the_test_split(
+    given: bool, tmp_path: Path, config_for: Callable[..., Config], write_jsonl: Callable[..., str]
+) -> None:
+    """Of a test split that is given its own rows alone need any."""
+    options = [{**row, "options": [row["completion"], "It is 5."]} for row in rows(20, 100)]
+    paths = {"test": write_jsonl(tmp_path / "test.jsonl", options)} if given else {}
+    train = write_jsonl(tmp_path / "train.jsonl", rows(20) if given else options)
+    config = config_for(train, columns={"choices": "options"}, **paths)
+    asked = config.model_copy(update={"compare": CompareConfig(metric="choices")})
+    splits = take_samples(asked)
+    test = splits.training["test"].to_pylist()
+    assert len(test) == (20 if given else 2)
+    assert all([choice["input_ids"] == row["input_ids"] for choice in row["choices"]] == [True, False] for row in test)
+    assert splits.counts["train"].keys() == {"used", "repeated (trained on, sampled once)"}
+    assert shown(splits) == shown(take_samples(config))
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -114,6 +114,32 @@ def test_a_row_that_is_too_long_is_passed_over_or_loses_its_first_tokens(tokeniz
         tokenise(row, tokenizer, Reading(1, "cut"))
 
 
+CHOICES = ["Paris", "London is the capital.", "Rome"]
+
+
+def test_choices_are_the_row_with_other_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of a conversation the last answer alone counts in them."""
+    turns = FORMS["messages"]["messages"][:2]
+    row = {"messages": [*turns, {"role": "assistant", "content": "42"}, turns[1], {"role": "assistant", "content": "Paris"}]}
+    found = tokenise({**row, "choices": CHOICES}, tokenizer, Reading(choices=True))
+    assert found["choices"][0]["input_ids"] == found["input_ids"]
+    assert [masked(one, "completion_mask", tokenizer) for one in found["choices"]] == CHOICES
+    for text, one in zip(CHOICES, found["choices"], strict=True):
+        alone = tokenise({"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]}, tokenizer)
+        assert one["input_ids"] == alone["input_ids"]
+    assert "choices" not in tokenise({**row, "choices": CHOICES}, tokenizer)
+
+
+def test_a_row_without_choices_stays_and_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "The capital of France?", "completion": "Paris"}
+    whole = tokenise(row, tokenizer)
+    asked = Reading(choices=True)
+    assert tokenise(row, tokenizer, asked) == whole | {"note": "without a list of two choices or more, all texts"}
+    long = {**row, "choices": ["Paris", "brown fox " * 30]}
+    limited = Reading(max_tokens=40, choices=True)
+    assert tokenise(long, tokenizer, limited) == whole | {"note": "with choices longer than 40 tokens"}
+
+
 def test_the_token_that_begins_every_text_is_not_cut_off(untied_base: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(untied_base)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}"

@@ -1,7 +1,7 @@
 """A run folder as a real run would leave it: 40 adapters, 6 of them set aside, two starts with 7 evaluations each."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hostile import HOSTILE
 from run_data import RunData
 
 from pipeline.config import Config
-from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, VERSION
+from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, METRIC_ROWS, VERSION
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, selection
 
@@ -253,3 +253,29 @@ def lose_mashup() -> Callable[[dict[str, Any]], None]:
         del summary["inits"]["mashup"]
 
     return change
+
+
+@pytest.fixture
+def add_metric(summary: dict[str, Any], run_data: RunData) -> Callable[..., None]:
+    """add_metric(metric, scores): put what `compare.metric` found into a run, of rows whose base and mashup have these scores."""
+
+    def add(metric: str = "exact_match", scores: Sequence[tuple[float, float]] = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0))) -> None:
+        for init, mean in (("base", 0.25), ("mashup", 0.75)):
+            summary["inits"][init]["test_metric"] = {"mean": mean, "spread": None}
+        summary["metric"] = metric
+        rows = [
+            {
+                "sample_id": f"s{n}",
+                "seed": 0,
+                "prompt": f"What is {n}?",
+                "reference": f"It is {n}.",
+                "base_answer": f"base says {n}",
+                "base_score": base,
+                "mashup_answer": f"mashup says {n}",
+                "mashup_score": mashup,
+            }
+            for n, (base, mashup) in enumerate(scores)
+        ]
+        run_data.tables["metric_rows.parquet"] = pa.Table.from_pylist(rows, schema=METRIC_ROWS)
+
+    return add

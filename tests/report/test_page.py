@@ -11,7 +11,8 @@ import pytest
 from run_data import RunData
 
 from pipeline.core.storage import Folder
-from pipeline.report.page import VISIBLE_ROWS, write_report
+from pipeline.core.tables import METRIC_ROWS
+from pipeline.report.page import CHANGED_ROWS, MAX_TEXT, VISIBLE_ROWS, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -87,6 +88,43 @@ def test_a_long_leaderboard_is_folded_and_complete(run_data: RunData, tmp_path: 
     assert all(f" {name} " in page.text for name in leaderboard["adapter_id"].to_pylist())
 
 
+def test_rows_that_got_better_and_worse_are_listed(run_data: RunData, tmp_path: Path, add_metric: Callable[..., None]) -> None:
+    """The largest change first; what is as good is counted alone."""
+    add_metric("own:f1", [(0.5, 0.75), (0.25, 1.0), (1.0, 0.0), (0.5, 0.5)])
+    page = page_of(run_data, tmp_path)
+    assert "rows" in [attributes.get("id") for attributes in page.all("section")]
+    assert "own:f1 on the test split, base against mashup: 2 rows better, 1 worse, 1 as good." in page.text
+    better, worse = page.text.partition("Those that got better")[2].split("Those that got worse")
+    assert better.index("What is 1?") < better.index("What is 0?")
+    assert "It is 1. base says 1 0.2500 mashup says 1 1.0000" in better
+    assert "base says 2 1.0000 mashup says 2 0.0000" in worse
+    assert "What is 3?" not in page.text
+
+
+@pytest.mark.parametrize("column", ["base_score", "mashup_score"])
+def test_without_two_starts_no_rows_are_compared(
+    run_data: RunData, tmp_path: Path, add_metric: Callable[..., None], column: str
+) -> None:
+    add_metric("choices")
+    rows = run_data.tables["metric_rows.parquet"]
+    nothing = pa.nulls(len(rows), pa.float64())
+    run_data.tables["metric_rows.parquet"] = rows.set_column(rows.column_names.index(column), column, nothing)
+    page = page_of(run_data, tmp_path)
+    assert "rows" not in [attributes.get("id") for attributes in page.all("section")]
+    assert page.text.count("Accuracy by option likelihood on the test split") == 2
+
+
+def test_many_changed_rows_are_cut_and_those_shown_are_folded(
+    run_data: RunData, tmp_path: Path, add_metric: Callable[..., None]
+) -> None:
+    add_metric("choices", [(0.0, 1.0)] * (CHANGED_ROWS + 7))
+    page = page_of(run_data, tmp_path)
+    assert f"{CHANGED_ROWS + 7} rows better" in page.text
+    assert f"Those that got better, the first {CHANGED_ROWS}" in page.text
+    assert page.text.count("mashup says") == CHANGED_ROWS
+    assert f"{CHANGED_ROWS - VISIBLE_ROWS} more rows" in page.text
+
+
 def test_failures_of_scoring_are_listed_with_those_of_the_index(run_data: RunData, tmp_path: Path) -> None:
     text = page_of(run_data, tmp_path).text
     assert "the engine stopped 2 times while scoring it (last: CUDA error <unknown>)" in text
@@ -121,6 +159,18 @@ def test_no_string_of_the_run_becomes_markup(run_data: RunData, tmp_path: Path) 
     page = page_of(run_data, tmp_path)
     assert not list(page.all("img"))
     assert [place for place in places if evil[place] not in page.text] == []
+
+
+def test_no_answer_becomes_markup_or_fills_the_page(run_data: RunData, tmp_path: Path, add_metric: Callable[..., None]) -> None:
+    add_metric("<img>:f", [(0.0, 1.0)])
+    evil = "<img src=x onerror=alert(1)>" + "\x1b[31m" + "y" * 1000
+    table = run_data.tables["metric_rows.parquet"].to_pylist()[0]
+    texts = dict.fromkeys(("prompt", "reference", "base_answer", "mashup_answer"), evil)
+    run_data.tables["metric_rows.parquet"] = pa.Table.from_pylist([table | texts], schema=METRIC_ROWS)
+    page = page_of(run_data, tmp_path)
+    assert not list(page.all("img"))
+    assert page.text.count("<img src=x onerror=alert(1)> [31m") == 4
+    assert "y" * MAX_TEXT not in page.text
 
 
 def test_a_run_with_only_a_catalogue_says_what_was_not_run(run_data: RunData, tmp_path: Path) -> None:

@@ -25,6 +25,15 @@ def test_the_verdict_and_both_starts_are_printed(run_data: RunData, summary: dic
     assert all(part in text for part in ("base", "mashup", "64.1 % ± 1.1 %", "66.8 % ± 1.1 %", "5e-4", "runs/medicine/finetuned"))
 
 
+def test_a_metric_of_ones_own_is_the_first_line_of_the_table(summary: dict[str, Any], add_metric: Callable[..., None]) -> None:
+    assert "option likelihood" not in printed(summary_table(summary, None))
+    add_metric("choices")
+    lines = printed(summary_table(summary, None)).splitlines()
+    place = next(n for n, line in enumerate(lines) if "Accuracy by option likelihood on the test split" in line)
+    assert re.search(r"25\.0 % +75\.0 %", lines[place])
+    assert "Exact match on the test split" in lines[place + 1]
+
+
 def test_parity_not_reached_is_printed(summary: dict[str, Any], lose_parity: Callable[[dict[str, Any]], None]) -> None:
     lose_parity(summary)
     assert "Parity not reached in 100 steps; 7 min 35 s went into finding" in printed(summary_table(summary, None))

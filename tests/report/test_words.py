@@ -68,6 +68,29 @@ def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
     assert "+2.7 points" in exact.detail
 
 
+@pytest.mark.parametrize(
+    ("metric", "name", "value", "change"),
+    [
+        ("choices", "Accuracy by option likelihood on the test split", "25.0 % → 75.0 %", "+50.0 points"),
+        ("choices_per_token", "Accuracy by option likelihood a token on the test split", "25.0 % → 75.0 %", "+50.0 points"),
+        ("exact_match", "Exact match of written answers on the test split", "25.0 % → 75.0 %", "+50.0 points"),
+        ("lm_eval:arc_easy", "lm_eval:arc_easy", "0.2500 → 0.7500", "+0.5000"),
+        ("own.metrics:f1", "own.metrics:f1 on the test split", "0.2500 → 0.7500", "+0.5000"),
+    ],
+)
+def test_a_metric_of_ones_own_comes_first(
+    metric: str, name: str, value: str, change: str, summary: dict[str, Any], add_metric: Callable[..., None]
+) -> None:
+    """Shares as percent; what a function gives may be anything, and is a number."""
+    before = words.headlines(summary)
+    add_metric(metric)
+    found = words.headlines(summary)
+    assert [one for one in found if one not in before] == [found[2]]
+    assert (found[2].name, found[2].value) == (name, value)
+    assert change in found[2].detail
+    assert words.asked_measure(metric).meaning
+
+
 def test_the_size_of_training_passes_is_said_with_what_ran_out_of_memory(summary: dict[str, Any]) -> None:
     assert words.passes(summary) is None
     base, mashup = (summary["inits"][init] for init in ("base", "mashup"))

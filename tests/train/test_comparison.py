@@ -3,15 +3,18 @@ tests/test_run.py."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import Config, TargetConfig
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
+from pipeline.core.tables import METRIC_ROWS
 from pipeline.run_folder import Run
 from pipeline.train import comparison
 from pipeline.train.arm import Arm, Lora
+from pipeline.train.metric import Measured
 from pipeline.train.starts import make_jobs
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"))
@@ -26,6 +29,29 @@ def run(tiny_base: str, data: Folder, tmp_path: Path, monkeypatch: pytest.Monkey
     made.folder.write_json("selection.json", {"verdict": "base", "donors": [], "recipe": None})
     monkeypatch.setattr(made, "start_ray", lambda: None)
     return made
+
+
+def test_what_a_metric_finds_stands_beside_the_test_figures(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = METRIC_ROWS.empty_table()
+    asked: list[Any] = []
+
+    def measure(metric: str, job: Any, arms: Any, storage: Folder) -> Measured:
+        asked.append((metric, job, {init: [arm["name"] for arm in chosen] for init, chosen in arms.items()}, storage.uri))
+        return Measured({"base": [0.25, 0.75], "mashup": [1.0]}, rows)
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    curve = {"curve": [{"step": 0, "eval_nll": 1.0}], "diverged_at": None, "lr": 1e-3}
+    arms = [
+        {"init": init, "name": f"{init}-{seed}", "seed": seed, **curve}
+        for init, seed in (("base", 0), ("base", 1), ("mashup", 0))
+    ]
+    result: dict[str, Any] = {"inits": {"base": {"lr": 1e-3}, "mashup": {"lr": 1e-3}}}
+    comparison._measure(run, "own:f1", "job", arms, result)  # type: ignore[arg-type]
+    assert asked == [("own:f1", "job", {"base": ["base-0", "base-1"], "mashup": ["mashup-0"]}, run.folder.sub("train").uri)]
+    assert result["metric"] == "own:f1"
+    assert result["inits"]["base"]["test_metric"] == {"mean": 0.5, "spread": pytest.approx(0.125**0.5)}
+    assert result["inits"]["mashup"] == {"lr": 1e-3, "test_metric": {"mean": 1.0, "spread": None}}
+    assert run.folder.read_table("metric_rows.parquet").equals(rows)
 
 
 def test_without_a_mashup_there_is_none_to_train_from(run: Run) -> None:

@@ -13,10 +13,11 @@ import torch
 from pipeline.cluster.telemetry import worker_log
 from pipeline.core.storage import Folder
 from pipeline.train import ray_train
+from pipeline.train.answers import answers_on_test
 from pipeline.train.arm import Job
 from pipeline.train.evaluate import evaluate_on_test
 from pipeline.train.loop import Finetuning
-from pipeline.train.ray_train import _Reports, fit, score_on_test
+from pipeline.train.ray_train import _Reports, choose_on_test, fit, score_on_test
 from pipeline.train.worker_model import _sharing_out
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -68,6 +69,10 @@ def test_any_number_of_workers_gives_the_curve_of_one(
         left = storage.sub(*found["checkpoint"].split("/"))
         plain = evaluate_on_test(arm.base, "float32", arm.data, left)  # bfloat16 rounds PEFT's layers otherwise than ours
         assert score_on_test(arm, {"arm": left}, storage)["arm"] == pytest.approx(plain, abs=near)
+        chosen = choose_on_test(arm, {"arm": left}, storage, "choices")["arm"]
+        alone_chosen = answers_on_test(arm.base, "float32", arm.data, left, "choices")
+        assert chosen.drop_columns(["answer", "score"]).equals(alone_chosen.drop_columns(["answer", "score"]))
+        assert chosen["answer"].equals(alone_chosen["answer"]) or "dtype" in kind  # in bfloat16 two may be as likely
     if settings.get("method"):
         assert left.list_files(".pt") == ["trainer_state-0.pt", "trainer_state-1.pt"]
         restored = Finetuning(job(**UNEVEN, **kind), 0, 1, lambda metrics, snapshot: None)
