@@ -17,15 +17,8 @@ from pipeline.report.model_card import (
     table,
     usage,
 )
-from pipeline.report.words import Json, metric
+from pipeline.report.words import Json, measured, measures
 from pipeline.run_folder import Run
-
-METRICS = {
-    "test_nll": ("nll", "NLL a completion token, in nats"),
-    "test_token_accuracy": ("token_accuracy", "Token accuracy"),
-    "test_exact_match": ("exact_match", "Exact match"),
-}
-"""Of the summary: type and name of each on the Hub."""
 
 
 def write_finetuned_card(run: Run) -> None:
@@ -44,10 +37,10 @@ def finetuned_card(summary: Json, selection: Json, config: Config) -> str:
     donors = selection["donors"] if init == "mashup" else []
     is_adapter = config.train.method == "lora"
     parts = [
-        front_of(_front(base, donors, is_adapter, config) | {"model-index": [_index(init, summary["inits"][init], config)]}),
+        front_of(_front(base, donors, is_adapter, config) | {"model-index": [_index(init, summary, config)]}),
         f"# {Path(base).name}, finetuned",
         _introduction(base, init, summary["inits"][init], is_adapter, config),
-        "## Evaluation\n\n" + _metric_table(summary["inits"]),
+        "## Evaluation\n\n" + _metric_table(summary),
         "On the test split, which neither training nor any choice has seen: means over seeds, of each start at its best rate.",
         *(["## Donors of the mashup\n\n" + donor_table(donors), licences(donors)] if donors else []),
         "## Use\n\n" + (usage(base) if is_adapter else _usage_of_model()),
@@ -68,10 +61,14 @@ def _front(base: str, donors: list[Json], is_adapter: bool, config: Config) -> d
     return {**kind, **licence, **library, **data_of(config.target.train), "tags": tags}
 
 
-def _index(init: str, arm: Json, config: Config) -> Json:
-    """The figures of an arm, as the Hub shows them."""
-    name = data_name(config.target.train)
-    found = [{"type": kind, "name": label, "value": arm[key]["mean"]} for key, (kind, label) in METRICS.items()]
+def _index(init: str, summary: Json, config: Config) -> Json:
+    """The figures of a start, as the Hub shows them."""
+    name, arm = data_name(config.target.train), summary["inits"][init]
+    kinds = {"test_metric": summary.get("metric")}
+    found = [
+        {"type": kinds.get(one.key) or one.key.removeprefix("test_"), "name": one.name, "value": arm[one.key]["mean"]}
+        for one in measures(summary)
+    ]
     result = {"task": {"type": "text-generation"}, "dataset": {"name": name, "type": name, "split": "test"}, "metrics": found}
     return {"name": f"finetuned from the {init}", "results": [result]}
 
@@ -85,9 +82,10 @@ def _introduction(base: str, init: str, arm: Json, is_adapter: bool, config: Con
     )
 
 
-def _metric_table(inits: Json) -> str:
-    rows = [[init, *(metric(key, arm.get(key)) for key in METRICS)] for init, arm in inits.items()]
-    return table(["Start", *(label for _, label in METRICS.values())], rows)
+def _metric_table(summary: Json) -> str:
+    found = measures(summary)
+    rows = [[init, *(measured(one, arm.get(one.key)) for one in found)] for init, arm in summary["inits"].items()]
+    return table(["Start", *(one.name for one in found)], rows)
 
 
 def _usage_of_model() -> str:
