@@ -28,7 +28,7 @@ app = typer.Typer(
 
 RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a local path or s3://...")]
 Base = Annotated[str, typer.Option(help="Base model: a Hub id, a local folder or s3://...")]
-Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file or an object-store prefix.")]
+Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file, s3://... or hf://...")]
 
 PLAN = (
     "Estimate work and cost, and write plan.json. Index and samples are made, and kept. If no earlier run measured this "

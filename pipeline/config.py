@@ -355,7 +355,7 @@ class Config(Section):
 
     run: str = Field(description="folder of the run: a local path or s3://...")
     base: str = Field(description="base model: Hub id (org/name, org/name@revision), local folder or s3://...")
-    pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
+    pool: str = Field(description="adapters: a folder, a list file, an object-store prefix or a place on the Hub (docs/hub.md)")
     exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
     checkpoints: Literal["leave_out", "include"] = Field(
         "leave_out", description="checkpoint-NNN folders in that of an adapter of the pool, or beside one called final"

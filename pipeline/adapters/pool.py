@@ -103,6 +103,8 @@ def look_at(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) ->
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
         OSError: its disk, its store or the Hub does not answer.
     """
+    if not pool.startswith(HUB):
+        _require_pool(pool)
     found, state = _look(pool)
     return Pool(_checked(pool, found, exclude, checkpoints), state)
 
@@ -119,20 +121,22 @@ def pool_state(pool: str) -> list[Any]:
 
 
 def _look(pool: str) -> tuple[list[Listed], list[Any]]:
-    """What is in a pool, and the state of it."""
+    """What is in a pool, and the state of it; where there is none, nothing."""
     if pool.startswith(HUB):
         seen = adapters_on_hub(pool)
         found = [Listed(one.adapter_id, one.place.uri, None, one.place.revision, one.downloads) for one in seen]
         return found, sorted(one.uri for one in found)
     folder = Folder.at(pool)
-    if _kind(pool, folder) == fs.FileType.File:
+    kind = folder.files.get_file_info(folder.path).type
+    if kind == fs.FileType.File:
         return _from_list(folder)
-    infos = folder.walk()
+    infos = folder.walk() if kind == fs.FileType.Directory else []
     return _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
 
 
-def _kind(pool: str, folder: Folder) -> fs.FileType:
-    """Whether a pool is a folder or a list file."""
+def _require_pool(pool: str) -> None:
+    """See to it that a pool is a folder or a list file."""
+    folder = Folder.at(pool)
     try:
         kind = folder.files.get_file_info(folder.path).type
     except OSError as error:
@@ -140,8 +144,7 @@ def _kind(pool: str, folder: Folder) -> fs.FileType:
             raise
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind not in (fs.FileType.File, fs.FileType.Directory):
-        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
-    return kind
+        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file, s3://... or hf://...")
 
 
 def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints: bool) -> list[Listed]:
