@@ -25,7 +25,7 @@ from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_adapters import MOST_KEPT, HeldAdapters
 from pipeline.engines.vllm_prompt_logprobs import START
-from pipeline.model.base_model import context_length, fast_dtype, source, vocabulary
+from pipeline.model.base_model import context_length, fast_dtype, language_part, source, vocabulary
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
@@ -197,6 +197,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "revision": revision,
         "load_format": "safetensors",  # never pickle
         "skip_tokenizer_init": True,  # rows are token ids already
+        "language_model_only": True,  # of a class with encoders, which else wants a tokenizer and a processor of pictures
         "dtype": str(fast_dtype(config.dtype)).removeprefix("torch."),
         "max_model_len": _fitting_length(config),
         "max_num_seqs": MAX_SEQUENCES,
@@ -220,8 +221,10 @@ def _on_gpus(base: str) -> dict[str, Any]:
     head's weights for this in each step. Its batch-invariant products know no output of another type than the inputs'."""
     logits = LOGITS_COPIES * LOGITS_TOKENS * vocabulary(base) * 4
     share = MEMORY_SHARE - logits / current_platform.get_device_total_memory()
-    head: dict[str, Any] = {} if envs.VLLM_BATCH_INVARIANT else {"hf_overrides": {"head_dtype": "float32"}}
-    return {"gpu_memory_utilization": share, **head}
+    if envs.VLLM_BATCH_INVARIANT:
+        return {"gpu_memory_utilization": share}
+    asked, part = {"head_dtype": "float32"}, language_part(base)  # where a language model is a part, it has the head
+    return {"gpu_memory_utilization": share, "hf_overrides": {**asked, **({part: asked} if part else {})}}
 
 
 def _fitting_length(config: EngineConfig) -> int:

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import AutoConfig
 
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
@@ -331,3 +333,15 @@ def test_logits_are_float32_on_gpus_and_there_is_room_for_them(
     given = vllm._arguments(engine_config)
     assert given.get("hf_overrides") == overrides
     assert given["gpu_memory_utilization"] == pytest.approx(0.92 - 3 * 1024 * 400 * 4 / 48_000_000, abs=0.001)
+
+
+def test_logits_are_float32_where_the_language_model_is_a_part(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pipeline.engines import vllm
+
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path)
+    monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(vllm.current_platform), "get_device_total_memory", lambda self: 1 << 40)
+    asked = {"head_dtype": "float32"}
+    assert vllm._arguments(replace(engine_config, base=str(tmp_path)))["hf_overrides"] == asked | {"text_config": asked}
