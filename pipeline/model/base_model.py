@@ -79,13 +79,26 @@ def vocabulary(base: str) -> int:
     return int(_from_pretrained(AutoConfig, base).get_text_config().vocab_size)
 
 
+def class_name(base: str) -> str:
+    """What the base model's config calls its class; where it does not say, the type of model."""
+    config = _from_pretrained(AutoConfig, base)
+    return str(next(iter(config.architectures or ()), config.model_type))
+
+
+def language_part(base: str) -> str | None:
+    """Where the base model's config has that of its language model, as in `text_config`. None: it is that itself."""
+    config = _from_pretrained(AutoConfig, base)
+    text = config.get_text_config()
+    return next((key for key, value in vars(config).items() if value is text), None)
+
+
 def context_length(base: str) -> int:
     """Tokens that the base model can read at once, by its config.
 
     Raises:
         InputError: the base model is not known.
     """
-    config = _from_pretrained(AutoConfig, base)
+    config = _from_pretrained(AutoConfig, base).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
