@@ -115,8 +115,8 @@ def read_declared(folder: Path) -> Declared:
     """
     config = _read_config(folder)
     sizes, saved, renamed = _read_names(folder)
-    other_senses = tuple(module for module in sizes if not is_of_text(module))
-    text = {module: pair for module, pair in sizes.items() if module not in other_senses}
+    text = {module: pair for module, pair in sizes.items() if is_of_text(module)}
+    other_senses = tuple(sorted(sizes.keys() - text.keys()))
     if not text:
         raise AdapterError(f"adapts layers for pictures or sounds alone ({other_senses[0]}), which no text runs through")
     return Declared(config, text, own_scales(config, text), saved, renamed, other_senses)

@@ -159,7 +159,7 @@ def weights_folder(base: str) -> Path:
 def stored_weights(base: str, name: str) -> torch.Tensor | None:
     """The base's tensor of this name, or of the same one by another path to the language model, as its files have it. None: the
     base stores no such tensor, or several."""
-    found = [(file, stored) for file, stored in _stored(base) if own_name(stored) == own_name(name)]
+    found = _stored(base).get(own_name(name), [])
     if len(found) != 1:
         return None
     file, stored = found[0]
@@ -170,17 +170,18 @@ def stored_weights(base: str, name: str) -> torch.Tensor | None:
 
 def stored_embedding(base: str) -> torch.Tensor | None:
     """What turns tokens into features, as the base's files have it. None: they have no such layer, or several."""
-    names = [name for _, name in _stored(base) if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDING_NAMES]
+    names = [name for name in _stored(base) if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDING_NAMES]
     return stored_weights(base, names[0]) if len(names) == 1 else None
 
 
 @lru_cache(maxsize=1)
-def _stored(base: str) -> list[tuple[Path, str]]:
-    """The tensors of a base: in which file, and its name there."""
-    found: list[tuple[Path, str]] = []
+def _stored(base: str) -> dict[str, list[tuple[Path, str]]]:
+    """The tensors of a base by their own names: in which file each is, and its name there."""
+    found: dict[str, list[tuple[Path, str]]] = {}
     for file in sorted(weights_folder(base).glob("model*.safetensors")):  # others beside them are of other programs
         with safe_open(file, framework="pt") as tensors:
-            found += [(file, name) for name in tensors.keys()]  # noqa: SIM118 (not a dict)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                found.setdefault(own_name(name), []).append((file, name))
     return found
 
 

@@ -107,6 +107,17 @@ def test_what_the_base_does_not_have_is_not_its_own(base: str, tmp_path: Path, m
             require_untrained(folder, read_declared(folder).saved, base)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.language_model.embed_tokens", "language_model.model.embed_tokens", "model.embed_tokens", "lm_head"]
+)
+def test_of_a_model_that_sees_layers_are_known_by_each_of_their_names(
+    name: str, seeing_base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    own = load_model(seeing_base, torch.float32).get_input_embeddings().weight.detach()
+    folder = saved_as(f"{name}.weight", own, make_adapter(tmp_path / "a", seeing_base))
+    assert require_untrained(folder, read_declared(folder).saved, seeing_base)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_in_fewer_bits_are_the_bases_own(dtype: torch.dtype, base: str, saved: Callable[..., Path]) -> None:
     folder = saved(lambda own: own.to(dtype))
