@@ -119,6 +119,13 @@ def time_plot(stages: Mapping[str, Mapping[str, Any]]) -> str:
     return svg("time", partial(_draw_time, stages=stages), 80 + 34 * max(len(stages), 1), label)
 
 
+def pays_plot(parity: Mapping[str, Any]) -> str:
+    """Time to parity against how long training from the base takes, for base and mashup. `parity` as in summary.json, with a
+    break-even."""
+    label = f"Break-even at {duration(parity['break_even_seconds'])} of training from the base"
+    return svg("pays", partial(_draw_pays, parity=parity), 260, label)
+
+
 def read_curves(comparison: pa.Table, column: str) -> list[Curve]:
     """The comparison's curves of `column`, in the table's order. A step that a seed did not reach has no mean (NaN)."""
     found: dict[tuple[str, float], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -267,6 +274,23 @@ def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     _legend(figure, [(MASHUP_COLOUR, "donors: find, score, merge"), (BASE_COLOUR, "train and test")], any(starting))
+
+
+def _draw_pays(figure: Figure, parity: Mapping[str, Any]) -> None:
+    axes = figure.subplots()
+    even, here = parity["break_even_seconds"], parity["base_seconds"]
+    share = parity["train_seconds"] / here
+    overhead = parity["seconds"] - parity["train_seconds"]
+    times = np.geomspace(min(even, here) / 4, max(even, here) * 4, 50)
+    axes.loglog(times, times, color=BASE_COLOUR, linewidth=2, label="from the base")
+    axes.loglog(times, overhead + share * times, color=MASHUP_COLOUR, linewidth=2, label="from the mashup, overhead included")
+    axes.plot(even, even, color=INK, marker="D", markerfacecolor="none", markersize=9, linestyle="none", label="break-even")
+    axes.axvline(here, color=NEUTRAL, linestyle="--", linewidth=1.2, label="this run")
+    axes.set(xlabel="training from the base", ylabel="time to parity")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: duration(value))
+        axis.set_minor_formatter("")
+    legend_above(figure, axes)
 
 
 def start_up(stage: Mapping[str, Any]) -> float:

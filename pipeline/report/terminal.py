@@ -41,7 +41,14 @@ def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
 
 def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     """The end of a run for a terminal."""
-    lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), words.passes(summary), summary.get("note")]
+    lines = [
+        _parity_line(summary),
+        words.pays(words.parity_of(summary)),
+        _donor_line(selection),
+        _adapter_line(summary),
+        words.passes(summary),
+        summary.get("note"),
+    ]
     return Group(
         Text(words.single_line(words.verdict(summary, selection)), style="bold"),
         _Arms(summary["inits"], words.measures(summary)),
