@@ -69,12 +69,13 @@ def _index(init: str, summary: Json, config: Config) -> Json:
         {"type": kinds.get(one.key) or one.key.removeprefix("test_"), "name": one.name, "value": arm[one.key]["mean"]}
         for one in measures(summary)
     ]
-    result = {"task": {"type": "text-generation"}, "dataset": {"name": name, "type": name, "split": "test"}, "metrics": found}
+    kind = data_of(config.target.train).get("datasets", ["custom"])[0]  # the Hub links it to a data set of that id
+    result = {"task": {"type": "text-generation"}, "dataset": {"name": name, "type": kind, "split": "test"}, "metrics": found}
     return {"name": f"finetuned from the {init}", "results": [result]}
 
 
 def _introduction(base: str, init: str, arm: Json, is_adapter: bool, config: Config) -> str:
-    start = "the base itself" if init == "base" else f"the start {init}"
+    start = {"base": "the base itself", "mashup": "the mashup of the donors below"}.get(init, f"the start `{init}`")
     return (
         f"{'A LoRA adapter for' if is_adapter else 'A finetune of'} {escape_markdown(base)}, trained on "
         f"{escape_markdown(data_name(config.target.train))} from {start}, at a learning rate of {arm['lr']:g}; the weights are "

@@ -34,6 +34,8 @@ TOP = 25
 
 LABEL_LENGTH = 28
 
+TIMES = (("seconds", 1), ("minutes", 60), ("hours", 3600))
+
 INK, RULE, NEUTRAL = "#24292f", "#d5d9de", "#8c959f"
 BASE_COLOUR, MASHUP_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#009e73"
 VARIABLES = {
@@ -279,17 +281,16 @@ def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
 def _draw_pays(figure: Figure, parity: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     even, here = parity["break_even_seconds"], parity["base_seconds"]
-    share = parity["train_seconds"] / here
-    overhead = parity["seconds"] - parity["train_seconds"]
-    times = np.geomspace(min(even, here) / 4, max(even, here) * 4, 50)
-    axes.loglog(times, times, color=BASE_COLOUR, linewidth=2, label="from the base")
-    axes.loglog(times, overhead + share * times, color=MASHUP_COLOUR, linewidth=2, label="from the mashup, overhead included")
-    axes.plot(even, even, color=INK, marker="D", markerfacecolor="none", markersize=9, linestyle="none", label="break-even")
-    axes.axvline(here, color=NEUTRAL, linestyle="--", linewidth=1.2, label="this run")
-    axes.set(xlabel="training from the base", ylabel="time to parity")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: duration(value))
-        axis.set_minor_formatter("")
+    share, overhead = parity["train_seconds"] / here, parity["seconds"] - parity["train_seconds"]
+    longest = 1.5 * max(even, here)
+    unit, size = next((one for one in TIMES if longest < 200 * one[1]), TIMES[-1])
+    ends = np.array([0.0, longest]) / size
+    axes.plot(ends, ends, color=BASE_COLOUR, linewidth=2, label="from the base")
+    axes.plot(ends, overhead / size + share * ends, color=MASHUP_COLOUR, linewidth=2, label="from the mashup, with overhead")
+    marker: dict[str, Any] = {"marker": "D", "markerfacecolor": "none", "markersize": 9, "linestyle": "none"}
+    axes.plot(even / size, even / size, color=INK, label="break-even", **marker)
+    axes.axvline(here / size, color=NEUTRAL, linestyle="--", linewidth=1.2, label="this run")
+    axes.set(xlabel=f"training from the base, {unit}", ylabel=f"time to parity, {unit}", xlim=(0, None), ylim=(0, None))
     legend_above(figure, axes)
 
 

@@ -15,6 +15,7 @@ closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM a
 """
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -301,9 +302,11 @@ def _stream(engine: EngineConfig, search: SearchConfig, dispatcher: Any, candida
     most = math.ceil(candidates / engine.adapters_per_batch) if search.actors == "auto" else search.actors
     # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
     least = engines_at_once(search, candidates)
-    batches = ray.data.read_datasource(
-        BatchSource(dispatcher), override_num_blocks=1, ray_remote_args=_here() | {"max_retries": 0}
-    )
+    with warnings.catch_warnings():  # its new parameters know neither a node nor retries
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+        batches = ray.data.read_datasource(
+            BatchSource(dispatcher), override_num_blocks=1, ray_remote_args=_here() | {"max_retries": 0}
+        )
     scored = batches.map_batches(
         ScoringActor,
         batch_size=None,
