@@ -34,7 +34,7 @@ ALONE = 4
 PROCESSES = {
     "driver": lambda process, driver: process == driver,
     "scoring actor": lambda process, driver: "ScoringActor" in process.name() + " ".join(process.cmdline()),
-    "scoreboard": lambda process, driver: "Scoreboard" in process.name() + " ".join(process.cmdline()),
+    "dispatcher": lambda process, driver: "Dispatcher" in process.name() + " ".join(process.cmdline()),
     "training worker": lambda process, driver: "RayTrainWorker" in " ".join(process.cmdline()),
     "any worker": lambda process, driver: " ".join(process.cmdline()).startswith("ray::"),
     "node": lambda process, driver: process.name() == "raylet",

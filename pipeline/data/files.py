@@ -30,6 +30,9 @@ GZIP = ".gz"
 ABOUT = ("dataset_infos.json", "package.json", "README.json", "_SUCCESS")
 """Files beside the data that tell of it."""
 
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.")
+"""Begins the name of a file of the Hub's own writing."""
+
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -129,6 +132,10 @@ def _of_split(path: str, role: str, names: list[str]) -> list[str]:
     if not mine:
         has = f"its files are of {', '.join(there)}"
         raise InputError(f"{path}: no split {role!r} in this folder ({has}); name a file (target.{role})")
+    kinds = sorted({match["split"] for name in mine if (match := SHARD.match(name.rpartition("/")[2]))})
+    if len(kinds) > 1:
+        way_out = f"on the Hub ?split={kinds[0]} names one; else give a file, or a folder with the files of one"
+        raise InputError(f"{path}: its files for target.{role} are of the splits {', '.join(kinds)}; {way_out}")
     return mine
 
 

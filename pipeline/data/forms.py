@@ -85,7 +85,10 @@ def conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversa
     row = _named(row, columns or {})
     for is_of_form, read in _FORMS:
         if is_of_form(row):
-            return _to_the_last_answer(read(row))
+            found = read(row)
+            if not found.bare:
+                _require_wanted(row)
+            return _to_the_last_answer(found)
     shown = sorted(f"{str(name)[:40]}{' (empty)' * (value == [])}" for name, value in row.items() if value is not None)
     has = ", ".join(shown[:MAX_SHOWN]) or "nothing"
     raise RowError(f"of no known form: it has {has}; rows need {FORMS} (target.columns names others)")
@@ -112,6 +115,13 @@ def choices(row: Row, said: Conversation, columns: Mapping[str, str] | None = No
     return [replace(said, messages=[*said.messages[:-1], turn]) for turn in turns]
 
 
+def _require_wanted(row: Row) -> None:
+    """TRL's and LLaMA-Factory's preferences without pairs say of an answer whether it is wanted."""
+    for name in ("label", "kto_tag"):
+        if str(row.get(name)).lower() == "false":  # as text from a CSV file
+            raise RowError(f"{name}: false, which says that its answer is not wanted")
+
+
 def _named(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     """The row by our names. A column that is renamed is not also what it was called."""
     renamed = set(columns.values())
@@ -128,8 +138,6 @@ def _from_messages(name: str) -> Callable[[Row], Conversation]:
 
 
 def _from_completion(row: Row) -> Conversation:
-    if row.get("label") is False:  # as TRL has preferences without pairs
-        raise RowError("label: false, which says that its answer is not wanted")
     prompt, answer = _messages_or_text(row["prompt"]), _messages_or_text(row["completion"])
     turns = [*_turns(prompt, "user"), *_turns(answer, "assistant")]
     return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(answer, list))
@@ -142,8 +150,16 @@ def _from_chosen(row: Row) -> Conversation:
     whole = isinstance(chosen, list) and (prompt is None or _begins_with_question(chosen))
     if prompt is None and not whole:
         raise RowError("a chosen answer without a prompt")
-    turns = chosen if whole else [*_turns(prompt, "user"), *_turns(chosen, "assistant")]
+    turns = [*_system_of(prompt, chosen), *chosen] if whole else [*_turns(prompt, "user"), *_turns(chosen, "assistant")]
     return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(chosen, list))
+
+
+def _system_of(prompt: Any, chosen: list[Any]) -> list[Any]:
+    """The system message of a prompt that a whole conversation repeats without it."""
+    first = [
+        turns[0].get("role", turns[0].get("from")) if isinstance(turns, list) and turns else None for turns in (prompt, chosen)
+    ]
+    return prompt[:1] if first[0] == "system" != first[1] else []
 
 
 def _prompt_of(row: Row) -> Any:
@@ -204,7 +220,17 @@ def _message(turn: Any) -> Message:
         return _calls(kept, content)
     if content is None and not kept.get("tool_calls"):
         raise RowError("a message without text or role")
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_with_parsed_arguments(call) for call in kept["tool_calls"]]
     return {**kept, "role": _plain_role(role), "content": content or ""}  # null beside calls: templates join texts
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """A call of a tool whose arguments are an object, as chat templates take them; OpenAI has them as JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(arguments := _parsed(function.get("arguments")), dict):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _plain_role(role: str) -> str:
@@ -245,14 +271,15 @@ def _to_the_last_answer(found: Conversation) -> Conversation:
     Raises:
         RowError: there is no answer to learn.
     """
-    answers = [place for place, turn in enumerate(found.messages) if _is_answer(turn)]
+    answers = [place for place, turn in enumerate(found.messages) if is_answer(turn)]
     if answers and not found.bare:
         found = replace(found, messages=found.messages[: answers[-1] + 1])
     _check(found)
     return found
 
 
-def _is_answer(turn: Message) -> bool:
+def is_answer(turn: Message) -> bool:
+    """Whether a message is text of the assistant's; the text beside a call of tools is context."""
     return turn["role"] == "assistant" and bool(turn["content"].strip()) and not turn.get("tool_calls")
 
 

@@ -8,6 +8,7 @@ Thoughts count as part of their answer, whether they stand in its text between <
 Many templates leave out those of earlier turns; they are then in no text, and the answer alone counts.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.core.errors import for_display
 from pipeline.core.storage import is_text
-from pipeline.data.forms import THOUGHTS, Conversation, Message, RowError, is_learned
+from pipeline.data.forms import THOUGHTS, Conversation, Message, RowError, is_answer, is_learned
 
 Turns = Literal["all", "last"]
 
@@ -35,6 +36,9 @@ THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 """An answer with what was thought before it, in one text."""
 
 THINK = re.compile(r"<think>\s*$")
+
+LAST_THOUGHTS = "thoughts before the last answer"
+"""That a template leaves out, as told of a row."""
 
 MAX_PROBLEM = 200
 """Characters of a reason to pass a row over."""
@@ -66,12 +70,15 @@ def render(said: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Turns 
     if tokenizer.chat_template is None:
         return _joined(said)
     messages = _with_known_thoughts(said.messages, tokenizer)
-    said_by_model = (n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn["content"].strip())
-    answers = [n for n in said_by_model if is_learned(messages[n])]
+    answers = [n for n, turn in enumerate(messages) if is_answer(turn) and is_learned(turn)]
     if not answers:
         raise RowError("none of its answers is to be learned")
     apply = lambda given: _apply_template(given, said.options, tokenizer)  # noqa: E731
-    text = apply(messages)
+    try:
+        text = apply(messages)
+    except RowError:
+        messages = _with_text_arguments(messages)
+        text = apply(messages)
     if STAND_IN.search(text):
         raise RowError("a text with private signs of Unicode")
     found = _found(text, messages, answers if turns == "all" else answers[-1:], apply)
@@ -80,7 +87,32 @@ def render(said: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Turns 
     if found is None:
         raise RowError("the chat template changes the completion's text")
     template = tokenizer.get_chat_template(tools=said.options.get("tools"))  # of several that a base may have
-    return Rendered(text, found, sorted(name for name in said.options if not re.search(rf"\b{re.escape(name)}\b", template)))
+    left_out = [name for name in said.options if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if _lacks_its_thoughts(text, messages[answers[-1]]):
+        left_out.append(LAST_THOUGHTS)
+    return Rendered(text, found, sorted(left_out))
+
+
+def _with_text_arguments(messages: list[Message]) -> list[Message]:
+    """Calls of tools with their arguments as JSON text, for templates that join them to others."""
+    return [
+        {**turn, "tool_calls": [_with_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in messages
+    ]
+
+
+def _with_text(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _lacks_its_thoughts(text: str, answer: Message) -> bool:
+    """Whether what was thought before an answer is nowhere in the text."""
+    inline = THOUGHT.fullmatch(answer["content"])
+    thoughts = [inline[2] if inline else "", *(answer[name] for name in THOUGHTS if isinstance(answer.get(name), str))]
+    return any(one.strip() and one.strip() not in text for one in thoughts)
 
 
 def _joined(said: Conversation) -> Rendered:
@@ -162,6 +194,8 @@ def _with_known_thought(turn: Message, known: str | None) -> Message:
     if field in (None, known) or turn["role"] != "assistant":
         return turn
     kept = {name: value for name, value in turn.items() if name not in THOUGHTS}
+    if not turn[field].strip():
+        return kept
     if known:
         return {**kept, known: turn[field]}
     return {**kept, "content": f"<think>\n{turn[field].strip()}\n</think>\n\n{turn['content']}"}

@@ -26,7 +26,7 @@ from pipeline.data.forms import FORMS
 from pipeline.data.readers import first_malformed, read_rows, unreadable
 from pipeline.data.shards import SHARDS, USED, USED_BUT, shortened
 from pipeline.data.tokenise import Reading, tokenise_shard
-from pipeline.model.base_model import context_length, load_tokenizer
+from pipeline.model.base_model import context_length, load_tokenizer, vocabulary
 
 SPLIT_OFF = 0.1
 """Share of the train rows that becomes a validation or test split that was not given."""
@@ -157,7 +157,8 @@ def reading_of(config: Config, role: str = "train") -> Reading:
     longest = min(target.max_tokens, context_length(config.base) - 1)  # an engine generates a token behind a row
     gives_test = role == ("test" if target.test else "train")
     asks_choices = config.compare.metric in BY_CHOICES
-    return Reading(longest, target.too_long, target.turns, dict(target.columns), gives_test and asks_choices)
+    asks, size = gives_test and asks_choices, vocabulary(config.base)
+    return Reading(longest, target.too_long, target.turns, dict(target.columns), asks, size)
 
 
 def split_of(table: pa.Table, split: str) -> pa.Table:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -50,6 +50,8 @@ class Reading:
     """As of `forms.conversation`."""
     choices: bool = False
     """Whether the choices of a row are tokenised, too."""
+    vocabulary: int = sys.maxsize
+    """Embeddings of the base: its tokenizer may have tokens beyond them."""
 
 
 def tokenise(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reading: Reading = Reading()) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def tokenise(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, reading
     where they are asked for, and what is to be said of it.
 
     A token belongs to the completion if it covers a character of an answer. What the chat template adds around an answer
-    does not; the first token after an answer, the end of the turn, is learned but not scored.
+    does not. The end of the turn is learned but not scored: the first token after an answer, and where blanks stand between the
+    answer and a special token, these and that one.
 
     Raises:
         RowError: the row has no answer of a known form, or too many tokens; the message says which.
@@ -108,8 +111,15 @@ def _tokens(said: Conversation, tokenizer: PreTrainedTokenizerBase, reading: Rea
     plain = said.bare or tokenizer.chat_template is None
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
     end_token = tokenizer.eos_token_id if plain else None
-    ids, mask, learn = _masked(encoded["input_ids"], encoded["offset_mapping"], answers, end_token)
+    covered, special = list(_covered(encoded["offset_mapping"])), _special_ids(tokenizer)
+    ends = _ends(text, encoded["input_ids"], covered, special)
+    ids, mask, learn = _masked(encoded["input_ids"], covered, answers, ends, end_token)
+    if (highest := max(ids)) >= reading.vocabulary:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise RowError(f"a token that the base has no embedding for ({token!r}, {highest} of {reading.vocabulary})")
     notes = [f"{name} that the chat template does not know" for name in left_out]
+    if mask[-1]:
+        notes.append("without an end of the last answer that could be learned")
     if len(ids) > limit:
         if reading.too_long == "drop":
             raise RowError(f"longer than {limit} tokens")
@@ -122,18 +132,47 @@ def _tokens(said: Conversation, tokenizer: PreTrainedTokenizerBase, reading: Rea
     return _Masked(ids, mask, learn), notes
 
 
+def _covered(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Which characters each token covers. Of one of blanks alone some tokenizers tell where it ends, and no width."""
+    before = 0
+    for left, right in offsets:
+        yield (min(before, right) if left == right else left), right
+        before = max(before, right)
+
+
+def _ends(text: str, ids: list[int], covered: Sequence[tuple[int, int]], special: frozenset[int]) -> Callable[[int], int]:
+    """From the last token of an answer to the last of the end of its turn."""
+
+    def end(last: int) -> int:
+        behind = last + 1
+        while behind < len(ids) and ids[behind] not in special and text[slice(*covered[behind])].isspace():
+            behind += 1
+        found = behind if behind < len(ids) and ids[behind] in special else last + 1
+        return min(found, len(ids) - 1)
+
+    return end
+
+
 def _masked(
-    ids: list[int], offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], end_token: int | None
+    ids: list[int],
+    covered: Sequence[tuple[int, int]],
+    answers: Sequence[tuple[int, int]],
+    end_of: Callable[[int], int],
+    end_token: int | None,
 ) -> _Masked:
     """Tokens up to the end of the last answer's turn; `end_token` is that end where the text holds none."""
-    inside = [any(left < end and right > start and right > left for start, end in answers) for left, right in offsets]
+    inside = [any(left < end and right > start and right > left for start, end in answers) for left, right in covered]
     if not any(inside):
         raise RowError("empty completion")
-    last = max(index for index, flag in enumerate(inside) if flag)
-    ids = [*ids[: last + 1], end_token] if end_token is not None else ids[: last + 2]
-    mask = [*inside[: last + 1], *[False] * (len(ids) - last - 1)]
-    learn = [here or before for here, before in zip(mask, [False, *mask], strict=False)]
-    return _Masked(ids, mask, learn)
+    lasts = [place for place, (here, after) in enumerate(zip(inside, [*inside[1:], False], strict=True)) if here and not after]
+    if end_token is not None:
+        ids, learn = [*ids[: lasts[-1] + 1], end_token], [*inside[: lasts[-1] + 1], True]
+    else:
+        learn = list(inside)
+        for last in lasts:
+            learn[last : end_of(last) + 1] = [True] * (end_of(last) + 1 - last)
+        ids, learn = ids[: end_of(lasts[-1]) + 1], learn[: end_of(lasts[-1]) + 1]
+    return _Masked(ids, [*inside[: lasts[-1] + 1], *[False] * (len(ids) - lasts[-1] - 1)], learn)
 
 
 def tokenise_batch(batch: pa.Table, role: str, base: str, seed: int, reading: Reading) -> pa.Table:
@@ -194,6 +233,12 @@ def parse(text: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RowError(MALFORMED)
     return row
+
+
+@lru_cache(maxsize=4)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added = (place for place, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset([*tokenizer.all_special_ids, *added])
 
 
 @lru_cache(maxsize=4)

@@ -30,7 +30,7 @@ METRICS = {
     "exact_match": (
         "Exact match of written answers",
         "The share of rows of which the answer that is decoded greedily equals the right one, both in lower case and without "
-        "punctuation, articles and repeated blanks, as SQuAD's evaluation compares them.",
+        "articles, repeated blanks and punctuation outside of numbers, much as SQuAD's evaluation compares them.",
     ),
 }
 """What each `compare.metric` is called, and what it is; a function has its own name."""

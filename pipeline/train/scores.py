@@ -8,7 +8,6 @@ It runs in the process of the command, whose Python must find its module.
 import inspect
 import math
 import re
-import string
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
@@ -17,7 +16,9 @@ from pipeline.core.errors import InputError, one_line
 
 Function = Callable[[list[str], list[str], list[str]], Iterable[float]]
 
-PUNCTUATION = str.maketrans("", "", string.punctuation)
+PUNCTUATION = re.compile(r"(?P<number>(?<!\w)-(?=\d)|(?<=\d)\.(?=\d))|[!-/:-@\[-`{-~]")
+"""In ASCII, as SQuAD's evaluation has it; a minus sign and a decimal point of a `number` are none."""
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 THOUGHTS_END = "</think>"
 
@@ -75,7 +76,8 @@ def score(metric: str, prompts: list[str], answers: list[str], references: list[
 
 
 def normalise(text: str) -> str:
-    """As SQuAD's evaluation does it: lower case, without punctuation, articles and repeated blanks. What was thought before the
-    answer is no part of it."""
-    said = text.rpartition(THOUGHTS_END)[2].lower().translate(PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", said).split())
+    """As SQuAD's evaluation does it: lower case, without punctuation, articles and repeated blanks; but numbers keep their signs,
+    and an answer that is nothing else, such as `A`, is left. What was thought before the answer is no part of it."""
+    whole = text.rpartition(THOUGHTS_END)[2].lower()
+    said = PUNCTUATION.sub(lambda match: match["number"] or "", whole)
+    return " ".join(ARTICLES.sub(" ", said).split()) or " ".join(whole.split())

@@ -122,3 +122,11 @@ def test_a_data_set_of_the_hub_is_read_in_place() -> None:
     assert not Folder.at("hf://datasets/org/none").exists()
     with pytest.raises(InputError, match="can only be read"):
         Folder.at(where).create()
+
+
+def test_several_splits_of_the_hub_that_a_name_may_mean_are_refused(folder: Path) -> None:
+    put(folder, "train_sft-00000-of-00002.parquet", "train_sft-00001-of-00002.parquet", "test_sft-00000-of-00001.parquet")
+    assert len(source_of(str(folder), "train").names) == 2
+    put(folder, "train_gen-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"target.train are of the splits train_gen, train_sft; on the Hub \?split=train_gen"):
+        source_of(str(folder), "train")

@@ -112,7 +112,11 @@ def test_a_text_is_bare() -> None:
     [
         ({"question": "a", "answer": "b"}, r"it has answer, question; rows need .* \(target.columns names others\)"),
         ({"prompt": "a"}, "it has prompt; rows need"),
-        ({"prompt": "a", "completion": "b", "label": False}, "its answer is not wanted"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label: false, .* its answer is not wanted"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "its answer is not wanted"),
+        ({"messages": PAIR, "label": False}, "its answer is not wanted"),
+        ({"conversations": SHAREGPT, "kto_tag": False}, "kto_tag: false"),
+        ({"instruction": "a", "output": "b", "label": False}, "its answer is not wanted"),
         ({"chosen": "b", "rejected": "c"}, "a chosen answer without a prompt"),
         ({"messages": "hello"}, "messages that are no list"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, r"parts that are no text \(image\)"),
@@ -163,3 +167,23 @@ def test_choices_that_are_none_are_told(given: Any, message: str) -> None:
     row = {"prompt": ASKED, "completion": SAID, "choices": given}
     with pytest.raises(RowError, match=message):
         choices(row, conversation(row))
+
+
+def test_a_text_may_have_a_label_of_any_kind() -> None:
+    assert conversation({"text": "x", "label": False}).bare
+
+
+def test_a_system_message_goes_with_a_whole_conversation_that_lacks_it() -> None:
+    system = {"role": "system", "content": "Be short."}
+    found = conversation({"prompt": [system, PAIR[0]], "chosen": PAIR, "rejected": PAIR})
+    assert found.messages == [system, *PAIR]
+    assert conversation({"prompt": [system, PAIR[0]], "chosen": [system, *PAIR], "rejected": PAIR}).messages == [system, *PAIR]
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_arguments_of_a_call_are_an_object(arguments: Any) -> None:
+    """OpenAI has them as JSON text; a template that writes JSON of them would show a quoted text."""
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    found = conversation({"messages": [PAIR[0], called, {"role": "tool", "content": "3"}, PAIR[1]]})
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}

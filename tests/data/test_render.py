@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.data import render as render_module
 from pipeline.data.forms import conversation
 from pipeline.data.render import CLOCK, render
 
@@ -88,6 +89,42 @@ def test_a_turn_that_is_not_to_be_learned_is_context(mark: dict[str, Any], answe
         assert answers(template, chat("?", learned, "?", context), turns="last") == ["b"]
         with pytest.raises(ValueError, match="none of its answers is to be learned"):
             answers(template, chat("?", context))
+
+
+THOUGHTLESS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+"""Leaves out all thoughts, as DeepSeek-R1's template does."""
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"), [(THOUGHTLESS, [render_module.LAST_THOUGHTS]), (CHATML, []), (LAST_THOUGHTS, [])]
+)
+@pytest.mark.parametrize("said", [*INLINE, thought()])
+def test_thoughts_that_are_lost_before_the_last_answer_are_told(
+    template: str, left_out: list[str], said: Any, tiny_base: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    assert render(conversation(chat("?", said)), tokenizer).left_out == left_out
+    assert render(conversation(chat("?", ANSWER)), tokenizer).left_out == []
+
+
+def test_an_empty_thought_is_none(answers: Callable[..., list[str]]) -> None:
+    empty = {"role": "assistant", "content": ANSWER, "reasoning_content": " "}
+    assert answers(CHATML, chat("?", empty)) == [ANSWER]
+
+
+JOINED_CALLS = CHATML.replace(
+    "+ '<|im_end|>", "+ (m.tool_calls or [{'function': {'arguments': ''}}])[0].function.arguments + '<|im_end|>"
+)
+"""Joins the arguments of a call to texts, as some templates do."""
+
+
+@pytest.mark.parametrize("template", [JOINED_CALLS, LAST_THOUGHTS])
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_arguments_of_calls_suit_the_template(template: str, arguments: Any, answers: Callable[..., list[str]]) -> None:
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
+    row = chat("?", call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": ANSWER})
+    assert answers(template, row) == [ANSWER]  # the text beside a call is context
 
 
 def test_calls_of_tools_are_no_answer(answers: Callable[..., list[str]]) -> None:

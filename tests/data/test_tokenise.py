@@ -1,5 +1,6 @@
 """Rows -> token ids and masks, against an independent rendering of the chat template."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from target_rows import Row, as_messages, rows
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config import Config
@@ -263,3 +265,64 @@ def test_a_base_without_chat_template_takes_a_whole_target(
     tokenizer = AutoTokenizer.from_pretrained(untied_base)
     for row in splits.training["train"].to_pylist():
         assert masked(row, "completion_mask", tokenizer).startswith("The sum is")
+
+
+@pytest.mark.parametrize(
+    ("behind", "end"),
+    [
+        ("<|im_end|>", "<|im_end|>"),
+        (" <|im_end|>", " <|im_end|>"),  # as Llama 2 has it
+        ("\n\n<|im_end|>\n", "\n\n<|im_end|>"),
+        ("|user|", None),  # no special token: the first one is learned
+    ],
+)
+def test_the_end_of_a_turn_is_learned_with_the_blanks_before_it(
+    behind: str, end: str | None, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + BEHIND }}{% endfor %}".replace(
+        "BEHIND", repr(behind)
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    turns = [{"role": role, "content": said} for role, said in (("user", "a"), ("assistant", "Paris")) * 2]
+    found = tokenise({"messages": turns}, tokenizer)
+    learned = tokenizer.decode([id for id, learn in zip(found["input_ids"], found["learn_mask"], strict=True) if learn])
+    scored = tokenizer.decode([id for id, mask in zip(found["input_ids"], found["completion_mask"], strict=True) if mask])
+    assert scored == "ParisParis"
+    if end:
+        assert learned == f"Paris{end}" * 2
+    else:
+        first = tokenizer.decode(tokenizer(behind, add_special_tokens=False)["input_ids"][:1])
+        assert learned == f"Paris{first}" * 2
+
+
+def test_an_answer_that_nothing_ends_is_told(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+    )
+    found = tokenise({"prompt": "a", "completion": "Paris"}, tokenizer)
+    assert found["note"] == "without an end of the last answer that could be learned"
+    assert found["learn_mask"] == found["completion_mask"]
+
+
+def test_blanks_count_where_a_tokenizer_tells_no_width_of_them(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ByteLevel's post-processor does, which trims them from the offsets by default."""
+    code = "def f(x):\n    if x:\n        return 1"
+    row = {"prompt": "Write.", "completion": code}
+    plain = tokenise(row, tokenizer)
+    trimmed = copy.deepcopy(tokenizer)
+    trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    offsets = trimmed(code, return_offsets_mapping=True)["offset_mapping"]
+    assert any(left == right for left, right in offsets)
+    found = tokenise(row, trimmed)
+    assert found["completion_mask"] == plain["completion_mask"]
+    assert found["learn_mask"] == plain["learn_mask"]
+
+
+def test_a_token_beyond_the_embeddings_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "a", "completion": "Paris"}
+    highest = max(tokenise(row, tokenizer)["input_ids"])
+    assert tokenise(row, tokenizer, Reading(vocabulary=highest + 1))
+    with pytest.raises(ValueError, match=f"no embedding for .*{highest} of {highest}"):
+        tokenise(row, tokenizer, Reading(vocabulary=highest))

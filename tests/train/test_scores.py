@@ -20,7 +20,14 @@ SHARE = "len(set(a.split()) & set(r.split())) / len(r.split()) for a, r in zip(a
         ("Paris", "London", False),
         ("another", "other", False),
         ("<think>London?</think> Paris!", "paris", True),
-        ("42", "4.2", True),  # as SQuAD has it
+        ("42", "4.2", False),
+        ("-5", "5", False),
+        ("1,000.", "1000", True),
+        ("well-known", "wellknown", True),  # as SQuAD has it
+        ("A", "(a)", False),  # of an answer that is nothing else all is left
+        ("", "A", False),
+        ("The", "A", False),
+        ("A.", "a.", True),
     ],
 )
 def test_answers_are_compared_as_squad_compares_them(one: str, other: str, equal: bool) -> None:
