@@ -268,6 +268,11 @@ class TrainConfig(Section):
         description="padded tokens in one forward and backward pass; a step takes as many passes as its rows need; auto: 1024 on "
         "CPUs, on GPUs what a measured pass leaves room for; halved where memory runs out",
     )
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the frozen base in 4 bits while adapters are trained (QLoRA; extra quantize); scores and test figures "
+        "stay those of the plain base",
+    )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time: activations are computed twice")
     evaluations: int = Field(
         10, ge=1, le=MAX_COUNT, description="evaluations on the validation split over the run, the start apart"
@@ -312,6 +317,14 @@ class TrainConfig(Section):
                 f"train.gpus_per_worker {self.gpus_per_worker}: a worker computes on one GPU; set it to 1 and train.workers to "
                 f"{self.workers * int(self.gpus_per_worker)}, and train.shard: true where the base does not fit one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def four_bits_are_frozen_and_on_one_device(self) -> "TrainConfig":
+        if self.quantize == "nf4" and self.method == "full":
+            raise ValueError("train.quantize nf4 is of a frozen base, train.method full trains all weights; leave one out")
+        if self.quantize == "nf4" and self.shard:
+            raise ValueError("train.quantize nf4 keeps the base whole on each device, train.shard shares it out; leave one out")
         return self
 
     @field_validator("learning_rates", "seeds")
@@ -417,6 +430,10 @@ class Config(Section):
     @model_validator(mode="after")
     def rivals_train_an_adapter_on_one_device(self) -> "Config":
         rivals = [init for init in self.compare.inits if init in RIVALS]
+        if self.train.quantize != "none" and (moved := [init for init in rivals if init in MOVED]):
+            raise ValueError(
+                f"compare.inits: {moved[0]} takes a part of the base's weights, which train.quantize has in 4 bits; leave one out"
+            )
         if rivals and (self.train.method == "full" or self.train.shard):
             raise ValueError(
                 f"compare.inits: {rivals[0]} begins a fresh adapter from a base that one device holds; leave it out, or "

@@ -35,6 +35,7 @@ from pipeline.search.search import search, search_key, search_together
 from pipeline.train import tracking
 from pipeline.train.comparison import compare_starts, train_one
 from pipeline.train.metric import check, try_out
+from pipeline.train.quantised_base import require_bitsandbytes
 from pipeline.train.ray_train import require_workers
 from pipeline.train.starts import shapes_of
 
@@ -155,12 +156,13 @@ def open_run(config: Config, once_joined: Callable[[Run], None]) -> Iterator[Run
     """The run folder, locked, with what is asked in it, where that can be had; `once_joined` is called when the cluster is there.
 
     Raises:
-        InputError: there is nothing at a path, or a package for `track` or a function for `compare.metric` is missing: said now,
-            not after an hour of indexing.
+        InputError: there is nothing at a path, or a package for `track` or `train.quantize` or a function for `compare.metric` is
+            missing: said now, not after an hour of indexing.
         LockTakenError: another process works in the run folder.
     """
     target_paths(config)
     tracking.check(config.track)
+    require_bitsandbytes(config.train)
     check(config.compare.metric)
     if config.search.store:
         Folder.at(config.search.store).create()

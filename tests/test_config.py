@@ -100,6 +100,12 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"run": "d", "target": {"train": "d/t.jsonl"}}, "target.train: d/t.jsonl lies in the run folder d,"),
         ({"pool": "runs/../out/pool.txt", "run": "out"}, "pool: runs/../out/pool.txt lies in the run folder out"),
         ({"merge": {"probe": 4}, "train": {"shard": True}}, "merge.probe trains on one device"),
+        (
+            {"train": {"quantize": "nf4", "method": "full"}},
+            "nf4 is of a frozen base, train.method full trains all .* leave one out",
+        ),
+        ({"train": {"quantize": "nf4", "shard": True}}, "nf4 keeps the base whole on each device, train.shard .* leave one out"),
+        ({"train": {"quantize": "int4"}}, "train.quantize: .*'none' or 'nf4', got 'int4'"),
         ({"train": {"workers": 2, "min_workers": 3}}, "train.min_workers 3 is above train.workers 2"),
         (
             {"train": {"workers": 2, "gpus_per_worker": 4}},
@@ -115,6 +121,7 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
             "compare.inits: eva begins a fresh adapter .* leave it",
         ),
         ({"compare": {"inits": ["base", "olora"]}, "train": {"method": "full"}}, "compare.inits: olora begins a fresh adapter"),
+        ({"compare": {"inits": ["base", "pissa"]}, "train": {"quantize": "nf4"}}, "pissa takes a part of the base's weights"),
         ({"train": {"method": "full", "lora_plus": 4}}, "train.lora_plus is for adapters"),
         ({"train": {"lora_plus": 0}}, "train.lora_plus: .*got 0"),
         ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),

@@ -174,6 +174,17 @@ def test_a_metric_that_is_not_there_is_said_before_anything(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(60)
+def test_bitsandbytes_that_is_not_there_is_said_before_anything(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.quantised_base.is_bitsandbytes_available", lambda: False)
+    config["train"]["quantize"] = "nf4"
+    assert mashup("run", run_config(config, tmp_path)) == 2
+    assert capsys.readouterr().err == "mashup: install bitsandbytes to use train.quantize nf4: pip install '.[quantize]'\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_rows_that_the_metric_cannot_measure_end_a_run_before_the_search(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.core import node_folder
@@ -114,15 +114,23 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(base: str, dtype: torch.dtype, on: torch.device | None = None, shared_out: bool = False) -> Any:
+def load_model(
+    base: str,
+    dtype: torch.dtype,
+    on: torch.device | None = None,
+    shared_out: bool = False,
+    bits: BitsAndBytesConfig | None = None,
+) -> Any:
     """The base model with weights in `dtype` on a device, by default this process', in evaluation mode. Weights are read straight
     to where they belong: a node may have less memory than its GPUs.
 
     Args:
         shared_out: in place of one device, its layers over all the GPUs of this process.
+        bits: how its linear layers are quantised as they are read; None: not at all.
     """
     device_map = "auto" if shared_out else {"": on or device()}
     settings: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "device_map": device_map}
+    settings |= {"quantization_config": bits} if bits else {}
     path, revision = source(base, weights=True)
     model = from_hub(lambda: AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, **settings))
     model.name_or_path = model.config._name_or_path = name_of(base)  # what others call it goes into adapters' configs

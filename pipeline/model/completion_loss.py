@@ -247,7 +247,14 @@ def _are_alike(model: Any, found_NV: Tensor, expected_NV: Tensor) -> bool:
     """By medians: of logits that a model masks the spread is none, and a rounding that flips an expert moves few."""
     spread = (expected_NV - expected_NV.median()).abs().median()
     apart = (found_NV.to(expected_NV.device) - expected_NV).abs().median()
-    return bool(apart <= (APART if model.dtype == torch.float32 else APART_IN_16_BITS) * spread)
+    return bool(apart <= (APART if _products(model) == torch.float32 else APART_IN_16_BITS) * spread)
+
+
+def _products(model: Any) -> torch.dtype:
+    """The type that a model's matrix products are made in: layers in 4 bits have one of their own."""
+    bits = getattr(model.config, "quantization_config", None)
+    found: torch.dtype = bits.bnb_4bit_compute_dtype if bits else model.dtype
+    return found
 
 
 def _own_logits(model: Any, decoder: Any, hidden_NH: Tensor) -> Tensor:

@@ -76,8 +76,9 @@ def _index(init: str, summary: Json, config: Config) -> Json:
 
 def _introduction(base: str, init: str, arm: Json, is_adapter: bool, config: Config) -> str:
     start = {"base": "the base itself", "mashup": "the mashup of the donors below"}.get(init, f"the start `{init}`")
+    how = "trained" if config.train.quantize == "none" else f"trained with the base in 4 bits ({config.train.quantize})"
     return (
-        f"{'A LoRA adapter for' if is_adapter else 'A finetune of'} {escape_markdown(base)}, trained on "
+        f"{'A LoRA adapter for' if is_adapter else 'A finetune of'} {escape_markdown(base)}, {how} on "
         f"{escape_markdown(data_name(config.target.train))} from {start}, at a learning rate of {arm['lr']:g}; the weights are "
         f"those after step {arm['best_step']}, where the validation NLL was lowest. Made by mashup-learning {__version__}."
     )

@@ -77,6 +77,11 @@ class Job:
         return self.train.method == "full"
 
     @property
+    def quantised(self) -> bool:
+        """Whether the frozen base is in 4 bits."""
+        return self.train.quantize != "none"
+
+    @property
     def name(self) -> str:
         """Unique among the arms that a run ever had: Ray Train goes on with a run of the same name."""
         return f"{self.arm.name}-{self.key}"

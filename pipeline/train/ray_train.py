@@ -167,9 +167,10 @@ def training_resources(train: TrainConfig) -> Resources:
 
 def training_kind(train: TrainConfig, named: bool = True) -> str:
     """What a measured speed of training holds for; `named` as of `resources.describe`."""
+    method = train.method if train.quantize == "none" else f"{train.method} on {train.quantize}"
     workers = f"{train.workers} x {describe(training_resources(train), named)}"
     memory = f"{train.tokens_per_pass} tokens a pass, shared out: {train.shard}, checkpointing: {train.gradient_checkpointing}"
-    return f"training, {train.method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
+    return f"training, {method}, {train.dtype}, {train.batch_size} rows a step, {memory}, {workers}"
 
 
 def arms_at_once(train: TrainConfig, arms: int) -> int:

@@ -35,13 +35,16 @@ def train_arms(
         tracked: where the curves go besides.
 
     Raises:
-        InputError: what they are to be tracked with cannot be had.
+        InputError: what they are to be tracked or quantised with cannot be had.
         RuntimeError: an arm failed; the others' results are kept.
     """
     todo = [job for job in jobs if not storage.is_complete(f"{job.name}/{RESULT_FILE}")]
     if todo:
+        from pipeline.train.quantised_base import require_bitsandbytes  # not above: see pipeline/train/ray_train.py
+
         tracked = tracked or TrackConfig()
         tracking.check(tracked)
+        require_bitsandbytes(todo[0].train)
         _tune(todo, storage, [_Follow(say, run, todo[0].train.steps), *tracking.callbacks(tracked, storage.path)])
     outcomes = [storage.read_json(f"{job.name}/{RESULT_FILE}") for job in jobs]
     for outcome in outcomes:

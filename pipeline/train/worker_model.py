@@ -37,6 +37,7 @@ from pipeline.model.completion_loss import Batch, completion_nll, decoder_of, sc
 from pipeline.train.arm import Job, download_model
 from pipeline.train.evaluate import causal
 from pipeline.train.fused_lora import fuse
+from pipeline.train.quantised_base import load_quantised
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 """Of a state dict that is the same whatever the number of workers."""
@@ -64,14 +65,15 @@ class Trainable:
     def __init__(self, job: Job, workers: int) -> None:
         self.job, self.workers = job, workers
         products = fast_dtype(job.train.dtype)
-        mixed = job.full and products != torch.float32
+        mixed = (job.full or job.quantised) and products != torch.float32
         torch.manual_seed(job.arm.seed)
         with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
             apart = start and (job.moved or (job.folded and not job.full))
             self.start = read_adapter(start) if start and apart else None
             self.model = _build(job, start)
             decoder_of(causal(self.model))  # found out now, while this worker has all weights
-            fuse(self.model)
+            if not job.quantised:  # those of a base in 4 bits have its own product; its head computes under autocast
+                fuse(self.model)
             if job.train.gradient_checkpointing:
                 causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
             self.completions = Completions(self.model)
@@ -228,14 +230,11 @@ def _start(job: Job) -> Iterator[Path | None]:
 
 def _build(job: Job, start: Path | None) -> Any:
     """The model with what is trained of it, from the base or from the adapter at `start`."""
-    on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
-    model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), on)
+    model = _start_model(job, start if job.folded else None)
     if start and job.moved:
         model = _without(model, start)
     if start and not job.folded:
         return put_on(model, start, is_trainable=True)
-    if start:
-        model = put_on(model, start).merge_and_unload()
     if job.full:
         return model.requires_grad_(True)
     fresh = LoraConfig(
@@ -255,6 +254,16 @@ def _without(model: Any, adapter: Path) -> Any:
         if isinstance(module, LoraLayer):
             module.scaling = {name: -scale for name, scale in module.scaling.items()}
     return with_it.merge_and_unload()
+
+
+def _start_model(job: Job, folded: Path | None) -> Any:
+    """The base, with the adapter at `folded` added to its weights."""
+    dtype = torch.float32 if job.full else fast_dtype(job.train.dtype)
+    if job.quantised:
+        return load_quantised(job.base, dtype, folded)
+    on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
+    model = load_model(job.base, dtype, on)
+    return put_on(model, folded).merge_and_unload() if folded else model
 
 
 def _copied(tree: Any, keep: bool) -> Any:

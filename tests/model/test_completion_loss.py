@@ -1,6 +1,7 @@
 """Losses with the output head run where it counts, against full logits of plain transformers."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sizes import SMALL
 from torch import Tensor
 from transformers import (
+    BitsAndBytesConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -24,6 +26,7 @@ from pipeline.model.base_model import load_model
 from pipeline.model.completion_loss import (
     SHARED_ON_GPU,
     Batch,
+    _are_alike,
     collate,
     completion_logits,
     completion_nll,
@@ -123,6 +126,15 @@ def test_losses_and_gradients_are_the_same_in_chunks(tiny_base: str, monkeypatch
     assert len(found[0][0]) > 6
     for whole, chunked in zip(*found, strict=True):
         torch.testing.assert_close(whole, chunked)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_logits_over_layers_in_4_bits_may_round_as_their_products_do(products: torch.dtype) -> None:
+    """The model's other weights are in float32."""
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=products)
+    model = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(quantization_config=bits))
+    logits_NV = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    assert _are_alike(model, logits_NV * 1.01, logits_NV) is (products == torch.bfloat16)
 
 
 PREFIX = list(range(3, 28))

@@ -49,6 +49,12 @@ def test_only_weights_from_the_mashup_name_donors_and_their_licence(run_data: Ru
     assert "from the base itself" in text
 
 
+def test_bits_that_the_base_had_in_training_are_told(run_data: RunData, config: Config) -> None:
+    bits = config.model_copy(update={"train": config.train.model_copy(update={"quantize": "nf4"})})
+    assert ", trained with the base in 4 bits (nf4) on " in card(run_data, bits)
+    assert "4 bits" not in card(run_data, config)
+
+
 def test_a_whole_model_is_a_finetune(run_data: RunData, config: Config) -> None:
     full = config.model_copy(update={"train": config.train.model_copy(update={"method": "full"})})
     found = front_matter(card(run_data, full))

@@ -59,3 +59,9 @@ def test_a_cluster_that_starts_from_zero_finds_what_was_measured_when_its_nodes_
     assert rates.recent(kind(config)) == {"tokens_per_second": 9000.0}
     nodes(head, {"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1.0})
     assert rates.recent(kind(config)) == {}
+
+
+def test_a_speed_on_the_base_in_16_bits_is_none_of_it_in_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    assert training_kind(TrainConfig(quantize="nf4")) != training_kind(TrainConfig())

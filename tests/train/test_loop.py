@@ -86,7 +86,11 @@ def test_going_on_from_a_checkpoint_gives_the_same_curve(job: Callable[..., Job]
     assert without_time(again.curve) == without_time([{"lr": 1e-2, "seed": 0, **point} for point in whole.points])
 
 
-@pytest.mark.parametrize("settings", [{"steps": 4, "evaluations": 2}, FULL], ids=["adapter", "all weights"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 4, "evaluations": 2}, {"steps": 4, "evaluations": 2, "quantize": "nf4"}, FULL],
+    ids=["adapter", "adapter of a base in 4 bits", "all weights"],
+)
 def test_a_checkpoint_can_be_written_after_training_went_on(
     job: Callable[..., Job], without_time: Any, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

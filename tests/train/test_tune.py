@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.train import tune
 from pipeline.train.arm import STATE, Arm, Job
@@ -59,6 +60,15 @@ def test_an_arm_is_steered_from_the_head_and_may_have_all_cpus(
     head = next(node["NodeID"] for node in ray.nodes() if tune.HEAD in node["Resources"])
     assert outcome["node"] == head
     assert "CPU" not in outcome["asked"]
+
+
+def test_arms_that_cannot_be_quantised_are_not_begun(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.quantised_base.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(tune, "_tune", lambda *given: pytest.fail("begun"))
+    with pytest.raises(InputError, match="install bitsandbytes"):
+        tune.train_arms([job(quantize="nf4")], Folder.at(tmp_path), print, "run")
 
 
 def test_arms_that_failed_are_counted_and_one_is_quoted(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
