@@ -348,6 +348,10 @@ class TrackConfig(Section):
         None,
         description="tracking URI of an MLflow server, such as http://host:5000; MLflow takes credentials from its environment",
     )
+    wandb: str | None = Field(
+        None,
+        description="project of Weights & Biases; the key is that of WANDB_API_KEY, and with WANDB_MODE=offline none is needed",
+    )
 
 
 class Config(Section):
