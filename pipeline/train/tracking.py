@@ -2,9 +2,9 @@
 
 TensorBoard's event files are written to `train/tune/<arm>/` in the run folder. In MLflow each arm is a run, of an experiment that
 is named after the arms' folder, with the arm's init, learning rate and seed as parameters; in Weights & Biases likewise, of a
-group with that name, and with WANDB_MODE=offline in `wandb/` of the working folder, or where WANDB_DIR says, for `wandb sync`. The
-steps are optimizer steps, but that the evaluation before the first one is drawn at 1; Weights & Biases counts evaluations, and has
-the optimizer steps as `step`.
+group with that name, and with WANDB_MODE=offline in `wandb/` of the working folder or of WANDB_DIR, for `wandb sync`. The steps
+are optimizer steps, but that the evaluation before the first one is drawn at 1; Weights & Biases counts evaluations, and has the
+optimizer steps as `step`.
 """
 
 import os
