@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationInfo, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from pipeline.core.settings import Section, checked, read_yaml, with_settings
 from pipeline.core.storage import lies_in
@@ -118,6 +120,12 @@ class Budget(Section):
             problem = "must be a number, or one of share, seconds and confidence with its value"
             raise ValueError(problem)  # noqa: TRY004 (pydantic wants this one)
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: a number alone, too."""
+        section = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"type": "number"}, section], "description": section["description"]}
 
     @model_validator(mode="after")
     def exactly_one(self) -> "Budget":
