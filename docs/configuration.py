@@ -29,7 +29,7 @@ def page() -> str:
             parts += [text for key, inner in section.model_fields.items() if (text := _inner(f"{name}.{key}", inner))]
     parts += [
         "## `mashup refresh REFRESH.yaml`",
-        "`search`, `merge` and each of the `targets` are as above.",
+        "`search`, `merge`, `train`, `track` and each of the `targets` are as above.",
         _table(RefreshConfig),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"

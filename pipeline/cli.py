@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a local path or s3://...")]
@@ -244,13 +245,14 @@ def run_command(
 def refresh_command(
     config: Annotated[str, typer.Argument(metavar="REFRESH.yaml", help="Which targets to keep up to date; see docs/cluster.md.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where there was nothing to do.")] = False,
+    settings: Settings = None,
 ) -> None:
     """Bring the mashups of many targets up to date: score what is new, publish what is better. Prints what came of each."""
     from pipeline.refresh.refresh import load_refresh, refresh
 
-    found = refresh(load_refresh(config), exit_code)
+    found = refresh(load_refresh(config, settings or ()), exit_code)
     for target, came in found["targets"].items():
-        typer.echo(": ".join([target, *(came[key] for key in ("outcome", "reason", "mashup") if key in came)]))
+        typer.echo(": ".join([target, *(came[key] for key in ("outcome", "reason", "mashup", "finetuned") if key in came)]))
     raise typer.Exit(found["exit_code"])
 
 

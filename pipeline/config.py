@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationInfo, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from pipeline.core.settings import Section, checked, read_yaml, with_settings
 from pipeline.core.storage import lies_in
@@ -125,6 +127,12 @@ class Budget(Section):
             problem = "must be a number, or one of share, seconds and confidence with its value"
             raise ValueError(problem)  # noqa: TRY004 (pydantic wants this one)
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: a number alone, too."""
+        section = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"type": "number"}, section], "description": section["description"]}
 
     @model_validator(mode="after")
     def exactly_one(self) -> "Budget":
@@ -385,6 +393,10 @@ class TrackConfig(Section):
     mlflow: str | None = Field(
         None,
         description="tracking URI of an MLflow server, such as http://host:5000; MLflow takes credentials from its environment",
+    )
+    wandb: str | None = Field(
+        None,
+        description="project of Weights & Biases; the key is that of WANDB_API_KEY, and with WANDB_MODE=offline none is needed",
     )
 
 

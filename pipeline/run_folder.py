@@ -103,6 +103,8 @@ class Run:
         if not folder.exists(CONFIG):
             raise InputError(f"{uri}: no run here (config.yaml is missing); start one with `mashup search` or `mashup run`")
         content = _read_config(folder)
+        if not _is_of_a_run(content):
+            raise InputError(f"{uri}: no run here (its config.yaml is yours); give the folder that the config names as run")
         if _version_of(content, uri) < VERSION:
             raise InputError(
                 f"{uri}: its tables are of an older version; `mashup run` with its config makes them anew, scores are kept"
@@ -178,8 +180,13 @@ def _require_own(folder: Folder, store: str | None) -> None:
     if not names or FILE in names:
         return
     content = _read_config(folder) if CONFIG in names else None
-    if not (isinstance(content, dict) and {"tables", "versions"} & content.keys()):
+    if not _is_of_a_run(content):
         raise InputError(f"{folder.uri}: this folder holds {names[0]!r} and no run; choose a new or an empty one for 'run'")
+
+
+def _is_of_a_run(content: Any) -> bool:
+    """Whether a config file is one that a run put down, not one that asks for a run."""
+    return isinstance(content, dict) and bool({"tables", "versions"} & content.keys())
 
 
 def _read_config(folder: Folder) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,7 @@ def test_a_refresh_with_wrong_input_or_nothing_to_do(mashup: Any, tiny_base: str
     History.of(Folder.at(content["home"])).add(row)
     assert mashup("refresh", str(file))[0] == 0
     assert mashup("refresh", str(file), "--exit-code")[0] == 3
+    assert_one_clear_line(mashup("refresh", str(file), "--set", "threshold=-1"), "threshold: ", "-1")
 
 
 def test_unknown_option_and_missing_option_exit_with_2(mashup: Any) -> None:
@@ -224,6 +226,22 @@ def called(*arguments: str) -> str:
 def test_the_version_and_the_schema_are_printed() -> None:
     assert called("--version") == f"mashup {__version__}\n"
     assert "target" in json.loads(called("schema"))["required"]
+
+
+@pytest.mark.timeout(60)
+def test_help_is_asked_for_in_short_too() -> None:
+    assert called("-h") == called("--help")
+    assert called("run", "-h") == called("run", "--help")
+
+
+@pytest.mark.timeout(60)
+def test_the_shell_completes_commands_and_options() -> None:
+    """As `mashup --install-completion` has it ask."""
+    command = str(Path(sys.executable).with_name("mashup"))
+    for words, found in {"mashup re": ["report", "refresh"], "mashup run --u": ["--until"]}.items():
+        asked = {"_MASHUP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = subprocess.run([command], env=os.environ | asked, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == found
 
 
 def test_a_mistake_in_a_config_is_said_before_torch_and_ray_are_imported(config: dict[str, Any], tmp_path: Path) -> None:

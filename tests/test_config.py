@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -177,3 +178,15 @@ def test_credentials_are_refused_and_not_shown(dotted: str) -> None:
     with pytest.raises(InputError, match=f"{dotted}: .*no credentials.*s3://[.]{{3}}@bucket/x") as caught:
         build_config(content, "c.yaml")
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [0.1, {"share": 0.1}, {"seconds": 60}])
+def test_an_editor_with_the_schema_takes_a_budget_as_the_command_does(budget: Any) -> None:
+    content = {**MINIMAL, "search": {"budget": budget}}
+    assert build_config(content, "test")
+    jsonschema.validate(content, Config.model_json_schema())
+
+
+def test_an_editor_with_the_schema_refuses_a_budget_that_is_none() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**MINIMAL, "search": {"budget": "much"}}, Config.model_json_schema())

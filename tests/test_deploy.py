@@ -1,5 +1,6 @@
 """cluster.yaml and kuberay/: against the schemas of those who read them, and what must hold whatever the schemas allow."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -150,6 +151,31 @@ def test_adapters_are_kept_on_a_disk_that_can_feed_a_gpu(cluster: dict[str, Any]
         assert "medium" not in volumes[places[env["TMPDIR"]]]
         assert env["HF_HOME"].startswith(env["TMPDIR"] + "/")
         assert volumes[places["/dev/shm"]]["medium"] == "Memory"
+
+
+@pytest.mark.timeout(60)
+def test_tokens_of_the_hub_come_from_a_file_that_need_not_be_there(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """Ray's processes on head and workers have them in their environment."""
+    (tmp_path / "with/.mashup").mkdir(parents=True)
+    (tmp_path / "with/.mashup/tokens.env").write_text("HF_TOKEN=of-the-hub\n")
+    for start in start_commands(cluster):
+        command = start.partition("ray start")[0] + "python3 -c 'import os; print(os.environ.get(\"HF_TOKEN\"))'"
+        for home, token in {"with": "of-the-hub", "without": "None"}.items():
+            env = {"HOME": str(tmp_path / home), "PATH": os.environ["PATH"]}
+            done = subprocess.run(["/bin/bash", "-c", command], env=env, capture_output=True, text=True, check=True)
+            assert done.stdout.strip() == token
+    assert '# "~/.mashup/tokens.env": "~/.mashup/tokens.env"' in (ROOT / "cluster.yaml").read_text()
+
+
+def test_tokens_of_the_hub_come_from_a_secret_that_need_not_be_there() -> None:
+    account = (ROOT / "kuberay/account.yaml").read_text()
+    for spec in clusters():
+        for template in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            (container,) = template["template"]["spec"]["containers"]
+            secrets = [one["secretRef"] for one in container["envFrom"]]
+            assert [one["name"] for one in secrets] == ["mashup-object-store", "mashup-tokens"]
+            assert all(one["optional"] and f"secret generic {one['name']} " in account for one in secrets)
+    assert "HF_TOKEN=" in account
 
 
 def test_what_pods_write_is_on_volumes_of_a_size_that_is_asked_for() -> None:

@@ -52,6 +52,13 @@ def test_tables_of_a_version_that_is_not_known_are_refused_and_left_alone(found:
     assert file.read_text() == before
 
 
+def test_the_folder_of_a_config_file_is_no_run(config: Config) -> None:
+    """`mashup show .`, where `mashup init` wrote the config."""
+    (Path(config.run) / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with pytest.raises(InputError, match=r"no run here \(its config\.yaml is yours\); give the folder that the config names"):
+        Run.open(config.run)
+
+
 def test_older_tables_are_made_anew_by_a_whole_run_and_refused_by_a_single_stage(config: Config) -> None:
     Run(config).save_config()
     file = Path(config.run) / CONFIG

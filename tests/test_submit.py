@@ -111,6 +111,17 @@ def test_the_run_folder_of_the_command_takes_the_place_of_the_configs(write: Any
         submit.portable_config(write(), "mashup", "here")
 
 
+def test_settings_of_a_refresh_go_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "refresh.yaml"
+    content = {"home": "/home", "base": "org/model", "pool": "/pool", "targets": {"law": {"train": "/law.jsonl"}}}
+    file.write_text(yaml.safe_dump(content))
+    settings = ["threshold=0.5", "targets.law.train=s3://bucket/law.jsonl"]
+    sent = submit.portable_config(str(file), "refresh", None, settings)
+    assert sent == content | {"threshold": 0.5, "targets": {"law": {"train": "s3://bucket/law.jsonl"}}}
+    with pytest.raises(InputError, match=r"targets\.law\.train: law\.jsonl is a relative path"):
+        submit.portable_config(str(file), "refresh", None, ["targets.law.train=law.jsonl"])
+
+
 def test_options_of_the_job_are_passed_on(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client('{"status": "done", "exit_code": 3}\n')
     assert send(monkeypatch, client, write(), options=["--plan", "a b"]) == 3

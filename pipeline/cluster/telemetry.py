@@ -1,7 +1,8 @@
 """What a run tells those who watch its cluster: Ray metrics, and log lines of workers that say where they come from.
 
 Each node gives its metrics at its metrics endpoint, in Prometheus' format; Ray puts `ray_` before the names and labels the node
-and, as WorkerId, the run's driver; `run` is the run's folder. Without a cluster nothing is told.
+and, as WorkerId, the run's driver; `run` is the run's folder, or the home of refreshes. Without a cluster nothing is told; of
+refreshes `refresh/status.py` writes the same into files.
 """
 
 import logging
@@ -20,6 +21,8 @@ METRICS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "mashup_search_adapter_samples": ("Pairs of a candidate and a sample that the race has scored.", ("run",)),
     "mashup_search_tokens_per_second": ("Tokens a second that one engine scores, the mean over the race.", ("run",)),
     "mashup_train_tokens_per_second": ("Tokens a second of an arm, padding included, evaluation apart.", ("run", "arm")),
+    "mashup_refresh_last_success_timestamp_seconds": ("When a target was last up to date, since 1970.", ("run", "target")),
+    "mashup_refresh_outcomes": ("How often refreshes ended so for a target.", ("run", "target", "outcome")),
 }
 """Name -> what it is, with its unit, and its tags. All are gauges."""
 
@@ -42,6 +45,13 @@ def tell_training(run: str, arm: str, tokens: int, seconds: float) -> None:
     """How fast an arm trains: `tokens` in `seconds` so far."""
     if seconds:
         tell("mashup_train_tokens_per_second", tokens / seconds, run, arm=arm)
+
+
+def tell_refresh(home: str, target: str, last_success: float, outcomes: Mapping[str, int]) -> None:
+    """How the refreshes of a target went so far."""
+    tell("mashup_refresh_last_success_timestamp_seconds", last_success, home, target=target)
+    for outcome, count in outcomes.items():
+        tell("mashup_refresh_outcomes", count, home, target=target, outcome=outcome)
 
 
 def worker_log(stage: str, adapter: str = "-") -> WorkerLog:

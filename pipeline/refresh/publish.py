@@ -1,7 +1,8 @@
 """The mashups that others use: `published/<target>/<time>-<digest>/`, and `current.json` beside them: which one counts.
 
 A version is never changed, and `current.json` is written last: who reads it finds a whole mashup, or that the base is the better
-start (`uri` null).
+start (`uri` null). Where a refresh trains, `finetuned` says where the finetuned weights are, and what they started from; those of
+the last version count until there are newer ones.
 """
 
 import math
@@ -12,14 +13,17 @@ from pipeline.adapters.adapter import hash_of
 from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.base_ref import name_of
+from pipeline.core.ledger import digest
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.stats import mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
+from pipeline.report.finetuned_card import best_init
 from pipeline.run_folder import Run
 from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines
 from pipeline.search.scoring import score_on_holdout
+from pipeline.train.arm import rows_digest
 
 CURRENT = "current.json"
 
@@ -42,13 +46,33 @@ def publish(run: Run, engines: Engines, published: Folder, threshold: float) -> 
         return "kept", current
     now = datetime.now(UTC)
     if found["verdict"] == "mashup":
-        found["uri"] = _copy(run.folder, published.sub(f"{now:%Y%m%dT%H%M%SZ}-{found['adapter_hash'][:8]}"))
+        found["uri"] = _copy(run.folder, "mashup", "selection.json", published.sub(_version(now, found["adapter_hash"])))
         outcome = "published"
     else:
         outcome = "withdrawn" if current else "kept"
-    found["time"] = f"{now:%Y-%m-%dT%H:%M:%SZ}"
+    found |= {"time": _written(now), "finetuned": (current or {}).get("finetuned")}
     published.write_json(CURRENT, found)
     return outcome, found
+
+
+def training_key(run: Run, current: Json) -> str:
+    """Digest of what finetuned weights depend on: the published start, the rows, and how they are trained on."""
+    data, train = run.folder.sub("data"), run.config.train
+    rows = [rows_digest(data, split) for split in ("train", "validation")]
+    return digest(current["base_fingerprint"], current["adapter_hash"], rows, train.model_dump())
+
+
+def publish_finetuned(run: Run, published: Folder, key: str) -> Json:
+    """Publish what a run finetuned, beside the mashup. Returns what now counts.
+
+    Args:
+        key: as of `training_key`.
+    """
+    now, start = datetime.now(UTC), best_init(run.folder.read_json("summary.json"))
+    uri = _copy(run.folder, "finetuned", "summary.json", published.sub(f"{_version(now, key)}-finetuned"))
+    found = {"uri": uri, "start": start, "key": key, "time": _written(now)}
+    published.write_json(CURRENT, published.read_json(CURRENT) | {"finetuned": found})
+    return found
 
 
 def chosen(selection: Json) -> Json:
@@ -101,13 +125,20 @@ def _loss_now(run: Run, engines: Engines, current: Json) -> float:
     return mean_per_token(known.nll_NS[1], known.tokens_S.astype(float)).mean
 
 
-def _copy(run: Folder, target: Folder) -> str:
-    """Copy the mashup with its card and the selection file. Returns where it is now."""
-    mashup = run.sub("mashup")
-    for file in mashup.list_files():
-        target.copy_file(file, mashup)
-    target.copy_file("selection.json", run)
+def _copy(run: Folder, weights: str, about: str, target: Folder) -> str:
+    """Copy weights of a run with their card, and the file that is about them. Returns where they are now."""
+    for file in run.sub(weights).list_files():
+        target.copy_file(file, run.sub(weights))
+    target.copy_file(about, run)
     return target.uri
+
+
+def _version(now: datetime, key: str) -> str:
+    return f"{now:%Y%m%dT%H%M%SZ}-{key[:8]}"
+
+
+def _written(now: datetime) -> str:
+    return f"{now:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _hash(uri: str) -> str:

@@ -3,7 +3,9 @@
     look      files of pool, targets and base, settings -> what changed since the last time
     renew     for each target where something did: search what is new, select, merge   -> runs/<target>/
     publish   where the selection changed, or its gain passes the threshold            -> published/<target>/
+    finetune  where `train` is given, once the engines have gone: from what was chosen -> published/<target>/
     history   a row for each of these targets, and a page                              -> history.parquet, history.html
+    status    how it went, for alerts, also where there was nothing to do              -> status.json, metrics.prom
 
 One refresh of a home at a time. Where nothing changed, neither Ray nor torch is even imported.
 """
@@ -11,37 +13,35 @@ One refresh of a home at a time. Where nothing changed, neither Ray nor torch is
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.adapters.pool import pool_state
-from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
+from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, TrackConfig, TrainConfig, build_config
 from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError, one_line
 from pipeline.core.hub_api import pinned_data
 from pipeline.core.ledger import digest
 from pipeline.core.lock import Lock, LockLostError
 from pipeline.core.progress import Progress
-from pipeline.core.settings import Section, checked, read_yaml
+from pipeline.core.settings import Section, checked, read_yaml, with_settings
 from pipeline.core.storage import Folder, lies_in
 from pipeline.refresh.history import FAILURES, History, Seen
+from pipeline.refresh.status import NOTHING_TO_DO, Status, last_success, note
 
-if TYPE_CHECKING:
-    from pipeline.refresh.target import Target
-    from pipeline.search.engine_pool import Engines
-
-NOTHING_TO_DO = "nothing to do"
 EXIT_CODES = {"done": 0, NOTHING_TO_DO: 0, "failed": 1, "wrong input": 2}
 NOTHING_CODE = 3
 """Of a refresh that had nothing to do, for who asks."""
 
 HOME_FOLDERS = ("published", "runs", "index", "store", "lock")
 
-REPORTED = ("outcome", "changed", "verdict", "donors", "nll_minus_base", "adapter_samples", "mashup", "reason")
-"""Columns of the history that a refresh gives back."""
+REPORTED = ("outcome", "changed", "verdict", "donors", "nll_minus_base", "adapter_samples", "mashup", "finetuned", "reason")
+"""What a refresh gives back of a target: columns of the history, and where its finetuned weights are."""
 
 
 def _file_name(name: str) -> str:
@@ -61,6 +61,10 @@ class RefreshConfig(Section):
     targets: dict[Annotated[str, AfterValidator(_file_name)], TargetConfig] = Field(min_length=1)
     search: SearchConfig = SearchConfig()
     merge: MergeConfig = MergeConfig()
+    train: TrainConfig = Field(
+        TrainConfig(), description="where it is given, what was chosen is finetuned and published beside the mashup"
+    )
+    track: TrackConfig = TrackConfig()
     threshold: float = Field(
         0.01,
         ge=0,
@@ -78,23 +82,36 @@ class RefreshConfig(Section):
             raise ValueError(f"{value} lies in {path}, where refreshes write; choose another pool")
         return value
 
+    @model_validator(mode="after")
+    def curves_are_of_a_training(self) -> "RefreshConfig":
+        if "track" in self.model_fields_set and not self.finetunes:
+            raise ValueError("track: there is nothing to track without a training; give train, too")
+        return self
+
+    @property
+    def finetunes(self) -> bool:
+        return "train" in self.model_fields_set
+
     def run_of(self, target: str) -> Config:
-        """A target's run. All share one store of scores."""
+        """A target's run. All share one store of scores; what is trained starts from the mashup, or the base where that is
+        better."""
         home = Folder.at(self.home)
         search = self.search.model_copy(update={"store": self.search.store or home.sub("store").uri})
         paths = {"run": home.sub("runs", target).uri, "base": self.base, "pool": self.pool}
         pool = {"exclude": self.exclude, "checkpoints": self.checkpoints}
-        content = {**paths, **pool, "target": self.targets[target], "search": search, "merge": self.merge}
+        training = {"train": self.train, "track": self.track, "compare": {"inits": ["mashup"]}}
+        content = {**paths, **pool, "target": self.targets[target], "search": search, "merge": self.merge, **training}
         return build_config(content, f"the run of target {target}")
 
 
-def load_refresh(path: str) -> RefreshConfig:
-    """Read the config file of a refresh.
+def load_refresh(path: str, settings: Sequence[str] = ()) -> RefreshConfig:
+    """Read the config file of a refresh; `settings`, as of `with_settings`, replace values of it.
 
     Raises:
         InputError: as `load_config`.
     """
-    config = checked(RefreshConfig, read_yaml(path, "home, base, pool and targets"), path)
+    content = with_settings(read_yaml(path, "home, base, pool and targets"), settings)
+    config = checked(RefreshConfig, content, path)
     for target in config.targets:
         config.run_of(target)
     return config
@@ -122,6 +139,9 @@ def refresh(config: RefreshConfig, report_noop: bool = False) -> dict[str, Any]:
         looked = look(config)
         due = {name: changed for name, seen in looked.items() if (changed := history.changed(name, seen)) is not None}
         rows = _renew_all(config, history, lock, due, looked) if due else {}
+        noted = note(home, {name: rows[name]["outcome"] if name in rows else NOTHING_TO_DO for name in looked})
+        if rows:
+            _tell(home, noted)
     status = _status([row["outcome"] for row in rows.values()])
     code = NOTHING_CODE if report_noop and status == NOTHING_TO_DO else EXIT_CODES[status]
     untouched = {"outcome": NOTHING_TO_DO}
@@ -136,7 +156,9 @@ def look(config: RefreshConfig) -> dict[str, Seen]:
         InputError: the base model is not known.
     """
     adapters, base = digest(pool_state(config.pool)), digest(_base_state(config.base))
-    settings = digest(config.search.model_dump(), config.merge.model_dump(), config.threshold, config.exclude, config.checkpoints)
+    trained = [config.train.model_dump()] if config.finetunes else []
+    asked = (config.search.model_dump(), config.merge.model_dump(), config.threshold, config.exclude, config.checkpoints)
+    settings = digest(*asked, *trained)
     return {
         name: {"adapters": adapters, "data": digest(_data_state(target)), "base": base, "settings": settings}
         for name, target in config.targets.items()
@@ -163,11 +185,13 @@ def _renew_all(
     from pipeline.refresh.history_page import write_history
     from pipeline.refresh.target import Target, index_pool, search_side_by_side  # this brings torch and Ray
     from pipeline.search.engine_pool import Engines
+    from pipeline.train import tracking
 
-    progress = Progress()
+    tracking.check(config.track)
+    progress, rows = Progress(), dict[str, dict[str, Any]]()
     pool = index_pool(config.run_of(next(iter(due))), history.home.sub("index"))
-    engines, targets = Engines(config.search), {name: Target(config.run_of(name), pool) for name in due}
-    rows: dict[str, dict[str, Any]] = {}
+    engines, targets = Engines(config.search), {name: Target(config.run_of(name), pool, config.finetunes) for name in due}
+    published = {name: history.home.sub("published", name) for name in due}
     try:
         with engines.kept():
             if len(targets) > 1 and not config.search.budget.seconds:  # of which each has its own
@@ -175,22 +199,37 @@ def _renew_all(
             for name, changed in due.items():
                 progress.stage(name)
                 progress.say(f"changed: {', '.join(changed)}" if changed else "failed the last time")
-                found = _renew(targets[name], engines, history.home.sub("published", name), config.threshold, lock)
+                found = _tried(partial(targets[name].renew, engines, published[name], config.threshold, lock.check))
                 rows[name] = found | {"target": name, "changed": changed, "seen": looked[name]}
-                lock.check()
-                history.add(rows[name])
-                progress.say(f"{found['outcome']}: {found['reason']}" if "reason" in found else found["outcome"])
+                if not _trains(config, rows[name]):
+                    _put_down(history, lock, rows[name])
+        for name in [name for name, row in rows.items() if _trains(config, row)]:
+            progress.stage(f"{name}: finetune")
+            found = _tried(partial(targets[name].finetune, published[name], lock.check))
+            rows[name] |= found | {"seconds": rows[name]["seconds"] + found["seconds"]}
+            _put_down(history, lock, rows[name])
     finally:  # who is stopped leaves a page of what was done
         lock.check()
         write_history(history.home)
     return rows
 
 
-def _renew(target: "Target", engines: "Engines", published: Folder, threshold: float, lock: Lock) -> dict[str, Any]:
-    """Renew one target. What fails, but for a lock that is lost, is kept as the reason."""
+def _trains(config: RefreshConfig, row: dict[str, Any]) -> bool:
+    """Whether a target that was renewed is to be finetuned."""
+    return config.finetunes and row["outcome"] not in FAILURES
+
+
+def _put_down(history: History, lock: Lock, row: dict[str, Any]) -> None:
+    lock.check()
+    history.add(row)
+    Progress().say(f"{row['outcome']}: {row['reason']}" if "reason" in row else row["outcome"])
+
+
+def _tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What came of some work for one target. What fails, but for a lock that is lost, is kept as the reason."""
     started = time.perf_counter()
     try:
-        found = target.renew(engines, published, threshold, lock.check)
+        found = work()
     except LockLostError:
         raise
     except InputError as error:
@@ -200,6 +239,13 @@ def _renew(target: "Target", engines: "Engines", published: Folder, threshold: f
             raise
         found = {"outcome": "failed", "reason": one_line(error)}
     return found | {"time": datetime.now(UTC), "seconds": time.perf_counter() - started}
+
+
+def _tell(home: Folder, noted: Status) -> None:
+    from pipeline.cluster.telemetry import tell_refresh  # this brings Ray
+
+    for name, found in noted.items():
+        tell_refresh(home.uri, name, last_success(found), found["outcomes"])
 
 
 def _status(outcomes: list[str]) -> str:

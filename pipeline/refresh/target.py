@@ -1,4 +1,4 @@
-"""One target of a refresh: the stages up to the merge, in a run folder of its own, and what comes of them."""
+"""One target of a refresh: the stages up to the merge, or the comparison, in a run folder of its own, and what comes of them."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,10 +11,11 @@ from pipeline.core.progress import Progress
 from pipeline.core.storage import Folder
 from pipeline.data.sample import samples
 from pipeline.data.splits import target_paths
-from pipeline.refresh.publish import chosen, publish
-from pipeline.run import search_and_merge, search_for_merge
+from pipeline.refresh.publish import CURRENT, chosen, publish, publish_finetuned, training_key
+from pipeline.run import compare, search_and_merge, search_for_merge
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
+from pipeline.train.ray_train import require_workers
 
 
 def index_pool(config: Config, folder: Folder) -> Run:
@@ -32,9 +33,9 @@ def index_pool(config: Config, folder: Folder) -> Run:
 class Target:
     """What a refresh does for one target."""
 
-    def __init__(self, config: Config, pool: Run) -> None:
-        """`pool`: the run that checked the pool."""
-        self.run, self._pool = Run(config), pool
+    def __init__(self, config: Config, pool: Run, finetunes: bool = False) -> None:
+        """`pool`: the run that checked the pool. `finetunes`: whether there is to be room for training, too."""
+        self.run, self._pool = Run(config, _require_workers) if finetunes else Run(config), pool
         self._before: tuple[str, int] | None = None
 
     def prepare(self) -> None:
@@ -72,6 +73,27 @@ class Target:
             outcome, current = publish(run, engines, published, threshold)
         return _columns(run) | {"adapter_samples": self._scored(), "outcome": outcome, "mashup": current["uri"]}
 
+    def finetune(self, published: Folder, check: Callable[[], None]) -> dict[str, Any]:
+        """Finetune from what was chosen, and publish the weights, unless those that are published are still what that gives.
+
+        Args:
+            published, check: as of `renew`, which comes before.
+
+        Returns:
+            Where the weights are, to be reported.
+
+        Raises:
+            InputError, LockTakenError: as `renew`.
+        """
+        with self.run.locked():
+            current = published.read_json(CURRENT)
+            key, found = training_key(self.run, current), current.get("finetuned")
+            if not found or found["key"] != key:
+                compare(self.run)
+                check()
+                found = publish_finetuned(self.run, published, key)
+        return {"finetuned": found["uri"]}
+
     def _scored(self) -> int:
         """Adapter-samples since it was prepared."""
         key_now, spent = _searched(self.run)
@@ -106,6 +128,10 @@ def search_side_by_side(targets: Mapping[str, Target], engines: Engines) -> None
             Progress().say(f"the targets are searched one by one: {one_line(error)}")
         for run in together:
             run.progress.about = ""
+
+
+def _require_workers(run: Run) -> None:
+    require_workers(run.config.train)
 
 
 def _take_index(run: Run, pool: Run) -> None:

@@ -38,7 +38,7 @@ def _parse(line: str) -> tuple[str, float]:
     name, _, rest = line.removeprefix("ray_").partition("{")
     labels, _, value = rest.rpartition("} ")
     tags = dict(label.split("=", 1) for label in labels.split(",") if "=" in label)
-    own = [tags[tag].strip('"') for tag in ("run", "stage", "arm") if tag in tags]
+    own = [tags[tag].strip('"') for tag in ("run", "stage", "arm", "target", "outcome") if tag in tags]
     return ":".join([name, *own]), float(value)
 
 
@@ -48,11 +48,15 @@ def test_every_metric_is_exported_by_the_node(tmp_path: Path) -> None:
     with ledger.perform("probing", "key"):
         pass
     telemetry.tell_training("a-run", "some-arm", tokens=300, seconds=2.0)
+    telemetry.tell_refresh("a-home", "law", last_success=1.5e9, outcomes={"kept": 3, "failed": 1})
     telemetry.tell_training("a-run", "not-begun", tokens=0, seconds=0.0)
     race = RaceProgress(adapter_samples=12, tokens=900, seconds=3.0, engines=2, rung=1, rungs=3, outstanding=5)
     scoring._measure("a-run", race)
     expected = {
         "mashup_train_tokens_per_second:a-run:some-arm": 150.0,
+        "mashup_refresh_last_success_timestamp_seconds:a-home:law": 1.5e9,
+        "mashup_refresh_outcomes:a-home:law:kept": 3.0,
+        "mashup_refresh_outcomes:a-home:law:failed": 1.0,
         "mashup_search_engines:a-run": 2.0,
         "mashup_search_rung:a-run": 1.0,
         "mashup_search_outstanding:a-run": 5.0,

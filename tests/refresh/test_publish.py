@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.config import Config
 from pipeline.core.storage import Folder
 from pipeline.refresh import publish as publish_module
-from pipeline.refresh.publish import CURRENT, publish
+from pipeline.refresh.publish import CURRENT, publish, publish_finetuned, training_key
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
 
@@ -41,12 +42,24 @@ class Target:
         }
         Folder.at(self.path / "run").write_json("selection.json", selection)
 
-    def publish(self) -> str:
+    def run(self, **sections: Any) -> Run:
         config = {"run": str(self.path / "run"), "base": self.base, "pool": "pool", "target": {"train": "train.jsonl"}}
-        run = Run(Config.model_validate(config))
+        return Run(Config.model_validate(config | sections))
+
+    def publish(self) -> str:
+        run = self.run()
         outcome, current = publish(run, Engines(run.config.search), self.published, THRESHOLD)
         assert current == self.current
         return outcome
+
+    def finetune(self, steps: int, rows: str) -> str:
+        """Leave what a training of so many steps on these rows does. Gives the key."""
+        run = self.run(train={"steps": steps})
+        for split in ("train", "validation"):
+            run.folder.write_table(f"data/{split}.parquet/0.parquet", pa.table({"sample_id": list(rows)}))
+        run.folder.write_text("finetuned/adapter_model.safetensors", f"after {steps}")
+        run.folder.write_json("summary.json", {"inits": {"mashup": {"validation_nll_best": 1.0}}})
+        return training_key(run, self.current)
 
     @property
     def current(self) -> dict[str, Any]:
@@ -137,3 +150,33 @@ def test_another_base_is_another_mashup(target: Target, untied_base: str) -> Non
     target.publish()
     target.base = untied_base
     assert target.publish() == "published"
+
+
+def test_finetuned_weights_are_published_beside_the_mashup_and_outlive_it(target: Target) -> None:
+    """Until newer ones are there, those of the last version are better than none."""
+    target.select({"a": "1"})
+    target.publish()
+    assert target.current["finetuned"] is None
+    key = target.finetune(3, "abc")
+    found = publish_finetuned(target.run(), target.published, key)
+    assert target.current["finetuned"] == found
+    assert (found["start"], found["key"]) == ("mashup", key)
+    assert {file.name for file in Path(found["uri"]).iterdir()} == {"adapter_model.safetensors", "summary.json"}
+    assert Path(target.current["uri"], "adapter_config.json").is_file()
+    target.select({"b": "2"}, seed=1)
+    assert target.publish() == "published"
+    assert target.current["finetuned"] == found
+    target.select({})
+    assert target.publish() == "withdrawn"
+    assert target.current["finetuned"] == found
+
+
+def test_other_finetuned_weights_come_of_another_start_other_rows_or_another_training(target: Target) -> None:
+    target.select({"a": "1"})
+    target.publish()
+    key = target.finetune(3, "abc")
+    assert target.finetune(3, "abc") == key
+    others = {target.finetune(4, "abc"), target.finetune(3, "ab")}
+    target.select({"b": "2"}, seed=1)
+    target.publish()
+    assert len({key, *others, target.finetune(3, "abc")}) == 4

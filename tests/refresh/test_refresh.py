@@ -17,7 +17,8 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import SEEN
 from pipeline.refresh import target
 from pipeline.refresh.history import History
-from pipeline.refresh.refresh import NOTHING_TO_DO, RefreshConfig, load_refresh, look, refresh
+from pipeline.refresh.refresh import RefreshConfig, load_refresh, look, refresh
+from pipeline.refresh.status import NOTHING_TO_DO, last_success
 
 
 @pytest.fixture
@@ -36,12 +37,14 @@ def content(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def renewed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """In place of scoring and merging: what comes of each target, an exception or columns of the history."""
+    """In place of scoring, merging and training: what comes of each target, an exception or columns of the history; with
+    `finetune law` and the like of its training."""
     comes: dict[str, Any] = {}
 
     class Target:
-        def __init__(self, config: Any, pool: Any) -> None:
-            self.outcome = comes.get(Folder.at(config.run).path.rpartition("/")[2])
+        def __init__(self, config: Any, pool: Any, finetunes: bool) -> None:
+            self.name = Folder.at(config.run).path.rpartition("/")[2]
+            self.outcome = comes.get(self.name)
 
         def renew(self, engines: Any, published: Folder, threshold: float, check: Callable[[], None]) -> dict[str, Any]:
             if isinstance(self.outcome, Exception):
@@ -50,6 +53,12 @@ def renewed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 self.outcome()
                 check()
             return {"outcome": "kept", "verdict": "base", "donors": [], "adapter_samples": 0}
+
+        def finetune(self, published: Folder, check: Callable[[], None]) -> dict[str, Any]:
+            found = comes.get(f"finetune {self.name}", {"finetuned": published.uri})
+            if isinstance(found, Exception):
+                raise found
+            return found() if callable(found) else found
 
     monkeypatch.setattr(target, "index_pool", lambda config, folder: None)
     monkeypatch.setattr(target, "search_side_by_side", lambda targets, engines: None)
@@ -66,7 +75,8 @@ def outcomes(found: dict[str, Any]) -> dict[str, str]:
     [
         (
             {"treshold": 1},
-            "unknown key 'treshold' (known there: home, base, pool, exclude, checkpoints, targets, search, merge, threshold)",
+            "unknown key 'treshold' (known there: home, base, pool, exclude, checkpoints, targets, search, merge, train, track, "
+            "threshold)",
         ),
         ({"targets": {"law": {"train": "x", "tset": "y"}}}, "unknown key 'targets.law.tset' (known there: train, validation"),
         ({"targets": {"law": {}}}, "key 'targets.law.train' is missing"),
@@ -75,6 +85,8 @@ def outcomes(found: dict[str, Any]) -> dict[str, str]:
         ({"targets": {}}, "targets: "),
         ({"threshold": -1}, "threshold: "),
         ({"merge": {"k": 0}}, "merge.k: must be from 1"),
+        ({"train": {"stepz": 1}}, "unknown key 'train.stepz' (known there: steps"),
+        ({"track": {"tensorboard": True}}, "track: there is nothing to track without a training"),
     ],
 )
 def test_what_is_wrong_in_a_config_is_named(content: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
@@ -131,9 +143,18 @@ def test_what_a_look_tells_apart(content: dict[str, Any], tmp_path: Path, file: 
     assert {name: {one for one in SEEN if before[name][one] != after[name][one]} for name in before} == changed
 
 
+def test_settings_take_the_place_of_the_configs(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "refresh.yaml"
+    file.write_text(yaml.safe_dump(content))
+    config = load_refresh(str(file), ["merge.k=3", "targets.law.max_tokens=64"])
+    assert (config.merge.k, config.targets["law"].max_tokens, config.targets["sport"].max_tokens) == (3, 64, 1024)
+    assert not config.finetunes
+    assert load_refresh(str(file), ["train.steps=3"]).finetunes
+
+
 def test_settings_are_looked_at_too(content: dict[str, Any]) -> None:
     before = look(RefreshConfig.model_validate(content))["law"]
-    for change in ({"threshold": 0.5}, {"merge": {"k": 1}}, {"search": {"samples": 8}}):
+    for change in ({"threshold": 0.5}, {"merge": {"k": 1}}, {"search": {"samples": 8}}, {"train": {}}):
         after = look(RefreshConfig.model_validate(content | change))["law"]
         assert [name for name in SEEN if before[name] != after[name]] == ["settings"]
 
@@ -168,6 +189,64 @@ def test_a_target_that_fails_stops_no_other_and_is_tried_again(content: dict[str
         None,
     ]
     assert Folder.at(content["home"]).exists("history.html")
+
+
+def test_a_target_is_finetuned_where_that_is_asked_and_once_the_engines_have_gone(
+    content: dict[str, Any], renewed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose training fails is put down as failed, and is tried again; of one that could not be renewed nothing is trained."""
+    assert "finetuned" not in refresh(RefreshConfig.model_validate(content))["targets"]["law"]
+    ended = list[bool]()
+    monkeypatch.setattr("pipeline.search.engine_pool.Engines.close", lambda engines: ended.append(True))
+    content |= {"train": {"steps": 2}}
+    config = RefreshConfig.model_validate(content)
+    renewed |= {"sport": InputError("no such file"), "finetune sport": AssertionError("it was trained")}
+    renewed["finetune law"] = lambda: pytest.fail("the engines are up") if not ended else {"finetuned": "there"}
+    found = refresh(config)
+    assert outcomes(found) == {"law": "kept", "sport": "wrong input"}
+    assert found["targets"]["law"]["finetuned"] == "there"
+
+    renewed |= {"sport": None, "finetune sport": RuntimeError("the disk is full")}
+    found = refresh(config)
+    assert outcomes(found) == {"law": NOTHING_TO_DO, "sport": "failed"}
+    assert found["targets"]["sport"]["reason"] == "RuntimeError: the disk is full"
+    assert found["exit_code"] == 1
+    renewed["finetune sport"] = {"finetuned": "there"}
+    assert outcomes(refresh(config)) == {"law": NOTHING_TO_DO, "sport": "kept"}
+    assert [row["outcome"] for row in History.of(Folder.at(content["home"])).rows if row["target"] == "sport"] == [
+        "kept",
+        "wrong input",
+        "failed",
+        "kept",
+    ]
+
+
+@pytest.mark.usefixtures("renewed")
+def test_what_training_is_tracked_with_is_looked_for_first(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.train.tracking.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="install tensorboardX"):
+        refresh(RefreshConfig.model_validate(content | {"train": {}, "track": {"tensorboard": True}}))
+
+
+def test_how_it_went_is_noted_also_where_there_was_nothing_to_do(
+    content: dict[str, Any], renewed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[tuple[Any, ...]]()
+    monkeypatch.setattr("pipeline.cluster.telemetry.tell_refresh", lambda *figures: told.append(figures[1:]))
+    config, home = RefreshConfig.model_validate(content), Folder.at(content["home"])
+    renewed["sport"] = RuntimeError("the store is away")
+    refresh(config)
+    noted = home.read_json("status.json")["targets"]
+    assert {name: one["outcome"] for name, one in noted.items()} == {"law": "kept", "sport": "failed"}
+    assert told == [("law", last_success(noted["law"]), noted["law"]["outcomes"]), ("sport", 0.0, noted["sport"]["outcomes"])]
+    renewed["sport"] = None
+    refresh(config)
+    told.clear()
+    refresh(config)
+    noted = home.read_json("status.json")["targets"]
+    assert [one["outcome"] for one in noted.values()] == [NOTHING_TO_DO] * 2
+    assert noted["law"]["outcomes"][NOTHING_TO_DO] == 2
+    assert told == []
 
 
 def test_one_refresh_at_a_time(content: dict[str, Any], renewed: dict[str, Any]) -> None:
@@ -307,6 +386,21 @@ def test_a_home_over_several_refreshes(
     history = History.of(scheduled.home)
     assert [row["target"] for row in history.rows] == ["words", "fewer", "other", "words", "broken", "words"]
     assert history.rows[-1]["nll_minus_base"] > history.rows[0]["nll_minus_base"]
+
+    # Finetuned from what was chosen; the published mashup stays, and there is nothing to do after it.
+    scheduled.content["targets"] = {"words": words}
+    scheduled.content["train"] = {"steps": 2, "batch_size": 4, "learning_rates": [1e-3, 1e-4], "evaluations": 1}
+    found = scheduled.refresh()["targets"]["words"]
+    assert found["outcome"] == "kept"
+    current = scheduled.home.read_json("published/words/current.json")
+    assert (current["finetuned"]["uri"], current["finetuned"]["start"]) == (found["finetuned"], "mashup")
+    finetuned = Folder.at(found["finetuned"])
+    assert finetuned.list_files() == ["README.md", "adapter_config.json", "adapter_model.safetensors", "summary.json"]
+    assert finetuned.read_json("summary.json")["inits"].keys() == {"mashup"}
+    assert scheduled.published("words")[0] == published[0]
+    ending, _ = scheduled.in_a_process()
+    assert ending["status"] == NOTHING_TO_DO
+    assert scheduled.home.read_json("status.json")["targets"]["words"]["outcomes"][NOTHING_TO_DO] == 2
 
 
 def _check_published(home: Folder, found: dict[str, Any]) -> None:

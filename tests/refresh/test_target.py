@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config, TargetConfig
+from pipeline.config import Config, TargetConfig, TrainConfig
 from pipeline.core.errors import InputError
+from pipeline.core.lock import LockLostError
 from pipeline.core.storage import Folder
 from pipeline.refresh import target as target_module
 from pipeline.refresh.target import Target, _take_index, index_pool, search_side_by_side
@@ -61,3 +62,41 @@ def test_a_target_that_cannot_be_searched_with_the_others_stops_none(
     for target in targets.values():
         with target.run.locked():  # it was released
             pass
+
+
+def test_a_target_is_finetuned_where_what_is_published_is_not_of_that(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nothing is published once that is not allowed any more."""
+    trained = list[str]()
+
+    def train(run: Run) -> None:
+        trained.append(run.folder.uri)
+
+    def forbid() -> None:
+        raise LockLostError("away")
+
+    monkeypatch.setattr(target_module, "compare", train)
+    monkeypatch.setattr(target_module, "training_key", lambda run, current: "key")
+    monkeypatch.setattr(target_module, "publish_finetuned", lambda run, published, key: {"uri": "there", "key": key})
+    published = Folder.at(tmp_path / "published")
+    config = Config(run=str(tmp_path / "law"), base=tiny_base, pool="pool", target=TargetConfig(train="train.jsonl"))
+    target = Target(config, Run(config))
+    published.write_json("current.json", {"finetuned": {"uri": "there", "key": "key"}})
+    assert target.finetune(published, lambda: None) == {"finetuned": "there"}
+    assert trained == []
+    for stale in ({}, {"finetuned": None}, {"finetuned": {"uri": "old", "key": "another"}}):
+        published.write_json("current.json", stale)
+        assert target.finetune(published, lambda: None) == {"finetuned": "there"}
+    assert trained == [target.run.folder.uri] * 3
+    with pytest.raises(LockLostError):
+        target.finetune(published, forbid)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_cluster_without_room_for_training_is_said_before_the_search(tiny_base: str, tmp_path: Path) -> None:
+    asked = {"train": TrainConfig(cpus_per_worker=1000), "target": TargetConfig(train="train.jsonl")}
+    config = Config(run=str(tmp_path / "law"), base=tiny_base, pool="pool", **asked)
+    Target(config, Run(config), finetunes=False).run._once_joined(Run(config))
+    with pytest.raises(InputError, match="1000"):
+        Target(config, Run(config), finetunes=True).run._once_joined(Run(config))
