@@ -1,5 +1,6 @@
 """What a person sees while a run works: one calm line now and then, on standard error."""
 
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ def quiet_libraries() -> None:
     """To be called before transformers or Ray are imported: their notes would bury the progress. What the user set stays."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it tells each process of a faster package
 
 
 def exit_when_stopped() -> None:
