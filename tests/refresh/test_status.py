@@ -1,15 +1,18 @@
 """What an alert looks at: a time that moves with every refresh that went well, and counts that begin at 0."""
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.cluster.telemetry import METRICS
 from pipeline.core.storage import Folder
 from pipeline.refresh import status
+from pipeline.refresh.history import FAILURES
 from pipeline.refresh.status import COUNTS, LAST_SUCCESS, METRICS_FILE, NOTHING_TO_DO, OUTCOMES, STATUS_FILE, last_success, note
 
 pytestmark = pytest.mark.timeout(60)
@@ -76,3 +79,15 @@ def test_targets_that_are_gone_are_forgotten(home: Folder) -> None:
 
 def test_the_cluster_tells_metrics_of_the_same_names() -> None:
     assert {LAST_SUCCESS, COUNTS} <= METRICS.keys()
+
+
+def test_the_alerts_of_the_docs_are_about_what_is_written(home: Folder) -> None:
+    note(home, {"law": "failed"})
+    page = (Path(__file__).parents[2] / "docs/cluster.md").read_text()
+    (rules,) = (text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "alert:" in text)
+    asked = [rule["expr"] for rule in yaml.safe_load(rules)["groups"][0]["rules"]]
+    assert len(asked) == 2
+    for expression in asked:
+        assert {name for name, *_ in metrics(home)} & set(re.findall(r"\w+", expression))
+    (outcomes,) = re.findall(r'outcome=~"(.*?)"', "".join(asked))
+    assert set(outcomes.split("|")) == set(FAILURES)
