@@ -44,11 +44,12 @@ UNEVEN: dict[str, Any] = {"steps": 6, "evaluations": 2, "batch_size": 5, "tokens
     "settings",
     [
         {"workers": 4, "cpus_per_worker": 0.25},
+        {"workers": 2, "quantize": "nf4"},
         {"workers": 2, "shard": True, "gradient_checkpointing": True, "dtype": "bfloat16"},
         {"workers": 2, "shard": True, "method": "full"},
         {"workers": 3, "min_workers": 1, "cpus_per_worker": 2},
     ],
-    ids=["replicated", "shared out, bfloat16", "all weights shared out", "as many as there is room for"],
+    ids=["replicated", "base in 4 bits", "shared out, bfloat16", "all weights shared out", "as many as there is room for"],
 )
 def test_any_number_of_workers_gives_the_curve_of_one(
     settings: dict[str, Any], job: Callable[..., Job], alone: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,7 +58,7 @@ def test_any_number_of_workers_gives_the_curve_of_one(
     storage = Folder.at(bucket if "shard" in settings else tmp_path)
     arm = job(**{"cpus_per_worker": 0.5, **UNEVEN, **settings})
     found = fit(arm, storage)
-    kind = {name: settings[name] for name in ("method", "dtype") if name in settings}
+    kind = {name: settings[name] for name in ("method", "dtype", "quantize") if name in settings}
     one, near = alone(**UNEVEN, **kind), 1e-2 if "dtype" in kind else 1e-4
     assert [row["step"] for row in found["curve"]] == [row["step"] for row in one.curve] == [0, 3, 6]
     for row, expected in zip(found["curve"], one.curve, strict=True):
