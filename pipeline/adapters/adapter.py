@@ -227,7 +227,8 @@ def plain(adapter: Adapter) -> Adapter:
 
 
 def _target_modules(modules: list[str], shapes: Shapes) -> list[str]:
-    """Leaf names where they name just these modules in the base, else the full paths."""
+    """Leaf names where they name just these modules in the base, else the full paths: an encoder for pictures may have modules of
+    these names, too, which PEFT may have no code for, with their linear layers inside."""
     leaves = {module.rpartition(".")[2] for module in modules}
-    covered = {name for name in shapes if name.rpartition(".")[2] in leaves}
+    covered = {name for name in shapes if not leaves.isdisjoint(name.split("."))}
     return sorted(leaves) if covered == set(modules) else sorted(modules)

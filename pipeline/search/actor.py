@@ -86,10 +86,10 @@ class ScoringActor:
             return proven_scorer(engine, config, work.samples, work.store.folder.sub("canary"))
         except (EngineFaultError, InputError) as fault:
             self._refuse(fault, work.stage)
-            raise
+            raise fault.with_traceback(None) from None  # Ray prints what an actor ends with, and all that led to it
 
     def _refuse(self, fault: EngineFaultError | InputError, stage: str) -> None:
-        worker_log(stage).error("%s", fault)
+        worker_log(stage).error("%s", fault, exc_info=fault)
         self._tell(self.dispatcher.refuse, fault)
 
     def _tell(self, method: Any, *told: Any) -> Any:

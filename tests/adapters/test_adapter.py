@@ -155,6 +155,13 @@ def test_from_factors_names_modules_in_full_where_leaf_names_would_name_more(
     assert list(deltas_by_peft(tmp_path, tiny_base)) == [Q0]
 
 
+def test_from_factors_names_modules_in_full_where_a_leaf_name_is_on_the_way_to_another(tiny_base: str) -> None:
+    """As in Gemma 4's encoder for pictures, whose q_proj is a module with a linear layer inside, for which PEFT has no code."""
+    shapes = {Q0: (8, 8), "vision_tower.layers.0.self_attn.q_proj.linear": (8, 8)}
+    delta = {Q0: Factors(torch.ones(1, 8), torch.ones(8, 1))}
+    assert from_factors(tiny_base, delta, 1, 1, shapes, seed=0).config.target_modules == {Q0}
+
+
 CONFIGS = {
     "other method": ({"peft_type": "IA3"}, "not LoRA: peft_type is 'IA3'"),
     "MLX": ({"fine_tune_type": "lora", "peft_type": None}, "MLX: an adapter of mlx_lm"),

