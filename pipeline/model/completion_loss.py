@@ -212,6 +212,17 @@ def _keeps_keys_and_values(decoder: Any, cache: DynamicCache) -> bool:
     return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
+@torch.no_grad()
+def may_share_batches(model: Any) -> bool:
+    """Whether rows that are continued in a batch, the shorter ones behind padding that is masked, are continued as each is alone.
+
+    So with keys and values of attention alone. A state takes padding in, mask or not, under many architectures, and RWKV's under
+    transformers mixes even rows of one length. Where keys depend on what comes behind them, they depend on the other rows.
+    """
+    decoder = decoder_of(model)
+    return decoder is not None and _cache_of(decoder, torch.ones(1, 1, dtype=torch.long, device=model.device), 1) is not None
+
+
 def decoder_of(model: Any) -> Any | None:
     """The part of a model that turns tokens into its last hidden states, so that its head can run apart. None: there is none of
     which this is proven, and the model is used whole. To be asked before the model's weights are shared out."""
