@@ -23,6 +23,7 @@ from pipeline.core.hub import HubBusyError, from_hub
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 from pipeline.model.layer_names import EMBEDDING_NAMES, own_name
+from pipeline.model.rope import forget_lengths
 
 FIRST_VALUES = 256
 
@@ -134,6 +135,7 @@ def load_model(
     path, revision = source(base, weights=True)
     model = from_hub(lambda: AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, **settings))
     model.name_or_path = model.config._name_or_path = name_of(base)  # what others call it goes into adapters' configs
+    forget_lengths(model)
     return model.eval()
 
 

@@ -22,6 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from pipeline.model.rope import depends_on_length, turned_alone
+
 Head = Callable[[Tensor], Tensor]
 
 PROVEN = "_mashup_decoder"
@@ -52,6 +54,8 @@ class Batch:
     index_N: Tensor
     """Where the tokens that count are in `ids_BT`, read row after row: found where the rows are made, as to look for them on a
     GPU would make the host wait for it."""
+    lengths: tuple[int, ...]
+    """Of the rows, without padding."""
     n_shared: int = 0
     """P: all rows begin with the same P tokens, none of which counts or predicts one that does."""
 
@@ -76,7 +80,7 @@ def collate(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], devic
         mask_BT[i, : len(row)] = torch.tensor(mask)
     mask_BT[:, 0] = False
     index_N = mask_BT.flatten().nonzero()[:, 0]
-    return Batch(copied_to(device, ids_BT), copied_to(device, index_N), _shared(ids_BT, mask_BT))
+    return Batch(copied_to(device, ids_BT), copied_to(device, index_N), tuple(map(len, ids)), _shared(ids_BT, mask_BT))
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -161,7 +165,9 @@ def _hidden(decoder: Any, batch: Batch) -> Tensor:
     start = batch.n_shared
     cache = _shared_cache(decoder, batch)
     if cache is None:
-        start, hidden_BTH = 0, decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        start = 0
+        with turned_alone(decoder, batch.lengths):
+            hidden_BTH = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
     else:
         hidden_BTH = decoder(input_ids=batch.ids_BT[:, start:], past_key_values=cache, use_cache=True).last_hidden_state
     before_N = batch.index_N - 1 - start * (batch.row_N + 1)  # of each the token before it, without what is shared
@@ -172,7 +178,7 @@ def _shared_cache(decoder: Any, batch: Batch) -> DynamicCache | None:
     """Keys and values of the tokens that all rows begin with, of every layer and for each row. Gradients flow through them.
 
     None: they are too few, or the model keeps something else than keys and values, as state-space models do, or keeps nothing,
-    as with gradient checkpointing.
+    as with gradient checkpointing, or its keys depend on what comes behind them.
     """
     rows = len(batch.ids_BT)
     if not sharing_pays(rows, batch.n_shared, batch.ids_BT.device):
@@ -201,7 +207,20 @@ def _keeps_keys_and_values(decoder: Any, cache: DynamicCache) -> bool:
         return False
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         return False
+    if depends_on_length(decoder.config):
+        return False
     return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+@torch.no_grad()
+def may_share_batches(model: Any) -> bool:
+    """Whether rows that are continued in a batch, the shorter ones behind padding that is masked, are continued as each is alone.
+
+    So with keys and values of attention alone. A state takes padding in, mask or not, under many architectures, and RWKV's under
+    transformers mixes even rows of one length. Where keys depend on what comes behind them, they depend on the other rows.
+    """
+    decoder = decoder_of(model)
+    return decoder is not None and _cache_of(decoder, torch.ones(1, 1, dtype=torch.long, device=model.device), 1) is not None
 
 
 def decoder_of(model: Any) -> Any | None:
@@ -272,7 +291,8 @@ def _own_logits(model: Any, decoder: Any, hidden_NH: Tensor) -> Tensor:
 
 def _whole_logits(model: Any, batch: Batch) -> Tensor:
     """The logits of a whole forward pass at the positions that predict a token which counts; shape (N, V)."""
-    logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
+    with turned_alone(model, batch.lengths):
+        logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
     found: Tensor = logits_BTV.flatten(0, 1).index_select(0, batch.index_N - 1)
     return found
 

@@ -1,7 +1,8 @@
 """What trained weights answer to the rows of the test split: the likeliest of a row's choices, or what they write.
 
 To write is to decode greedily from the prompt of a row's last answer, until the end of the turn or so many tokens as `longest`
-says. The end of the turn is the token that follows the answers in the rows, as training learns it, or the tokenizer's.
+says. The end of the turn is the token that follows the answers in the rows, as training learns it, or the tokenizer's. Rows
+are written to in batches where that leaves what is written as it is, else one by one.
 """
 
 import sys
@@ -18,7 +19,7 @@ from pipeline.config import BY_CHOICES, HARNESS
 from pipeline.core.storage import Folder
 from pipeline.core.tables import ANSWERS
 from pipeline.model.base_model import device, fast_dtype, load_tokenizer
-from pipeline.model.completion_loss import Batch, collate, score_tokens
+from pipeline.model.completion_loss import Batch, collate, may_share_batches, score_tokens
 from pipeline.train.batches import share_out
 from pipeline.train.evaluate import Score, in_batches, load_checkpoint, sum_over_workers
 from pipeline.train.harness import answer_task
@@ -86,7 +87,8 @@ def write(model: Any, rows: Sequence[Asked], tokenizer: PreTrainedTokenizerBase)
     model.generation_config = GenerationConfig()  # the base's own may ask for draws and penalties
     stops, room = _stops(rows, tokenizer), longest(rows)
     found: list[list[int]] = [[]] * len(rows)
-    for places in share_out([len(row.prompt) + room for row in rows], 1, GENERATION_TOKENS)[0]:
+    tokens = GENERATION_TOKENS if may_share_batches(model) else 1
+    for places in share_out([len(row.prompt) + room for row in rows], 1, tokens)[0]:
         for place, ids in zip(places, _written(model, [rows[p].prompt for p in places], stops, room), strict=True):
             found[place] = ids
     return [_text(ids, tokenizer) for ids in found]

@@ -18,6 +18,7 @@ from pipeline.config import HARNESS
 from pipeline.core.errors import InputError, one_line
 from pipeline.core.ledger import digest
 from pipeline.core.tables import ANSWERS
+from pipeline.model.completion_loss import may_share_batches
 
 ROWS_AT_ONCE = 16
 
@@ -60,7 +61,8 @@ def answer_task(model: Any, tokenizer: PreTrainedTokenizerBase, metric: str) -> 
 
     model.generation_config = GenerationConfig()  # the base's own may ask for draws and penalties
     tasks = _load(metric)
-    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=ROWS_AT_ONCE)
+    at_once = ROWS_AT_ONCE if may_share_batches(model) else 1
+    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once)
     templated = tokenizer.chat_template is not None
     found = simple_evaluate(judged, tasks=[*tasks.values()], bootstrap_iters=0, apply_chat_template=templated)["samples"]
     rows = [_row(name, one, _metric_of(tasks[name])) for name, samples in found.items() for one in _first_filter(samples)]

@@ -8,13 +8,24 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.core.storage import Folder
 from pipeline.core.tables import ANSWERS, TEST
 from pipeline.data.tokenise import Reading, tokenise
-from pipeline.model.completion_loss import score_tokens
-from pipeline.train.answers import LEAST_WRITTEN, _stops, _written, answers_on_test, asked, choose, longest, texts_of, write
+from pipeline.model.completion_loss import may_share_batches, score_tokens
+from pipeline.train.answers import (
+    LEAST_WRITTEN,
+    Asked,
+    _stops,
+    _written,
+    answers_on_test,
+    asked,
+    choose,
+    longest,
+    texts_of,
+    write,
+)
 from pipeline.train.arm import Job
 from pipeline.train.loop import Finetuning
 
@@ -117,6 +128,30 @@ def test_what_is_written_is_what_generate_writes_row_by_row(
     assert len({len(row.prompt) for row in rows}) > 1
     right = [text == tokenizer.decode(row.answer) for text, row in zip(found, rows, strict=True)]
     assert any(right)
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "rwkv": {"attention_hidden_size": 32},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8, "num_local_experts": 2},
+    "phi3": {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_row_is_answered_alike_whoever_shares_its_batch(kind: str, tokenizer: Any) -> None:
+    """Padding before a prompt goes into a state, as RWKV and MiniMax have it; by longrope a longer prompt turns it otherwise."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | heads | BASES[kind])).eval()
+    prompts = [torch.randint(10, 300, (length,)).tolist() for length in (60, 9, 20, 9)]
+    rows = [Asked(prompt, [70], [4]) for prompt in prompts]
+    assert write(model, rows, tokenizer) == [write(model, [row], tokenizer)[0] for row in rows]
+    assert may_share_batches(model) == (kind == "llama")
 
 
 def test_of_a_conversation_the_last_answer_is_asked(tokenizer: Any, tiny_base: str) -> None:

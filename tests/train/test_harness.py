@@ -1,8 +1,10 @@
 """Tasks of lm-eval: what they score, and what is refused. Without the extra `eval` the first is not run."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -96,6 +98,21 @@ def test_what_is_written_to_a_task_goes_through_the_chat_template(task: Callable
     assert found["prompt"][0].as_py() == "<|im_start|>user\nfox and fox<|im_end|>\n<|im_start|>assistant\n"
     assert found["reference"].to_pylist() == WORDS * len(WORDS)
     assert set(found["score"].to_pylist()) == {0.0}
+
+
+@pytest.mark.parametrize(("alike", "at_once"), [(True, harness.ROWS_AT_ONCE), (False, 1)])
+def test_rows_that_would_be_answered_otherwise_in_batches_go_one_by_one(
+    alike: bool, at_once: int, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    stub = SimpleNamespace(HFLM=lambda batch_size, **given: asked.append(batch_size))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=lambda *given, **settings: {"samples": {}}))
+    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=stub))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", stub)
+    monkeypatch.setattr(harness, "_load", lambda metric: {})
+    monkeypatch.setattr(harness, "may_share_batches", lambda model: alike)
+    answer_task(SimpleNamespace(), AutoTokenizer.from_pretrained(tiny_base), "lm_eval:any")
+    assert asked == [at_once]
 
 
 def test_a_task_that_cannot_be_had_is_refused(task: Callable[..., str], tmp_path: Path) -> None:
