@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
+from pipeline.adapters.peft_names import names_kept, require_applied
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
@@ -168,9 +169,17 @@ def read_indexed(one: Indexed, cache: Path) -> Adapter:
 
 
 def put_on(model: Any, folder: Path, **settings: Any) -> PeftModel:
-    """The base model with the adapter of a local folder on its layers. PEFT alone would read the weights to the first GPU that it
-    sees, which is another worker's where several share a node."""
-    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
+    """The base model with the adapter of a local folder on its layers, all of it. PEFT alone would read the weights to the first
+    GPU that it sees, which is another worker's where several share a node.
+
+    Raises:
+        AdapterError: PEFT leaves out a part of it, or it is no LoRA adapter.
+    """
+    declared = read_declared(folder)
+    with names_kept():
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
+    require_applied(adapted, [*declared.sizes, *declared.other_senses])
+    return adapted
 
 
 def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:

@@ -382,6 +382,12 @@ def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
 def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT by itself takes the first GPU that a process sees."""
     asked: list[str] = []
-    monkeypatch.setattr(PeftModel, "from_pretrained", lambda model, folder, torch_device: asked.append(torch_device))
+    read = PeftModel.from_pretrained
+
+    def note(model: Any, folder: str, torch_device: str) -> PeftModel:
+        asked.append(torch_device)
+        return read(model, folder, torch_device="cpu")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", note)
     put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good)
     assert asked == ["meta"]
