@@ -6,6 +6,7 @@ there is the business of `pipeline/adapters/validation.py`.
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from pipeline.adapters.validation import PREFIX, check_declared, open_weights, r
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
-from pipeline.model.base_model import Shapes
+from pipeline.model.base_model import Shapes, names_of_others
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
 
@@ -207,7 +208,7 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        target_modules=_target_modules(list(deltas), shapes),
+        target_modules=target_names(deltas, base, shapes),
         base_model_name_or_path=name_of(base),
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -235,8 +236,9 @@ def plain(adapter: Adapter) -> Adapter:
     return Adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.modules, task_type="CAUSAL_LM"), tensors)
 
 
-def _target_modules(modules: list[str], shapes: Shapes) -> list[str]:
-    """Leaf names where they name just these modules in the base, else the full paths."""
+def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[str]:
+    """Leaf names where they name just these of the base's modules, else the full paths: altup_projections.0 is called what each
+    first layer of a list is."""
     leaves = {module.rpartition(".")[2] for module in modules}
     covered = {name for name in shapes if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if covered == set(modules) else sorted(modules)
+    return sorted(leaves) if covered == set(modules) and leaves.isdisjoint(names_of_others(base)) else sorted(modules)

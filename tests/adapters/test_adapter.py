@@ -11,7 +11,7 @@ from edits import edit_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, write_adapter
 from pipeline.adapters.low_rank import Factors
@@ -153,6 +153,29 @@ def test_from_factors_names_modules_in_full_where_leaf_names_would_name_more(
     write_adapter(tmp_path, from_factors(tiny_base, delta, 1, 1, base_layers[0], seed=0))
     read_and_check(tmp_path, base_layers)
     assert list(deltas_by_peft(tmp_path, tiny_base)) == [Q0]
+
+
+@pytest.fixture
+def numbered_base(tmp_path: Path) -> str:
+    """The config of a tiny Gemma 3n, which has linear layers in lists, as in altup_projections.0."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    inputs = {"head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    layers = {"layer_types": ["full_attention"] * 2, "intermediate_size": [48] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    config = AutoConfig.for_model("gemma3n_text", **sizes, **inputs, **layers, altup_num_inputs=2, laurel_rank=4)
+    config.save_pretrained(tmp_path / "numbered")
+    return str(tmp_path / "numbered")
+
+
+def test_from_factors_names_in_full_what_is_called_as_a_layer_of_another_kind(numbered_base: str, tmp_path: Path) -> None:
+    """The 0 of altup_projections.0 also names each first layer of a list, on which PEFT cannot put an adapter."""
+    shapes, _ = linear_shapes(numbered_base)
+    modules = [name for name in shapes if name.endswith(("q_proj", ".0"))]
+    assert "model.altup_projections.0" in modules
+    deltas = {name: Factors(torch.ones(2, shapes[name][1]), torch.ones(shapes[name][0], 2)) for name in modules}
+    adapter = from_factors(numbered_base, deltas, 2, 2, shapes, seed=0)
+    assert adapter.config.target_modules == set(modules)
+    write_adapter(tmp_path, adapter)
+    put_on(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(numbered_base)), tmp_path)
 
 
 CONFIGS = {
