@@ -21,11 +21,12 @@ from torch import Tensor
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.peft_names import names_kept, require_applied
+from pipeline.adapters.target_modules import text_layers
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
-from pipeline.model.base_model import Shapes, names_of_others
+from pipeline.model.base_model import Shapes, linear_shapes, names_of_others
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
 
@@ -242,3 +243,9 @@ def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[st
     leaves = {module.rpartition(".")[2] for module in modules}
     covered = {name for name in shapes if name.rpartition(".")[2] in leaves}
     return sorted(leaves) if covered == set(modules) and leaves.isdisjoint(names_of_others(base)) else sorted(modules)
+
+
+def text_targets(names: Collection[str], base: str) -> list[str]:
+    """What names the layers of text that such names mean in the base: no text would train those for pictures and sounds."""
+    shapes, head = linear_shapes(base)
+    return target_names(text_layers(names, shapes, head), base, shapes)

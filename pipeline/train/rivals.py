@@ -23,7 +23,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor
 
-from pipeline.adapters.adapter import Adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, text_targets, write_adapter
 from pipeline.adapters.peft_names import fresh_on
 from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
@@ -58,7 +58,7 @@ def write_rival(init: str, base: str, dtype: str, lora: Lora, sample: pa.Table, 
 
 
 def _begun(init: str, model: Any, base: str, lora: Lora, sample: pa.Table) -> Adapter:
-    shape: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)}
+    shape: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": text_targets(lora.target_modules, base)}
     config = LoraConfig(**shape, init_lora_weights=init, task_type="CAUSAL_LM", **_OWN.get(init, {}))
     if prepare := _PREPARE.get(init):
         prepare(model, config, sample)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, write_adapter
+from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, text_targets, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
@@ -176,6 +176,12 @@ def test_from_factors_names_in_full_what_is_called_as_a_layer_of_another_kind(nu
     assert adapter.config.target_modules == set(modules)
     write_adapter(tmp_path, adapter)
     put_on(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(numbered_base)), tmp_path)
+
+
+def test_names_of_a_fresh_adapters_layers_mean_layers_of_text_alone(tiny_base: str, seeing_base: str) -> None:
+    assert text_targets(("q_proj", "v_proj"), tiny_base) == ["q_proj", "v_proj"]
+    named = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert text_targets(("q_proj",), seeing_base) == text_targets(named, seeing_base) == named
 
 
 CONFIGS = {
