@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from store_server import StoreServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.config import Config, TrainConfig, build_config
 from pipeline.core import storage, uploads, whole_files
@@ -93,6 +93,19 @@ def untied_base(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     _seeded_model(tie_word_embeddings=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def seeing_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Gemma 3 with an encoder for pictures, whose files have names of transformers before 4.52."""
+    folder = tmp_path_factory.mktemp("models") / "seeing-base"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16} | sizes
+    vision = {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"} | sizes
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -6,6 +6,7 @@ there is the business of `pipeline/adapters/validation.py`.
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
+from pipeline.adapters.peft_names import names_kept, require_applied
+from pipeline.adapters.target_modules import text_layers
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
-from pipeline.model.base_model import Shapes
+from pipeline.model.base_model import Shapes, linear_shapes, names_of_others
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
 
@@ -168,9 +171,17 @@ def read_indexed(one: Indexed, cache: Path) -> Adapter:
 
 
 def put_on(model: Any, folder: Path, **settings: Any) -> PeftModel:
-    """The base model with the adapter of a local folder on its layers. PEFT alone would read the weights to the first GPU that it
-    sees, which is another worker's where several share a node."""
-    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
+    """The base model with the adapter of a local folder on its layers, all of it. PEFT alone would read the weights to the first
+    GPU that it sees, which is another worker's where several share a node.
+
+    Raises:
+        AdapterError: PEFT leaves out a part of it, or it is no LoRA adapter.
+    """
+    declared = read_declared(folder)
+    with names_kept():
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
+    require_applied(adapted, [*declared.sizes, *declared.other_senses])
+    return adapted
 
 
 def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
@@ -198,7 +209,7 @@ def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float,
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        target_modules=_target_modules(list(deltas), shapes),
+        target_modules=target_names(deltas, base, shapes),
         base_model_name_or_path=name_of(base),
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -226,9 +237,15 @@ def plain(adapter: Adapter) -> Adapter:
     return Adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.modules, task_type="CAUSAL_LM"), tensors)
 
 
-def _target_modules(modules: list[str], shapes: Shapes) -> list[str]:
-    """Leaf names where they name just these modules in the base, else the full paths: an encoder for pictures may have modules of
-    these names, too, which PEFT may have no code for, with their linear layers inside."""
+def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[str]:
+    """Leaf names where they name just these of the base's modules, else the full paths: altup_projections.0 is called what each
+    first layer of a list is, and an encoder for pictures may have a module q_proj with a linear layer inside."""
     leaves = {module.rpartition(".")[2] for module in modules}
     covered = {name for name in shapes if not leaves.isdisjoint(name.split("."))}
-    return sorted(leaves) if covered == set(modules) else sorted(modules)
+    return sorted(leaves) if covered == set(modules) and leaves.isdisjoint(names_of_others(base)) else sorted(modules)
+
+
+def text_targets(names: Collection[str], base: str) -> list[str]:
+    """What names the layers of text that such names mean in the base: no text would train those for pictures and sounds."""
+    shapes, head = linear_shapes(base)
+    return target_names(text_layers(names, shapes, head), base, shapes)

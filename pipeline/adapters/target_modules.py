@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import Shapes
+from pipeline.model.layer_names import is_of_text
 
 MAX_PATTERN = 2000
 """Characters of a regular expression."""
@@ -59,6 +60,12 @@ def targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
     used = set(config.target_modules) & {tail for name in found for tail in tails(name)}
     layers = replace(config, target_modules=used, exclude_modules=None)
     return {name for name in found if check_target_module_exists(layers, name)}
+
+
+def text_layers(names: Collection[str], shapes: Shapes, head: str | None) -> list[str]:
+    """The linear layers of text that paths, or ends of paths, name; not the output head."""
+    wanted = set(names)
+    return [name for name in shapes if name != head and is_of_text(name) and not wanted.isdisjoint(tails(name))]
 
 
 def _matching(field: str, asked: Any, names: set[str]) -> set[str]:

@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 
 from pipeline.adapters.adapter import Adapter, from_factors, put_on, write_adapter
 from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.target_modules import text_layers
 from pipeline.core.errors import first_line
 from pipeline.core.ledger import digest
 from pipeline.core.node_folder import temporary_folder
@@ -33,7 +34,6 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
 from pipeline.model.base_model import class_name, device, fast_dtype, linear_shapes, load_model
-from pipeline.model.layer_names import is_of_text
 
 ROWS, LENGTH = 4, 32
 """Rows that are scored, and the tokens of each at most: the last ones of its completion and what precedes them."""
@@ -180,12 +180,12 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
     shapes, head = linear_shapes(config.base)
     rank = min(RANK, config.max_rank)
     deltas: dict[str, Factors] = {}
-    for name, (outputs, inputs) in shapes.items():
-        if name != head and is_of_text(name) and name.rpartition(".")[2] in config.target_modules:
-            norm = float(model.get_submodule(name).weight.detach().float().norm())
-            drawn = Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))
-            size = (norm / drawn.norm()) ** 0.5
-            deltas[name] = Factors(size * drawn.a_RI, size * drawn.b_OR)
+    for name in text_layers(config.target_modules, shapes, head):
+        outputs, inputs = shapes[name]
+        norm = float(model.get_submodule(name).weight.detach().float().norm())
+        drawn = Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))
+        size = (norm / drawn.norm()) ** 0.5
+        deltas[name] = Factors(size * drawn.a_RI, size * drawn.b_OR)
     return from_factors(config.base, deltas, rank, float(rank), shapes, seed)
 
 

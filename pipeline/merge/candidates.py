@@ -111,7 +111,7 @@ def probe_starts(
     folded = not is_trained_on(config, "mashup")
     best = run.folder.sub("candidates", short_list[0].recipe.name)
     # The base's, too: a larger rank alone learns faster.
-    shape = usual_shape(catalogue, config.merge.rank) if folded else shape_at(best)
+    shape = usual_shape(config.base, catalogue, config.merge.rank) if folded else shape_at(best)
     lr, seed = config.train.learning_rates[0], config.train.seeds[0]
     jobs = {
         name: Job(Arm(name, lr, seed), config.base, shape, train, data, run.folder.sub("candidates", name), "probe", folded, last)

@@ -51,6 +51,13 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
     return {name: (module.out_features, module.in_features) for name, module in layers.items()}, head_name
 
 
+@lru_cache(maxsize=4)
+def names_of_others(base: str) -> frozenset[str]:
+    """Last parts of the paths of all modules that are no linear layers, such as the 0 of model.layers.0."""
+    others = (name for name, module in _skeleton(base).named_modules() if not isinstance(module, nn.Linear))
+    return frozenset(name.rpartition(".")[2] for name in others)
+
+
 def _require_whole(base: str) -> None:
     """See to it that a base's weights are numbers of 16 or 32 bits: adapters are merged with these and trained on them.
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor
 
-from pipeline.adapters.adapter import Adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, text_targets, write_adapter
+from pipeline.adapters.peft_names import fresh_on
 from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
@@ -57,11 +58,11 @@ def write_rival(init: str, base: str, dtype: str, lora: Lora, sample: pa.Table, 
 
 
 def _begun(init: str, model: Any, base: str, lora: Lora, sample: pa.Table) -> Adapter:
-    shape: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)}
+    shape: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": text_targets(lora.target_modules, base)}
     config = LoraConfig(**shape, init_lora_weights=init, task_type="CAUSAL_LM", **_OWN.get(init, {}))
     if prepare := _PREPARE.get(init):
         prepare(model, config, sample)
-    fresh = get_peft_model(model, config)
+    fresh = fresh_on(model, config)
     if init == "eva":
         initialize_lora_eva_weights(fresh, list(_batches(sample)), show_progress_bar=False)
     layers = {name: module for name, module in fresh.get_base_model().named_modules() if isinstance(module, LoraLayer)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.adapters.adapter import alpha_at
+from pipeline.adapters.adapter import alpha_at, text_targets
 from pipeline.config import MOVED, RIVALS, Config
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.ledger import digest
@@ -109,7 +109,7 @@ class Shapes:
 
 def shapes_of(run: Run, catalogue: pa.Table) -> Shapes:
     """The shapes that a comparison has; without a mashup, or beside one that is folded, the usual one."""
-    usual = usual_shape(catalogue, run.config.merge.rank)
+    usual = usual_shape(run.config.base, catalogue, run.config.merge.rank)
     start = shape_at(run.folder.sub("mashup")) if run.folder.exists("mashup") else usual
     return Shapes(start if is_trained_on(run.config, "mashup") else usual, start)
 
@@ -119,7 +119,7 @@ def shape_at(adapter: Folder) -> Lora:
     return Lora(content["r"], float(content["lora_alpha"]), tuple(sorted(content["target_modules"])))
 
 
-def usual_shape(catalogue: pa.Table, asked: int | str) -> Lora:
+def usual_shape(base: str, catalogue: pa.Table, asked: int | str) -> Lora:
     """What is trained where no mashup has a shape: modules of most adapters, and what learns as fast as they do.
 
     Args:
@@ -130,4 +130,4 @@ def usual_shape(catalogue: pa.Table, asked: int | str) -> Lora:
     shapes = Counter((row["rank"], row["alpha"], tuple(row["target_modules"])) for row in columns)
     rank, alpha, modules = shapes.most_common(1)[0][0]
     trained = trained_rank(rank, asked)
-    return Lora(trained, alpha_at(trained, rank, alpha / rank), modules)
+    return Lora(trained, alpha_at(trained, rank, alpha / rank), tuple(text_targets(modules, base)))

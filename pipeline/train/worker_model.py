@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,9 +26,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, read_adapter, text_targets, write_adapter
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
+from pipeline.adapters.peft_names import fresh_on
 from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
@@ -240,11 +241,11 @@ def _build(job: Job, start: Path | None) -> Any:
     fresh = LoraConfig(
         r=job.lora.rank,
         lora_alpha=job.lora.alpha,
-        target_modules=list(job.lora.target_modules),
+        target_modules=text_targets(job.lora.target_modules, job.base),
         base_model_name_or_path=name_of(job.base),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, fresh)
+    return fresh_on(model, fresh)
 
 
 def _without(model: Any, adapter: Path) -> Any:

@@ -11,9 +11,9 @@ from edits import edit_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, write_adapter
+from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, text_targets, write_adapter
 from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
@@ -160,6 +160,35 @@ def test_from_factors_names_modules_in_full_where_a_leaf_name_is_on_the_way_to_a
     shapes = {Q0: (8, 8), "vision_tower.layers.0.self_attn.q_proj.linear": (8, 8)}
     delta = {Q0: Factors(torch.ones(1, 8), torch.ones(8, 1))}
     assert from_factors(tiny_base, delta, 1, 1, shapes, seed=0).config.target_modules == {Q0}
+
+
+@pytest.fixture
+def numbered_base(tmp_path: Path) -> str:
+    """The config of a tiny Gemma 3n, which has linear layers in lists, as in altup_projections.0."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    inputs = {"head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    layers = {"layer_types": ["full_attention"] * 2, "intermediate_size": [48] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    config = AutoConfig.for_model("gemma3n_text", **sizes, **inputs, **layers, altup_num_inputs=2, laurel_rank=4)
+    config.save_pretrained(tmp_path / "numbered")
+    return str(tmp_path / "numbered")
+
+
+def test_from_factors_names_in_full_what_is_called_as_a_layer_of_another_kind(numbered_base: str, tmp_path: Path) -> None:
+    """The 0 of altup_projections.0 also names each first layer of a list, on which PEFT cannot put an adapter."""
+    shapes, _ = linear_shapes(numbered_base)
+    modules = [name for name in shapes if name.endswith(("q_proj", ".0"))]
+    assert "model.altup_projections.0" in modules
+    deltas = {name: Factors(torch.ones(2, shapes[name][1]), torch.ones(shapes[name][0], 2)) for name in modules}
+    adapter = from_factors(numbered_base, deltas, 2, 2, shapes, seed=0)
+    assert adapter.config.target_modules == set(modules)
+    write_adapter(tmp_path, adapter)
+    put_on(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(numbered_base)), tmp_path)
+
+
+def test_names_of_a_fresh_adapters_layers_mean_layers_of_text_alone(tiny_base: str, seeing_base: str) -> None:
+    assert text_targets(("q_proj", "v_proj"), tiny_base) == ["q_proj", "v_proj"]
+    named = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert text_targets(("q_proj",), seeing_base) == text_targets(named, seeing_base) == named
 
 
 CONFIGS = {
@@ -389,6 +418,12 @@ def test_at_another_rank_the_scale_falls_with_the_root_of_the_rank() -> None:
 def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT by itself takes the first GPU that a process sees."""
     asked: list[str] = []
-    monkeypatch.setattr(PeftModel, "from_pretrained", lambda model, folder, torch_device: asked.append(torch_device))
+    read = PeftModel.from_pretrained
+
+    def note(model: Any, folder: str, torch_device: str) -> PeftModel:
+        asked.append(torch_device)
+        return read(model, folder, torch_device="cpu")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", note)
     put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good)
     assert asked == ["meta"]

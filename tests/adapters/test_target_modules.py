@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from pipeline.adapters.target_modules import MATCH_SECONDS, own_scales, targets
+from pipeline.adapters.target_modules import MATCH_SECONDS, own_scales, targets, text_layers
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import Shapes
 
@@ -127,3 +127,8 @@ def test_a_large_config_that_names_every_module_by_its_path_is_read_in_time() ->
         rank_pattern={name: 1 + place % 7 for place, name in enumerate(names)}, alpha_pattern=dict.fromkeys(names, 3)
     )
     assert own_scales(config, names) == {name: (1 + place % 7, 3.0) for place, name in enumerate(names)}
+
+
+def test_layers_of_text_by_their_ends_without_the_head() -> None:
+    shapes: Shapes = dict.fromkeys(("model.layers.0.proj", "model.vision.0.proj", "model.lists.1", "proj"), (8, 8))
+    assert text_layers(["proj", "lists.1"], shapes, "proj") == ["model.layers.0.proj", "model.lists.1"]

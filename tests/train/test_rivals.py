@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import Adapter, read_adapter
+from pipeline.adapters.validation import read_declared
 from pipeline.config import MOVED, RIVALS
 from pipeline.core.storage import Folder
 from pipeline.model.completion_loss import score_tokens
@@ -124,3 +125,12 @@ def test_eva_is_what_enters_a_layer(made: Callable[..., Adapter], job: Callable[
     best = torch.linalg.svd(spread, full_matrices=False)[2][: LORA.rank]
     ours = torch.linalg.qr(a_RI.T)[0].T
     assert float((spread @ ours.T).norm()) > 0.98 * float((spread @ best.T).norm())
+
+
+def test_it_lies_on_layers_of_text_alone(seeing_base: str, data: Folder, tmp_path: Path) -> None:
+    write_rival("olora", seeing_base, "float32", Lora(4, 8.0, ("q_proj",)), data.read_table("train.parquet"), Folder.at(tmp_path))
+    made = tmp_path / "olora"
+    assert not read_declared(made).other_senses
+    assert read_adapter(made).config.target_modules == {
+        f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
+    }

@@ -12,7 +12,7 @@ from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.tables import SAMPLES
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Lora
-from pipeline.train.starts import make_jobs
+from pipeline.train.starts import make_jobs, usual_shape
 
 LORA = Lora(4, 8.0, ("q_proj",))
 
@@ -55,3 +55,10 @@ def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
     assert names(run) == before
     write_data(run, "other")
     assert not set(names(run)) & set(before)
+
+
+def test_without_a_mashup_arms_have_the_layers_of_text_that_most_adapters_adapt(tiny_base: str, seeing_base: str) -> None:
+    catalogue = pa.table({"rank": [4, 4, 8], "alpha": [8.0, 8.0, 8.0], "target_modules": [["q_proj"], ["q_proj"], ["k_proj"]]})
+    assert usual_shape(tiny_base, catalogue, 4) == Lora(4, 8.0, ("q_proj",))
+    named = tuple(f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
+    assert usual_shape(seeing_base, catalogue, 4).target_modules == named

@@ -1,6 +1,7 @@
 """What a worker of all weights computes in, where workers share them out. One process is a group of one."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from pipeline.adapters.validation import read_declared
 from pipeline.core.storage import Folder
-from pipeline.train.arm import Job
+from pipeline.model.layer_names import is_of_text
+from pipeline.train.arm import Job, Lora
 from pipeline.train.evaluate import Rows
 from pipeline.train.worker_model import BUCKET, Trainable, _buckets
 
@@ -49,3 +52,13 @@ def test_gradients_are_summed_in_parts_of_bounded_size() -> None:
     sizes = [BUCKET // 2, BUCKET // 2, 1, BUCKET + 1, 3, 4]
     made = [torch.empty(size, device="meta") for size in sizes]
     assert [[tensor.numel() for tensor in bucket] for bucket in _buckets(made)] == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
+
+
+def test_a_fresh_adapter_lies_on_layers_of_text_alone(job: Callable[..., Job], seeing_base: str, tmp_path: Path) -> None:
+    """An encoder for pictures has layers of the same names, which no text would train."""
+    trainable = Trainable(replace(job(), base=seeing_base, lora=Lora(4, 8.0, ("q_proj", "v_proj"))), 1)
+    learning = [name for name, weight in trainable.model.named_parameters() if weight.requires_grad]
+    assert len(learning) == 8
+    assert all(is_of_text(name) for name in learning)
+    trainable.save(tmp_path, trainable.trained(rank=0))
+    assert not read_declared(tmp_path).other_senses
