@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError
 from pipeline.adapters.kept_rows import KEPT, Blocks, KeptRows
 from pipeline.adapters.licences import declared_licence
 from pipeline.adapters.low_rank import rounding_error
+from pipeline.adapters.peft_names import refuses
 from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.saved_layers import require_untrained
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
@@ -42,9 +44,9 @@ from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
-from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes
+from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes, model_type
 
-CHECKS = 4
+CHECKS = 5
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
 then."""
 
@@ -174,6 +176,10 @@ class Inspector:
     salt: int
     """See `spectrum.sketch`."""
 
+    @cached_property
+    def model_type(self) -> str:
+        return model_type(self.base)
+
     def refuse(self, folder: Path) -> None:
         """Look at config and header of an adapter before its weights are fetched.
 
@@ -183,6 +189,7 @@ class Inspector:
         try:
             declared = read_declared(folder)
             check_declared(declared, as_called(self.shapes, called_otherwise(declared, self.shapes)), self.head)
+            self._require_accepted(declared.sizes)
         except AdapterError as error:
             raise RefusedError(str(error), _of_card(folder)) from error.__cause__
         except Exception:
@@ -204,6 +211,7 @@ class Inspector:
                 declared = read_declared(folder)
                 beginnings = called_otherwise(declared, self.shapes)
                 adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head)
+                self._require_accepted(adapter.modules)
                 dropped = require_untrained(folder, declared.saved, self.base)
                 warnings = [_begun_otherwise(beginnings), _other_base(adapter, self.base), _of_newer_peft(unknown_fields(folder))]
                 row["warning"] = "; ".join(filter(None, [*warnings, dropped, _of_other_senses(declared)])) or None
@@ -222,11 +230,22 @@ class Inspector:
             return row | _set_aside(str(AdapterError(f"cannot be checked ({one_line(error)})")))
         return row | {"state": listed.state}
 
+    def _require_accepted(self, modules: Iterable[str]) -> None:
+        """See to it that an adapter can be put on the base, to be scored and trained.
+
+        Raises:
+            AdapterError: PEFT refuses one of its modules.
+        """
+        if found := next((module for module in modules if refuses(self.model_type, module)), None):
+            leaf = found.rpartition(".")[2]
+            raise AdapterError(f"adapts {leaf} layers ({found}), which PEFT refuses in a base of type {self.model_type}")
+
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
         """Make a full checkpoint into an adapter, which the row is then of."""
         if self.factored is None:
             raise AdapterError("a full checkpoint, and there is no folder to factor it into")
-        found = factor_checkpoint(folder, self.base, self.shapes, self.head)
+        accepted = {module: shape for module, shape in self.shapes.items() if not refuses(self.model_type, module)}
+        found = factor_checkpoint(folder, self.base, accepted, self.head)
         return self._written(adapter_id, found.adapter) | {"warning": found.describe()}
 
     def _renamed(self, adapter_id: str, adapter: Adapter, beginnings: tuple[str, str]) -> dict[str, Any]:

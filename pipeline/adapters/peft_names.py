@@ -1,4 +1,4 @@
-"""PEFT with layers called what the base calls them.
+"""PEFT with layers called what the base calls them, and the layers that it refuses by name.
 
 Since transformers 5 the experts of a mixture are bare parameters, and PEFT takes gate_proj, up_proj and down_proj of any adapter
 of such a base for theirs. The linear layers that have these names, of dense MLPs and shared experts, lose their factors, and no
@@ -8,11 +8,12 @@ more than a warning says so. Adapters here are checked against the layers that t
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import tuners_utils
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import save_and_load
 
 from pipeline.core.errors import AdapterError
@@ -41,6 +42,17 @@ def fresh_on(model: Any, config: LoraConfig) -> PeftModel:
     """The base model with a fresh adapter on its layers."""
     with names_kept():
         return get_peft_model(model, config)
+
+
+def refuses(model_type: str, module: str) -> bool:
+    """Whether PEFT puts no adapter on a layer of this name in such a model, though older versions did: Mamba's kernels read the
+    weights of some layers past an adapter."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    try:
+        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, module.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def require_applied(adapted: PeftModel, modules: Iterable[str]) -> None:

@@ -93,6 +93,11 @@ def class_name(base: str) -> str:
     return str(next(iter(config.architectures or ()), config.model_type))
 
 
+def model_type(base: str) -> str:
+    """What the base model's config calls its type, such as llama."""
+    return str(_from_pretrained(AutoConfig, base).model_type)
+
+
 def language_part(base: str) -> str | None:
     """Where the base model's config has that of its language model, as in `text_config`. None: it is that itself."""
     config = _from_pretrained(AutoConfig, base)

@@ -14,9 +14,11 @@ import torch
 from edits import edit_config
 from safetensors.torch import load_file, save_file
 from store_server import StoreServer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters.adapter import Adapter, for_engine, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, for_engine, from_factors, read_adapter, write_adapter
 from pipeline.adapters.catalogue import build_catalogue, compare_adapters, inspect_batch
+from pipeline.adapters.low_rank import Factors
 from pipeline.adapters.pool import LOOKED_AT, look_at
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
@@ -244,6 +246,27 @@ def test_of_a_model_that_sees_the_layers_that_read_are_judged(
 def test_who_learned_to_see_is_told_so(names: dict[str, str], tmp_path: Path, seeing_base: str, make_adapter: Make) -> None:
     reads_and_sees(make_adapter, tmp_path / "a", seeing_base, names, 1)
     assert "changes layers for pictures or sounds (" in inspected(seeing_base, tmp_path)["a"]["reason"]
+
+
+def test_layers_that_peft_refuses_are_said_and_of_a_full_checkpoint_left_out(tmp_path: Path) -> None:
+    """Older versions of PEFT adapted what no adapter can be put on any more, such as out_proj of Mamba."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model, base, pool = AutoModelForCausalLM.from_config(config), str(tmp_path / "base"), tmp_path / "pool"
+    model.save_pretrained(base)
+    shapes, _ = linear_shapes(base)
+    for name, leaves in {"both": ("in_proj", "out_proj"), "one": ("in_proj",)}.items():
+        chosen = {module: shape for module, shape in shapes.items() if module.endswith(leaves)}
+        deltas = {module: Factors(torch.randn(2, inner), torch.randn(out, 2)) for module, (out, inner) in chosen.items()}
+        write_adapter(pool / name, from_factors(base, deltas, 2, 2, shapes, seed=0))
+    with torch.no_grad():
+        for part in ("in_proj", "out_proj"):
+            model.get_submodule(f"backbone.layers.0.mixer.{part}").weight += 0.1
+    model.save_pretrained(pool / "full")
+    found = inspected(base, pool)
+    refused = "adapts out_proj layers (backbone.layers.0.mixer.out_proj), which PEFT refuses in a base of type mamba"
+    assert {name: row["reason"] for name, row in found.items()} == {"both": refused, "one": None, "full": None}
+    assert found["full"]["target_modules"] == ["in_proj"]
 
 
 def test_a_base_in_fewer_bits_is_no_other_base(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:

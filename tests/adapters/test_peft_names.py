@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import Adapter, from_factors, put_on, write_adapter
 from pipeline.adapters.low_rank import Factors
-from pipeline.adapters.peft_names import RENAMING, fresh_on, names_kept, require_applied
+from pipeline.adapters.peft_names import RENAMING, fresh_on, names_kept, refuses, require_applied
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import linear_shapes
 
@@ -74,6 +74,12 @@ def test_an_adapter_of_which_a_part_is_left_out_is_refused(
 def test_an_adapter_that_is_whole_is_not_refused(tiny_base: str) -> None:
     fresh = fresh_on(load(tiny_base), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     require_applied(fresh, ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"])
+
+
+def test_layers_that_peft_refuses_by_name() -> None:
+    mixer = "backbone.layers.0.mixer"
+    asked = [("mamba2", f"{mixer}.out_proj"), ("mamba2", f"{mixer}.in_proj"), ("llama", f"{mixer}.out_proj")]
+    assert [refuses(*one) for one in asked] == [True, False, False]
 
 
 def test_peft_is_as_it_was_afterwards() -> None:
