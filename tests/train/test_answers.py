@@ -119,6 +119,12 @@ def test_what_is_written_is_what_generate_writes_row_by_row(
     assert any(right)
 
 
+def test_rows_of_other_lengths_beside_it_change_no_answer(model: Any, tokenizer: Any, tiny_base: str) -> None:
+    rows = asked(table(ROWS, tiny_base))
+    assert len({len(row.prompt) for row in rows}) > 3
+    assert write(model, rows, tokenizer) == [write(model, [row], tokenizer)[0] for row in rows]
+
+
 def test_of_a_conversation_the_last_answer_is_asked(tokenizer: Any, tiny_base: str) -> None:
     turns = [("user", "7 times 6?"), ("assistant", "42"), ("user", "France?"), ("assistant", "It is Paris")]
     row = tokenise({"messages": [{"role": role, "content": text} for role, text in turns]}, tokenizer)
