@@ -175,16 +175,17 @@ def _row(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
 
 def _config(work: Path) -> tuple[Reader, list[bytes], type[Exception]]:
     """The first byte says what the rest is: a config file, or a list of adapters."""
-    from pipeline.adapters.pool import list_adapters
+    from pipeline.adapters.pool import list_entries
     from pipeline.config import load_config
     from pipeline.core.errors import InputError
+    from pipeline.core.storage import Folder
 
     file = work / "file"
 
     def read(content: bytes) -> None:
         file.write_bytes(content[1:])
         if content[:1] == b"l":
-            list_adapters(str(file))
+            list_entries(Folder.at(file))
         else:
             load_config(str(file))
 

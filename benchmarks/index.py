@@ -1,6 +1,6 @@
 """What does an index of a large pool on an object store cost, when little of it is new, and after a kill?
 
-    python -m benchmarks.index [--adapters 1000] [--quick]
+    python -m benchmarks.index [--adapters 1000] [--quick] [--search]
 
 A pool of random adapters (rank 16 on all linear layers of a tiny base, 150 kB each) on an S3 server on this machine. Each index
 is a run of its own in a process of its own, on a node whose cache of adapters is empty; runs share `search.store`, and with it
@@ -17,6 +17,8 @@ the figures
     ..._seconds   wall-clock of the stage, Ray's start apart
     ..._driver_mb the most memory of the driver
 and `equal`: whether the catalogue after the kill is that of the undisturbed index of the same pool. If not, the exit code is 1.
+With `--search`, in place of the other four: `search_...`, of a search of the pool by the transformers engine, on a node whose
+cache is empty: 32 samples, a tenth of the cost of scoring everything.
 """
 
 import json
@@ -33,8 +35,8 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from benchmarks.load import measured_apart, write_config
-from benchmarks.pools import random_adapters, tiny_base
+from benchmarks.load import load_base, measured_apart, write_config, write_rows
+from benchmarks.pools import random_adapters
 from pipeline.adapters.pool import SETTLED
 from pipeline.core.file_names import FILES, WEIGHTS_FILE
 from pipeline.core.storage import Folder
@@ -53,31 +55,50 @@ BUCKET = "s3://benchmark"
 def main(
     adapters: Annotated[int, typer.Option(help="In the pool at first.")] = 1000,
     quick: Annotated[bool, typer.Option(help="A tenth of the adapters.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="The first index and a search.")] = False,
 ) -> None:
-    """Measure the five indexes; the last line is a JSON object."""
+    """Measure the five indexes, or one and a search; the last line is a JSON object."""
     server, count = StoreServer(), adapters // 10 if quick else adapters
     os.environ |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": server.endpoint, "RAY_TMPDIR": tempfile.gettempdir()}
     Folder.at(f"{BUCKET}?allow_bucket_creation=true").create()
     with tempfile.TemporaryDirectory() as scratch:
-        found = _measure_all(server, Path(scratch), count)
+        found = (_index_and_search if search else _measure_all)(server, Path(scratch), count)
     server.stop()
     print(json.dumps({"adapters": count, **found}))
-    if not found["equal"]:
+    if not found.get("equal", True):
         raise typer.Exit(1)
 
 
-def _measure_all(server: StoreServer, folder: Path, count: int) -> dict[str, Any]:
-    base, found = tiny_base(folder / "base"), dict[str, Any]()
+def _index_and_search(server: StoreServer, folder: Path, count: int) -> dict[str, Any]:
+    base = load_base(folder / "base")
+    _upload(folder / "pool", _write_pool(folder, base, count))
+    found = _of("first", count, _measured(server, "index", _place(folder / "run", base, "store")))
+    typer.echo(f"so far: {found}", err=True)
+    config = folder / "run" / "config.yaml"
+    measured_apart("samples", config)
+    os.environ["TMPDIR"] = str(folder / "run" / "another-node")
+    (folder / "run" / "another-node").mkdir()
+    return found | _of("search", count, _measured(server, "search", config))
+
+
+def _write_pool(folder: Path, base: str, count: int) -> list[str]:
+    """Names of the adapters, which stay on the disk."""
     shapes, _ = linear_shapes(base)
     leaves = {name.rpartition(".")[2] for name in shapes} - {"lm_head"}
-    names = random_adapters(folder / "pool", base, count + 101, rank=16, targets=leaves)["adapter_id"].to_pylist()
+    names: list[str] = random_adapters(folder / "pool", base, count, rank=16, targets=leaves)["adapter_id"].to_pylist()
+    return names
+
+
+def _measure_all(server: StoreServer, folder: Path, count: int) -> dict[str, Any]:
+    base, found = load_base(folder / "base"), dict[str, Any]()
+    names = _write_pool(folder, base, count + 101)
     for name, new in {"first": names[:count], "none": [], "one": names[count : count + 1], "hundred": names[count + 1 :]}.items():
         _upload(folder / "pool", new)
-        found |= _of(name, len(new), _index(server, folder / name, base, "store"))
+        found |= _of(name, len(new), _measured(server, "index", _place(folder / name, base, "store")))
         typer.echo(f"so far: {found}", err=True)
     _kill_an_index(server, folder / "broken-off", base, len(names))
-    found |= _of("killed", len(names), _index(server, folder / "killed", base, "other-store"))
+    found |= _of("killed", len(names), _measured(server, "index", _place(folder / "killed", base, "other-store")))
     catalogues = [Folder.at(folder / name / "run").read_table("catalogue.parquet") for name in ("hundred", "killed")]
     return found | {"equal": catalogues[0].equals(catalogues[1])}
 
@@ -95,14 +116,15 @@ def _place(folder: Path, base: str, store: str) -> Path:
     """The config of a run on a node of its own."""
     folder.mkdir()
     os.environ["TMPDIR"] = str(folder)  # where its cache of adapters is
-    return write_config(folder, base, {"pool": f"{BUCKET}/pool", "search": {"store": f"{BUCKET}/{store}"}})
+    write_rows(folder / "train.jsonl", 200)
+    search = {"store": f"{BUCKET}/{store}", "engine": "transformers", "samples": 32, "budget": 0.1}
+    return write_config(folder, base, {"pool": f"{BUCKET}/pool", "search": search})
 
 
-def _index(server: StoreServer, folder: Path, base: str, store: str) -> dict[str, float]:
-    config = _place(folder, base, store)
+def _measured(server: StoreServer, stage: str, config: Path) -> dict[str, float]:
     server.requests.clear()
     server.sent.clear()
-    measured = measured_apart("index", config)
+    measured = measured_apart(stage, config)
     gets = [request for request, _ in server.sent if _reads_an_adapter(request)]
     sent = sum(size for _, size in server.sent)
     return {"requests": len(server.requests), "gets": len(gets), "mb": round(sent / 1e6, 1), **measured}

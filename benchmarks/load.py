@@ -44,6 +44,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.data.sample import samples
 from pipeline.run_folder import Run
+from pipeline.search.search import search
 
 SAME = 1e-4
 """Nats by which two values of one score may differ: the rows of a batch are padded to its longest."""
@@ -89,12 +90,13 @@ def _rows(folder: Path, base: str, counts: list[int]) -> dict[str, float]:
     for count in counts:
         place = folder / str(count)
         place.mkdir(parents=True)
-        _write_rows(place / "train.jsonl", count)
+        write_rows(place / "train.jsonl", count)
         places.append(write_config(place, base, {"search": {"samples": 128}}))
     return _grown("samples", *(measured_apart("samples", place) for place in places))
 
 
-def _write_rows(file: Path, count: int) -> None:
+def write_rows(file: Path, count: int) -> None:
+    """Write rows of prompt and completion."""
     with file.open("w") as lines:
         for n in range(count):
             other = n * 7919 % 10007
@@ -128,7 +130,7 @@ def measure(stage: str, config: str) -> None:
     run.start_ray()
     started = time.perf_counter()
     with Peaks() as peaks:
-        {"index": index, "samples": samples}[stage](run)
+        {"index": index, "samples": samples, "search": search}[stage](run)
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": round(seconds, 1), "driver_mb": round(own_peak()), "worker_mb": round(peaks.worker)}))
 
@@ -141,7 +143,7 @@ def _grown(stage: str, few: dict[str, float], many: dict[str, float]) -> dict[st
 def search_at_once(folder: Path, base: str, address: str, runs: int, adapters: int, samples: int) -> dict[str, Any]:
     """Search with several processes at once on the Ray cluster at `address`, and compare what they leave."""
     names = random_adapters(folder / "pool", base, adapters, rank=2)["adapter_id"].to_pylist()
-    _write_rows(folder / "train.jsonl", 4 * samples)
+    write_rows(folder / "train.jsonl", 4 * samples)
     kinds = max(1, runs // 2)
     started = time.perf_counter()
     processes = []

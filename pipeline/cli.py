@@ -28,7 +28,7 @@ app = typer.Typer(
 
 RunFolder = Annotated[str, typer.Option("--run", help="Folder of the run: a local path or s3://...")]
 Base = Annotated[str, typer.Option(help="Base model: a Hub id, a local folder or s3://...")]
-Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file or an object-store prefix.")]
+Pool = Annotated[str, typer.Option(help="Adapters: a folder, a list file, s3://... or hf://...")]
 
 PLAN = (
     "Estimate work and cost, and write plan.json. Index and samples are made, and kept. If no earlier run measured this "
@@ -114,14 +114,15 @@ def samples(
     show: Annotated[int, typer.Option(help="How many rows.", min=1)] = 3,
     settings: Settings = None,
 ) -> None:
-    """Show the first rows of a target as they are understood, and in colour what is learned of them."""
+    """Show the first rows of a target as they are understood, and in colour (or [[ ]]) what is learned of them."""
     from pipeline.config import load_config
 
     asked = load_config(config, settings or ())
-    from pipeline.data.show import show_rows
+    from pipeline.data.show import MARKS, show_rows
 
-    for row in show_rows(asked, show):
-        Console(highlight=False).print(row, soft_wrap=True)
+    console = Console(highlight=False)
+    for row in show_rows(asked, show, ("", "") if console.color_system and not console.no_color else MARKS):
+        console.print(row, soft_wrap=True)
 
 
 @app.command()
@@ -190,6 +191,23 @@ def report(run: RunFolder) -> None:
     from pipeline import run as page
 
     typer.echo(page.report(this))
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run: a local path or s3://...")],
+    to: Annotated[str, typer.Option(help="Repository: ORG/NAME. It is made where it is missing.")],
+    weights: Annotated[str | None, typer.Option(help="mashup or finetuned; by default finetuned, where there are such.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base's id on the Hub, where the run had a copy of it elsewhere.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+) -> None:
+    """Upload the mashup or the finetuned weights to the Hugging Face Hub, with a card. Prints the URL."""
+    if weights not in (None, "mashup", "finetuned"):
+        raise InputError(f"--weights {weights}: must be mashup or finetuned")
+    this = _open(run)
+    from pipeline.report.push import push
+
+    typer.echo(push(this, to, weights, base, private))
 
 
 @app.command("run")

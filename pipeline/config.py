@@ -38,6 +38,13 @@ MAX_RANK = 1024
 """Of a mashup, and of donors that are merged."""
 
 
+RIVALS = ("pissa", "olora", "corda", "lora_ga", "eva")
+"""Starts that need no donors, as PEFT has them (`train/rivals.py`)."""
+
+MOVED = RIVALS[:-1]
+"""Those that begin with a delta weight, which is taken from the base's weights."""
+
+
 class MergeMethod(NamedTuple):
     """What is known of a merge method by its name; its function is in `merge/recipes.py`."""
 
@@ -244,6 +251,12 @@ class TrainConfig(Section):
     batch_size: int = Field(16, ge=1, le=1 << 20, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the order of the rows and of fresh weights")
+    lora_plus: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="learning rate of B over that of A in every adapter that is trained (LoRA+, arXiv 2402.12354)",
+    )
     method: Literal["lora", "full"] = Field("lora", description="full: all weights, from the base or from base + mashup")
     workers: int = Field(1, ge=1, le=MAX_COUNT, description="data-parallel workers")
     min_workers: int | None = Field(
@@ -281,6 +294,12 @@ class TrainConfig(Section):
         return value
 
     @model_validator(mode="after")
+    def only_adapters_have_a_and_b(self) -> "TrainConfig":
+        if self.method == "full" and self.lora_plus != 1:
+            raise ValueError("train.lora_plus is for adapters; leave it out with train.method full")
+        return self
+
+    @model_validator(mode="after")
     def fewest_workers_first(self) -> "TrainConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"train.min_workers {self.min_workers} is above train.workers {self.workers}")
@@ -314,11 +333,17 @@ class TrainConfig(Section):
         return value
 
 
+Init = Literal[("base", "mashup", "paper", "best_donor", "random_donors", "random_delta", *RIVALS)]  # type: ignore[valid-type]
+
+
 class CompareConfig(Section):
     """Which starts are compared; those beyond base and mashup are controls, see `pipeline/merge/controls.py`."""
 
-    inits: tuple[Literal["base", "mashup", "paper", "best_donor", "random_donors", "random_delta"], ...] = Field(
-        ("base", "mashup"), min_length=1, description="starts; random_delta: random weights of the mashup's norm in each module"
+    inits: tuple[Init, ...] = Field(
+        ("base", "mashup"),
+        min_length=1,
+        description="starts; random_delta: random weights of the mashup's norm in each module; pissa, olora, corda, lora_ga, "
+        "eva: fresh adapters as PEFT begins them, without donors",
     )
 
     metric: str | None = Field(
@@ -355,10 +380,10 @@ class Config(Section):
 
     run: str = Field(description="folder of the run: a local path or s3://...")
     base: str = Field(description="base model: Hub id (org/name, org/name@revision), local folder or s3://...")
-    pool: str = Field(description="adapters: a folder, a list file or an object-store prefix")
+    pool: str = Field(description="adapters: a folder, a list file, an object-store prefix or a place on the Hub (docs/hub.md)")
     exclude: tuple[str, ...] = Field((), description="adapters of the pool to leave out: ids, with the wildcards of a shell")
     checkpoints: Literal["leave_out", "include"] = Field(
-        "leave_out", description="checkpoint-NNN folders of an adapter that is itself in the pool"
+        "leave_out", description="checkpoint-NNN folders in that of an adapter of the pool, or beside one called final"
     )
     target: TargetConfig
     search: SearchConfig = SearchConfig()
@@ -387,6 +412,16 @@ class Config(Section):
     def a_probe_trains_on_one_device(self) -> "Config":
         if self.merge.probe and self.train.shard:
             raise ValueError("merge.probe trains on one device, train.shard is for bases that fit none; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def rivals_train_an_adapter_on_one_device(self) -> "Config":
+        rivals = [init for init in self.compare.inits if init in RIVALS]
+        if rivals and (self.train.method == "full" or self.train.shard):
+            raise ValueError(
+                f"compare.inits: {rivals[0]} begins a fresh adapter from a base that one device holds; leave it out, or "
+                "train.method: full and train.shard"
+            )
         return self
 
     @model_validator(mode="after")

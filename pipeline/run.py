@@ -27,6 +27,7 @@ from pipeline.merge.mashup import merge_donors, merge_key
 from pipeline.merge.selection import largest_merge
 from pipeline.plan.calibrate import calibrate
 from pipeline.plan.estimate import compare_with_plan, estimate_before_search, write_plan
+from pipeline.report.finetuned_card import write_finetuned_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines, require_engine, warm_up
@@ -133,6 +134,7 @@ def compare(run: Run) -> None:
     shapes = shapes_of(run, catalogue)
     controls = make_controls(run, len(choice["donors"]), catalogue, shapes)
     compare_starts(run, choice, controls, shapes.trained, compare_with_plan)
+    write_finetuned_card(run)
 
 
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:

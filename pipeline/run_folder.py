@@ -15,9 +15,10 @@ from pipeline import __version__
 from pipeline.cluster.connect import connect
 from pipeline.cluster.shared_paths import SharedPaths
 from pipeline.cluster.telemetry import tell_stage
-from pipeline.config import Config, build_config
+from pipeline.config import Config, TargetConfig, build_config
 from pipeline.core.base_ref import name_of, pinned
 from pipeline.core.errors import InputError
+from pipeline.core.hub_api import pinned_data
 from pipeline.core.ledger import FILE, Ledger, Outputs
 from pipeline.core.lock import Lock, nobody_else
 from pipeline.core.progress import Progress
@@ -68,11 +69,11 @@ class Run:
 
         Raises:
             LockTakenError: one does already; the message says which.
-            InputError: there is no such base model; its version is pinned here, for all who will load it.
+            InputError: there is no such base model or data set of the Hub; their versions are pinned here, for all who read them.
         """
         with Lock(self.folder.sub(LOCK), say=self.progress.say) as self._lock:
             self.__dict__.pop("ledger", None)  # others may have written since it was read
-            self.config = self.config.model_copy(update={"base": pinned(self.config.base)})
+            self.config = self.config.model_copy(update={"base": pinned(self.config.base), "target": _pinned(self.config.target)})
             try:
                 yield self
             finally:
@@ -162,6 +163,11 @@ class Run:
         """
         if not self.ledger.done(stage):
             raise InputError(f"{self.folder.uri}: {table} is not there yet; run `{command}` first")
+
+
+def _pinned(target: TargetConfig) -> TargetConfig:
+    given = {role: path for role in ("train", "validation", "test") if (path := getattr(target, role))}
+    return target.model_copy(update={role: pinned_data(path) for role, path in given.items()})
 
 
 def _require_own(folder: Folder, store: str | None) -> None:

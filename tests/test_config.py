@@ -110,6 +110,13 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"compare": {"metric": "own.metrics:"}}, "compare.metric: must be choices, .*got 'own.metrics:'"),
         ({"compare": {"metric": "exact_match"}, "train": {"shard": True}}, "exact_match has answers written .* use choices or"),
         ({"compare": {"metric": "own:f1"}, "train": {"shard": True}}, "own:f1 has answers written on one device"),
+        (
+            {"compare": {"inits": ["base", "eva"]}, "train": {"shard": True}},
+            "compare.inits: eva begins a fresh adapter .* leave it",
+        ),
+        ({"compare": {"inits": ["base", "olora"]}, "train": {"method": "full"}}, "compare.inits: olora begins a fresh adapter"),
+        ({"train": {"method": "full", "lora_plus": 4}}, "train.lora_plus is for adapters"),
+        ({"train": {"lora_plus": 0}}, "train.lora_plus: .*got 0"),
         ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),
         ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),
         ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),

@@ -220,14 +220,15 @@ def test_the_stages_one_by_one(config: dict[str, Any], tmp_path: Path, capsys: p
     assert probed[selection["recipe"]["name"]] < selection["base_probe_nll"]
     content["train"] |= {"steps": 2, "batch_size": 4, "evaluations": 1, "learning_rates": [1e-3]}
     content["train"] |= {"dtype": "float32"}  # in bfloat16, folded and added weights round differently
-    content["compare"] = {"inits": ["mashup", "paper", "random_delta"]}
+    content["compare"] = {"inits": ["mashup", "paper", "random_delta", "pissa"]}
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(content))
     capsys.readouterr()
     assert mashup("train", "--run", run) == 0
     assert (Path(capsys.readouterr().out.strip()) / "adapter_model.safetensors").is_file()
     assert mashup("compare", "--run", run) == 0
     inits = json.loads((tmp_path / "run/summary.json").read_text())["inits"]
-    assert list(inits) == ["mashup", "random_delta"]
+    assert list(inits) == ["mashup", "random_delta", "pissa"]
+    assert inits["pissa"]["start_seconds"] > 0
     assert inits["mashup"]["validation_nll_start"] < inits["random_delta"]["validation_nll_start"]
     assert "start paper is left out: ab_mean needs donors of one rank" in capsys.readouterr().err
 

@@ -75,7 +75,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = None) -> Adapter:
-    """Read an adapter folder into memory.
+    """Read an adapter folder into memory, without layers for pictures and sounds, and without whole layers that are saved beside
+    it: `saved_layers.require_untrained` says whether these matter.
 
     Args:
         shapes, head: linear layers and output head of the base model; an adapter that does not fit them is not read.
@@ -94,6 +95,8 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
                     halves[split_name(name)] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise as_adapter_error(error, f"corrupt weights: {WEIGHTS_FILE} cannot be read ({error})") from error
+    if changed := [one for one in declared.other_senses if halves[one, "A"].any() and halves[one, "B"].any()]:
+        raise AdapterError(f"changes layers for pictures or sounds ({changed[0]}), which no text runs through")
     tensors = {module: (halves[module, "A"], halves[module, "B"]) for module in declared.sizes}
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):

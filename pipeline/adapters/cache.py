@@ -25,9 +25,10 @@ from typing import IO, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.adapters.fetch import HUB, MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
+from pipeline.adapters.fetch import MAX_ADAPTER_BYTES, FetchError, locate, require_size, unfetched
 from pipeline.adapters.pool import files_state
 from pipeline.core.file_names import CARD_FILE, FILES, WEIGHTS_FILE
+from pipeline.core.hub import HUB
 from pipeline.core.node_folder import PARTIAL, obtain, private, remove
 from pipeline.core.storage import MAX_HEADER_BYTES, Folder
 from pipeline.core.uploads import PART_BYTES

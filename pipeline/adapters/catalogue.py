@@ -27,6 +27,7 @@ from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.saved_layers import require_untrained
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.adapters.validation import (
+    Declared,
     as_called,
     called_otherwise,
     check_declared,
@@ -43,7 +44,7 @@ from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes
 
-CHECKS = 3
+CHECKS = 4
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
 then."""
 
@@ -184,6 +185,7 @@ class Inspector:
     def inspect(self, listed: Listed, cache: AdapterCache) -> dict[str, Any]:
         """A row of schema KEPT: what the adapter is, or why it is set aside."""
         row: dict[str, Any] = {"adapter_id": listed.adapter_id, "uri": listed.uri, "status": "ok", "salt": self.salt}
+        row["downloads"] = listed.downloads
         row["state"] = None  # until all that is in the row is the adapter's own
         if listed.problem:
             return row | _set_aside(listed.problem)
@@ -197,13 +199,12 @@ class Inspector:
                 beginnings = called_otherwise(declared, self.shapes)
                 adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head)
                 dropped = require_untrained(folder, declared.saved, self.base)
+                warnings = [_begun_otherwise(beginnings), _other_base(adapter, self.base), _of_newer_peft(unknown_fields(folder))]
+                row["warning"] = "; ".join(filter(None, [*warnings, dropped, _of_other_senses(declared)])) or None
                 if beginnings:  # what it is made into goes with this run
                     listed = listed._replace(state=None)
-                    said = "its layers' names begin with {!r}, the base's with {!r}".format(*beginnings)
-                    warning = "; ".join(filter(None, [said, dropped, _other_base(adapter, self.base)]))
-                    return row | self._renamed(listed.adapter_id, adapter, beginnings) | {"warning": warning}
+                    return row | self._renamed(listed.adapter_id, adapter, beginnings)
                 row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
-                unknown = unknown_fields(folder)
                 pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
         except AdapterError as error:
             card = error.card if isinstance(error, RefusedError) else {}
@@ -213,8 +214,7 @@ class Inspector:
                 raise
             worker_log("index", for_display(listed.adapter_id, MAX_REASON)).exception("the check failed")
             return row | _set_aside(str(AdapterError(f"cannot be checked ({one_line(error)})")))
-        warnings = [_other_base(adapter, self.base), _of_newer_peft(unknown), dropped]
-        return row | {"warning": "; ".join(filter(None, warnings)) or None, "state": listed.state}
+        return row | {"state": listed.state}
 
     def _factor(self, adapter_id: str, folder: Path) -> dict[str, Any]:
         """Make a full checkpoint into an adapter, which the row is then of."""
@@ -259,7 +259,7 @@ class Inspector:
 
 
 def _set_aside(reason: str) -> dict[str, Any]:
-    return {"status": "set_aside", "reason": reason}
+    return {"status": "set_aside", "reason": reason, "warning": None}
 
 
 def _is_final(error: AdapterError) -> bool:
@@ -298,6 +298,14 @@ def _other_base(adapter: Adapter, base: str) -> str | None:
 def _plain_name(base: str) -> str:
     """A base's name without its owner, and without what copies in fewer bits add to it."""
     return QUANTISED_NAME.sub("", Path(base).name.lower())
+
+
+def _begun_otherwise(beginnings: tuple[str, str] | None) -> str | None:
+    return beginnings and "its layers' names begin with {!r}, the base's with {!r}".format(*beginnings)
+
+
+def _of_other_senses(declared: Declared) -> str | None:
+    return "its layers for pictures or sounds change nothing and are left out" if declared.other_senses else None
 
 
 def _of_newer_peft(fields: list[str]) -> str | None:

@@ -1,12 +1,14 @@
 """A full finetune of the base as a donor: what it changed in the linear layers, as a low-rank adapter.
 
-One tensor at a time is read, from whichever shard has it; what stays in memory are the factors.
+One tensor at a time is read, from whichever shard has it; what stays in memory are the factors. Tensors are compared by their own
+names (`layer_names.own_name`): whatever a model was wrapped in, or is a part of, is no change.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -19,6 +21,7 @@ from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import CONFIG_FILE, INDEX_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import Shapes, weights_folder
+from pipeline.model.layer_names import EMBEDDING_NAMES, HEADS, is_of_text, own_name
 
 ENERGY = 0.9
 """The adapter gets the smallest rank that keeps this share of the squared norm of the linear layers' change, MAX_RANK at most."""
@@ -30,6 +33,9 @@ MAX_ENERGY = 1e30
 
 TIED = "lm_head.weight"
 """Tied to the embeddings in one of base and finetune, and written out in the other."""
+
+COMPUTED = (".inv_freq", ".masked_bias")
+"""Ends of names of what older versions of transformers saved though it is computed."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +66,18 @@ def factor_checkpoint(folder: Path, base: str, shapes: Shapes, head: str | None)
     Raises:
         AdapterError: it is not a finetune of this base, its files are corrupt, or it changed no linear layer.
     """
+    modules = {f"{own_name(module)}.weight": module for module in shapes if module != head and is_of_text(module)}
     deltas: dict[str, Factors] = {}
     linear, elsewhere = 0.0, 0.0
-    for name, delta in _differences(folder, base):
-        module = name.removesuffix(".weight")
+    for name, delta in _differences(folder, base, modules):
         energy = float((delta.double() ** 2).sum())
         if not energy < MAX_ENERGY:
             raise AdapterError(f"weights too large: the change of {name} has a squared norm of {energy:.3g}")
-        if module not in shapes or module == head:
+        if name not in modules:
             elsewhere += energy
         elif energy:
             linear += energy
-            deltas[module], _ = factorise(delta, MAX_RANK)
+            deltas[modules[name]], _ = factorise(delta, MAX_RANK)
     if not deltas:
         raise AdapterError("a full checkpoint that changed no linear layer of the base")
     rank, kept = _rank_that_keeps(deltas, linear)
@@ -79,36 +85,69 @@ def factor_checkpoint(folder: Path, base: str, shapes: Shapes, head: str | None)
     return Factored(from_factors(base, cut, rank, rank, shapes, seed=0), kept, elsewhere / (linear + elsewhere))
 
 
-def _differences(folder: Path, base: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and change in float32 of each tensor; the base is rounded as the finetune is stored, or that would be a change."""
+class _Stored(NamedTuple):
+    """A tensor, and the file that has it."""
+
+    file: safe_open
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        return str(self.file.get_slice(self.name).get_dtype())
+
+    def read(self) -> Tensor:
+        weights: Tensor = self.file.get_tensor(self.name)
+        return weights
+
+
+def _differences(folder: Path, base: str, linear: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and change in float32 of each tensor; the base is rounded as the finetune is stored, or that would be a change. Rows
+    of a vocabulary that one of the two alone has are passed over."""
     tuned, original = _open(folder), _open(weights_folder(base))
-    _check_sizes(tuned, original)
+    _check_sizes(tuned, original, linear)
     for name in sorted(tuned.keys() & original.keys()):
-        new, old = tuned[name].get_tensor(name), original[name].get_tensor(name)
+        new, old = tuned[name].read(), original[name].read()
         if not torch.isfinite(new).all():
             raise AdapterError(f"NaN or Inf in {name}")
+        if new.shape != old.shape:
+            new, old = (tensor[: min(len(new), len(old))] for tensor in (new, old))
         yield name, new.float() - old.to(new.dtype).float()
 
 
-def _check_sizes(tuned: dict[str, safe_open], original: dict[str, safe_open]) -> None:
-    """Compare what the files declare, before memory is taken for a tensor."""
-    for name in sorted(tuned):
+def _check_sizes(tuned: dict[str, _Stored], original: dict[str, _Stored], linear: Collection[str]) -> None:
+    """Compare what the files declare, before memory is taken for a tensor. `linear`: names of the weights of linear layers, which
+    must all be there."""
+    for name, tensor in sorted(tuned.items()):
         if name not in original:
-            if name == TIED:
+            if name == TIED or name.endswith(COMPUTED) or not is_of_text(name):
                 continue
-            raise AdapterError(f"wrong base: the checkpoint has a tensor {name} that the base has not")
-        found, wanted = (tuple(files[name].get_slice(name).get_shape()) for files in (tuned, original))
-        if found != wanted:
-            raise AdapterError(f"wrong base: {name} is {found}, the base has {wanted}")
-        check_dtype(name, tuned[name].get_slice(name).get_dtype())
-    if absent := sorted(original.keys() - tuned.keys() - {TIED}):
-        raise AdapterError(f"missing weights: the checkpoint has no tensor {absent[0]}, which the base has")
+            raise AdapterError(f"wrong base: the checkpoint has a tensor {tensor.name} that the base has not")
+        check_dtype(tensor.name, tensor.dtype)
+        found, wanted = tensor.shape, original[name].shape
+        if found != wanted and not (_is_of_vocabulary(name) and found[1:] == wanted[1:]):
+            raise AdapterError(f"wrong base: {tensor.name} is {found}, the base has {wanted}")
+    if absent := sorted((original.keys() & linear) - tuned.keys()):
+        raise AdapterError(f"missing weights: the checkpoint has no tensor {original[absent[0]].name}, which the base has")
 
 
-def _open(folder: Path) -> dict[str, safe_open]:
-    """Tensor name -> the open file that has it, of the files that transformers reads."""
-    files = [open_weights(path) for path in _files(folder)]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+def _is_of_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return name.removesuffix(".weight").rpartition(".")[2] in (*EMBEDDING_NAMES, *HEADS)
+
+
+def _open(folder: Path) -> dict[str, _Stored]:
+    """The tensors by their own names, of the files that transformers reads."""
+    found: dict[str, _Stored] = {}
+    for file in map(open_weights, _files(folder)):
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            other = found.setdefault(own_name(name), _Stored(file, name))
+            if other.name != name:
+                raise AdapterError(f"corrupt weights: {name} is there twice, as {other.name}, too")
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,18 +1,18 @@
 """Bring an adapter's files onto this machine: from a local folder, the Hub or an object store."""
 
+import glob
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from pipeline.core.errors import AdapterError, InputError, first_line, is_transient
 from pipeline.core.file_names import FILES
-from pipeline.core.hub import HubBusyError, from_hub
+from pipeline.core.hub import HUB, HubBusyError, Place, from_hub
 from pipeline.core.storage import Folder
-
-HUB = "hf://"
 
 MAX_ADAPTER_BYTES = 8 << 30
 """Of one that is fetched: rank 64 on all linear layers of a model of 70 billion weights takes 3.3 GB."""
@@ -34,7 +34,7 @@ def locate(uri: str, max_bytes: int = MAX_ADAPTER_BYTES) -> Path | Folder:
     if "://" not in uri:
         return Path(uri)
     if uri.startswith(HUB):
-        return _from_hub(uri.removeprefix(HUB), max_bytes)
+        return _from_hub(uri, max_bytes)
     try:
         folder = Folder.at(uri)
     except InputError as error:
@@ -75,9 +75,12 @@ def require_size(where: str, size: int, max_bytes: int) -> None:
         raise AdapterError(f"cannot be fetched from {where} (it has {size} bytes; {max_bytes} are allowed)")
 
 
-def _from_hub(repo: str, max_bytes: int) -> Path:
+def _from_hub(uri: str, max_bytes: int) -> Path:
+    place = Place.of(uri)
+    if place is None:
+        raise FetchError(f"cannot be fetched from the Hub: {uri} is not hf://ORG/NAME[@REVISION][/FOLDER]")
     try:
-        return from_hub(partial(_ask_hub, repo, max_bytes))
+        return from_hub(partial(_ask_hub, place, max_bytes))
     except HubBusyError:
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -85,13 +88,14 @@ def _from_hub(repo: str, max_bytes: int) -> Path:
         raise FetchError(f"cannot be fetched from the Hub and is not in its cache ({first_line(why)})") from error
 
 
-def _ask_hub(repo: str, max_bytes: int) -> Path:
+def _ask_hub(place: Place, max_bytes: int) -> Path:
+    asked: dict[str, Any] = {"revision": place.revision, "allow_patterns": [glob.escape(place.file(name)) for name in FILES]}
     try:
-        files = snapshot_download(repo, allow_patterns=FILES, dry_run=True)
+        files = snapshot_download(place.repo, dry_run=True, **asked)
     except DryRunError as error:  # where the Hub cannot be asked, its cache may have the adapter
         try:
-            return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
+            return Path(snapshot_download(place.repo, local_files_only=True, **asked)) / place.folder
         except LocalEntryNotFoundError:
             raise error from error.__cause__
     require_size("the Hub", sum(file.file_size or 0 for file in files), max_bytes)
-    return Path(snapshot_download(repo, allow_patterns=FILES))
+    return Path(snapshot_download(place.repo, **asked)) / place.folder

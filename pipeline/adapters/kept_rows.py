@@ -62,8 +62,11 @@ class KeptRows:
         places = {state: place for place, state in enumerate(states)}
         same = [one for one in listed if one.problem is None and (one.uri, one.state) in places]
         rows = self._known.take(pa.array([places[one.uri, one.state] for one in same], pa.int64()))
-        names = pa.array([one.adapter_id for one in same], pa.string())  # a pool above or below calls them otherwise
-        return rows.set_column(0, "adapter_id", names)
+        # A pool above or below calls them otherwise, and they are downloaded more often every day.
+        given = {"adapter_id": [one.adapter_id for one in same], "downloads": [one.downloads for one in same]}
+        for name, values in given.items():
+            rows = rows.set_column(KEPT.get_field_index(name), KEPT.field(name), pa.array(values, KEPT.field(name).type))
+        return rows
 
     def merge_files(self, rows: pa.Table) -> None:
         """Make one file of the rows of this index and of those of other adapters that were known."""

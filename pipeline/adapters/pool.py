@@ -1,8 +1,8 @@
 """Lists what a pool holds; `catalogue.py` checks it.
 
-A pool is a folder of PEFT adapters at any depth, a list file (one path, Hub id or object-store URI a line, # starts a comment)
-or an object-store prefix. A path in a list file is relative to it, and stays in its folder: whoever wrote the list decides
-about nothing else on the machines that read it.
+A pool is a folder of PEFT adapters at any depth, an object-store prefix, a place on the Hub (`hub_pool.py`) or a list file: one
+path, Hub id (ORG/NAME[@REVISION][/FOLDER]) or object-store URI a line; # starts a comment. A path in a list file is relative to
+it, and stays in its folder: whoever wrote the list decides about nothing else on the machines that read it.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,10 +21,10 @@ import pyarrow as pa
 from huggingface_hub import hf_hub_download
 from pyarrow import fs
 
-from pipeline.adapters.fetch import HUB
+from pipeline.adapters.hub_pool import adapters_on_hub
 from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
 from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, PICKLES, WEIGHTS_FILE
-from pipeline.core.hub import from_hub
+from pipeline.core.hub import HUB, Place, from_hub
 from pipeline.core.ledger import digest
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
@@ -32,7 +32,7 @@ LISTING = pa.schema([("adapter_id", pa.string()), ("uri", pa.string()), ("proble
 Listing = dict[str, list[str | None]]
 """Columns LISTING."""
 
-LOOKED_AT = LISTING.append(pa.field("state", pa.string()))
+LOOKED_AT = pa.schema([*LISTING, ("state", pa.string()), ("downloads", pa.int64())])
 
 READ = (*FILES, "config.json", INDEX_FILE)
 """What is read of an adapter or a full checkpoint, beside its *.safetensors."""
@@ -45,6 +45,12 @@ COMMENT = re.compile(r"(^|\s)#.*")
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """The folder of a step on the way, as transformers' trainer names it."""
+
+FINAL = re.compile(r"final([_-](adapter|checkpoint|lora|model))?")
+"""The folder beside such steps that scripts around a trainer save the adapter to."""
+
+REVISION = re.compile(r"[^./~][^/]*/[^/]+@")
+"""Begins a Hub id with a revision, behind which a folder may follow."""
 
 A_CHECKPOINT = "a checkpoint"
 """Begins the reason for which one is left out."""
@@ -65,12 +71,13 @@ differ, too."""
 
 class Listed(NamedTuple):
     """An entry of a pool, and why it is not even looked at, if so. `state`: differs once a file that it is judged by has changed;
-    None: that cannot be told."""
+    None: that cannot be told. `downloads`: of the Hub's."""
 
     adapter_id: str
     uri: str
     problem: str | None = None
     state: str | None = None
+    downloads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,25 +93,7 @@ class Pool:
 
 
 def look_at(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) -> Pool:
-    """List a pool once for all that is asked of its listing; as `list_adapters`.
-
-    Raises:
-        InputError, OSError: as `list_adapters`.
-    """
-    folder = Folder.at(pool)
-    if _kind(pool, folder) == fs.FileType.File:
-        entries = _from_list(folder)
-        seen = _look_at_all(entries)
-        found = [one if one.problem else one._replace(state=seen[one.uri][1]) for one in entries]
-        state = _list_state(folder, seen)
-    else:
-        infos = folder.walk()
-        found, state = _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
-    return Pool(_checked(pool, found, exclude, checkpoints), state)
-
-
-def list_adapters(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) -> Listing:
-    """Columns LISTING of everything in a pool that may be an adapter; `problem` says of some why they are not looked at.
+    """List a pool, and look at the files' states.
 
     Args:
         exclude: ids to leave out, with the wildcards of a shell.
@@ -112,11 +101,12 @@ def list_adapters(pool: str, exclude: Sequence[str] = (), checkpoints: bool = Tr
 
     Raises:
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
-        OSError: its disk or store does not answer.
+        OSError: its disk, its store or the Hub does not answer.
     """
-    folder = Folder.at(pool)
-    found = _from_list(folder) if _kind(pool, folder) == fs.FileType.File else _from_folder(folder, folder.walk())
-    return _columns(_checked(pool, found, exclude, checkpoints))
+    if not pool.startswith(HUB):
+        _require_pool(pool)
+    found, state = _look(pool)
+    return Pool(_checked(pool, found, exclude, checkpoints), state)
 
 
 def pool_state(pool: str) -> list[Any]:
@@ -124,17 +114,29 @@ def pool_state(pool: str) -> list[Any]:
     too; of the Hub's the commit. No content is read.
 
     Raises:
-        InputError: the list file is malformed.
+        InputError: the list file is malformed, or there is no such pool on the Hub.
         OSError: a store does not answer, or takes nobody's credentials.
     """
+    return _look(pool)[1]
+
+
+def _look(pool: str) -> tuple[list[Listed], list[Any]]:
+    """What is in a pool, and the state of it; where there is none, nothing."""
+    if pool.startswith(HUB):
+        seen = adapters_on_hub(pool)
+        found = [Listed(one.adapter_id, one.place.uri, None, one.place.revision, one.downloads) for one in seen]
+        return found, sorted(one.uri for one in found)
     folder = Folder.at(pool)
-    if folder.files.get_file_info(folder.path).type != fs.FileType.File:
-        return folder.state()
-    return _list_state(folder, _look_at_all(_from_list(folder)))
+    kind = folder.files.get_file_info(folder.path).type
+    if kind == fs.FileType.File:
+        return _from_list(folder)
+    infos = folder.walk() if kind == fs.FileType.Directory else []
+    return _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
 
 
-def _kind(pool: str, folder: Folder) -> fs.FileType:
-    """Whether a pool is a folder or a list file."""
+def _require_pool(pool: str) -> None:
+    """See to it that a pool is a folder or a list file."""
+    folder = Folder.at(pool)
     try:
         kind = folder.files.get_file_info(folder.path).type
     except OSError as error:
@@ -142,61 +144,79 @@ def _kind(pool: str, folder: Folder) -> fs.FileType:
             raise
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind not in (fs.FileType.File, fs.FileType.Directory):
-        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file or an object-store prefix")
-    return kind
+        raise InputError(f"{pool}: no such adapter pool; give a folder, a list file, s3://... or hf://...")
 
 
 def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints: bool) -> list[Listed]:
     if not found:
         raise InputError(f"{pool}: no adapter found; a pool holds folders with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not checkpoints:
-        finals = {one.uri for one in found}
+        finals = _finals(found)
         found = [_without_final(one, finals) for one in found]
     return [_shown(_excluded(_named(one), exclude)) for one in found]
 
 
-def _without_final(one: Listed, finals: Collection[str]) -> Listed:
+def _finals(found: list[Listed]) -> dict[str, str]:
+    """Folders -> what the steps in them led to: the adapter of the folder itself, or else the one in it that is called the final
+    one. Others beside the steps may be of other runs, and so may all that lies in the pool's own folder."""
+    named = {_parent(one.uri): _name(one.uri) for one in found if "/" in one.adapter_id and FINAL.fullmatch(_name(one.uri))}
+    return named | {one.uri: _name(one.uri) for one in found}
+
+
+def _without_final(one: Listed, finals: Mapping[str, str]) -> Listed:
     """Trainers leave the steps on the way beside what they end with: near copies, of which one is enough."""
-    path, mark, options = one.uri.partition("?")
-    parent, _, name = path.rpartition("/")
-    if one.problem or not CHECKPOINT.fullmatch(name) or parent + mark + options not in finals:
+    final = finals.get(_parent(one.uri))
+    if one.problem or final is None or not CHECKPOINT.fullmatch(_name(one.uri)):
         return one
-    final = parent.rpartition("/")[2]
     return one._replace(problem=f"{A_CHECKPOINT} of {final}, which is in the pool; checkpoints: include takes it")
+
+
+def _parent(uri: str) -> str:
+    path, mark, options = uri.partition("?")
+    return path.rpartition("/")[0] + mark + options
+
+
+def _name(uri: str) -> str:
+    return uri.partition("?")[0].rpartition("/")[2]
 
 
 def _columns(found: list[Listed]) -> Listing:
     return {name: [getattr(one, name) for one in found] for name in LISTING.names}
 
 
-Seen = tuple[Any, str | None]
-"""Of an adapter of a list: its part of the pool's state, and its own."""
-
-
-def _list_state(file: Folder, seen: dict[str, Seen]) -> list[Any]:
-    return [file.state(), *((uri, files) for uri, (files, _) in seen.items())]
-
-
-def _look_at_all(entries: list[Listed]) -> dict[str, Seen]:
-    uris = [one.uri for one in entries if not one.problem]
+def _looked_at(entries: list[Listed]) -> tuple[list[Listed], list[Any]]:
+    """Entries of a list file with their states, and the state of all of them."""
     with ThreadPoolExecutor(LOOKED_AT_ONCE) as threads:
-        return dict(zip(uris, threads.map(_look_at_one, uris), strict=True))
+        seen = list(threads.map(_look_at_one, entries))
+    return [one for one, _ in seen], [(one.uri, state) for one, (_, state) in zip(entries, seen, strict=True) if not one.problem]
 
 
-def _look_at_one(uri: str) -> Seen:
-    """What is wrong with an adapter is said by the index; what may pass is not taken for a state of it."""
+def _look_at_one(one: Listed) -> tuple[Listed, Any]:
+    """An entry of a list file with its state, and what that is of a pool's. What is wrong with an adapter is said by the index;
+    what may pass is not taken for a state of it."""
+    if one.problem:
+        return one, None
     try:
-        if uri.startswith(HUB):  # in whose cache the folder of a file is called by the commit
-            commit = Path(from_hub(lambda: hf_hub_download(uri.removeprefix(HUB), CONFIG_FILE))).parent.name
-            return commit, commit
-        folder = Folder.at(uri)
+        if place := one.uri.startswith(HUB) and Place.of(one.uri):
+            commit = _commit(place)
+            return one._replace(uri=place._replace(revision=commit).uri, state=commit), commit
+        folder = Folder.at(one.uri)
         found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
     except (InputError, OSError, ValueError) as error:
         if is_transient(error):
             raise
-        return type(error).__name__, None
+        return one, type(error).__name__
     wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
-    return sorted((info.base_name, info.size, info.mtime_ns) for info in wanted), files_state(found, folder.is_local)
+    state = sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
+    return one._replace(state=files_state(found, folder.is_local)), state
+
+
+def _commit(place: Place) -> str | None:
+    """What a revision means today. The Hub's cache, which is asked where there is no network, calls a folder by it."""
+    if place.is_pinned:
+        return place.revision
+    name = place.file(CONFIG_FILE)
+    return Path(from_hub(lambda: hf_hub_download(place.repo, name, revision=place.revision)).removesuffix(name)).name
 
 
 def files_state(infos: Iterable[fs.FileInfo], local: bool) -> str | None:
@@ -292,7 +312,18 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _from_list(file: Folder) -> list[Listed]:
+def _from_list(file: Folder) -> tuple[list[Listed], list[Any]]:
+    """What a list file names, and the state of it."""
+    entries, state = _looked_at(list_entries(file))
+    return entries, [file.state(), *state]
+
+
+def list_entries(file: Folder) -> list[Listed]:
+    """The entries of a list file; none of them is looked at.
+
+    Raises:
+        InputError: it is malformed, holds credentials or gives one id twice.
+    """
     try:
         text = file.read_text("").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -309,9 +340,11 @@ def _from_list(file: Folder) -> list[Listed]:
 
 def _list_entry(line: str, parent: Path, is_local: bool) -> Listed:
     if not line.isprintable() or len(line) > MAX_ID:
-        return Listed(line, line)  # `list_adapters` says what is wrong
+        return Listed(line, line)  # `_named` says what is wrong
     if "://" in line:
         return Listed(line.removeprefix(HUB), line, _not_remote(line))
+    if REVISION.match(line) and not (parent / line).exists():
+        return Listed(line, HUB + line)
     if any(len(part.encode()) > MAX_NAME for part in line.split("/")):
         return Listed(line, line, f"a name of more than {MAX_NAME} bytes, which no file system has")
     path = parent / line

@@ -17,7 +17,8 @@ from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
-from pipeline.model.base_model import EMBEDDING_NAMES, Shapes
+from pipeline.model.base_model import Shapes
+from pipeline.model.layer_names import EMBEDDING_NAMES, HEADS, LANGUAGE, LAYERS, is_of_text, unwrapped
 
 PREFIX = "base_model.model."
 
@@ -27,16 +28,12 @@ MAX_NAME = 300
 """Characters of the name of a base model."""
 
 DTYPES = ("F64", "F32", "F16", "BF16")
-HEADS = ("lm_head", "embed_out")
 
-WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.|^module\.|(?<=^base_model\.model\.)module\.")
-"""What torch.compile and data parallelism put into the names of tensors."""
+ROUTERS = ("gate", "router")
+"""What models call the layer that sends a token to experts."""
 
-LAYERS = re.compile(r"(?<![^.])(layers|h|blocks)\.\d")
-"""Where the path of a module comes to the numbered layers."""
-
-LANGUAGE = {"model", "language_model", "text_model", "transformer", "llm"}
-"""Parts of the path to a language model's layers: those of an encoder for pictures are other layers, however alike."""
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.\w+)?)(?=\.(weight|bias)$)")
+"""What PEFT puts between a layer's name and that of its weights, while the layer is in a model that is trained."""
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
 """A factor's name, with or without that of the adapter in a model, such as `default`."""
@@ -50,7 +47,7 @@ UNSUPPORTED = {
     "fan_in_fan_out": "fan_in_fan_out: transposed weights are not supported",
     "layer_replication": "layer_replication: it changes the base model's layers",
     "trainable_token_indices": "trainable_token_indices: it changes the embeddings",
-    "target_parameters": "target_parameters: only linear layers are supported",
+    "target_parameters": "target_parameters: it adapts expert layers or other bare parameters, which are not supported",
     "megatron_config": "megatron_config: Megatron layers are not supported",
     "use_qalora": "QALoRA: its pooled input is not a plain low-rank delta",
     "use_bdlora": "BD-LoRA: block-diagonal factors are not supported",
@@ -79,8 +76,8 @@ class Declared:
     """What an adapter's files say, its weights not yet read.
 
     `sizes`: module path -> shapes of lora_A and of lora_B. `own`: rank and alpha of the modules for which a pattern of the
-    config has one or both of them. `saved`: names of whole embeddings and output heads that are saved beside the factors.
-    `renamed`: whether the file has tensors by other names than PEFT writes.
+    config has one or both of them. `saved`: names of whole layers that are saved beside the factors. `renamed`: whether the file
+    has tensors by other names than PEFT writes. `other_senses`: modules, not in `sizes`, that no text runs through.
     """
 
     config: LoraConfig
@@ -88,6 +85,7 @@ class Declared:
     own: dict[str, tuple[int, float]]
     saved: tuple[str, ...] = ()
     renamed: bool = False
+    other_senses: tuple[str, ...] = ()
 
     @property
     def uniform(self) -> bool:
@@ -98,7 +96,7 @@ class Declared:
         named = {tail for module in self.sizes for tail in tails(module)}
         return (
             all(config[name] == usual[name] for name in usual.keys() - PLAIN_FIELDS)
-            and not (self.own or self.saved or self.renamed)
+            and not (self.own or self.saved or self.renamed or self.other_senses)
             and not isinstance(self.config.target_modules, str)
             and named.issuperset(self.config.target_modules)  # PEFT raises at what is no linear layer
             and not isinstance(self.config.exclude_modules, str)
@@ -117,7 +115,11 @@ def read_declared(folder: Path) -> Declared:
     """
     config = _read_config(folder)
     sizes, saved, renamed = _read_names(folder)
-    return Declared(config, sizes, own_scales(config, sizes), saved, renamed)
+    text = {module: pair for module, pair in sizes.items() if is_of_text(module)}
+    other_senses = tuple(sorted(sizes.keys() - text.keys()))
+    if not text:
+        raise AdapterError(f"adapts layers for pictures or sounds alone ({other_senses[0]}), which no text runs through")
+    return Declared(config, text, own_scales(config, text), saved, renamed, other_senses)
 
 
 def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None:
@@ -126,13 +128,9 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
     Raises:
         AdapterError: with the reason that it cannot be a donor.
     """
+    shapes = {module: shape for module, shape in shapes.items() if is_of_text(module)}
+    _require_linear(declared, shapes, head)
     for module, found in declared.sizes.items():
-        if module == head or module.rpartition(".")[2] in HEADS:
-            raise AdapterError(f"adapts the output head ({module}), which cannot be scored under vLLM's LoRA")
-        if module not in shapes and ".experts." in module:
-            raise AdapterError(f"adapts expert layers ({module}), which are not supported")
-        if module not in shapes:
-            raise AdapterError(f"wrong base: it adapts {module}, which the base model does not have as a linear layer")
         rank, (out, inner) = declared.rank(module), shapes[module]
         if found != ((rank, inner), (out, rank)):
             raise AdapterError(
@@ -144,6 +142,19 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
         raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
     if beyond := sorted(declared.sizes.keys() - targeted):  # PEFT passes these over, and vLLM does not
         raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
+
+
+def _require_linear(declared: Declared, shapes: Shapes, head: str | None) -> None:
+    """See to it that an adapter's modules are linear layers of the base, other than its output head."""
+    unknown = sorted(declared.sizes.keys() - shapes)
+    if found := next((module for module in declared.sizes if module == head or module.rpartition(".")[2] in HEADS), None):
+        raise AdapterError(f"adapts the output head ({found}), which cannot be scored under vLLM's LoRA")
+    if found := next((module for module in unknown if "experts" in module.split(".")), None):
+        raise AdapterError(f"adapts expert layers ({found}), which are not supported")
+    if found := next((module for module in unknown if module.rpartition(".")[2] in ROUTERS), None):
+        raise AdapterError(f"adapts the router to expert layers ({found}), which is not supported")
+    if unknown:
+        raise AdapterError(f"wrong base: it adapts {unknown[0]}, which the base model does not have as a linear layer")
 
 
 def called_otherwise(declared: Declared, shapes: Shapes) -> tuple[str, str] | None:
@@ -219,19 +230,20 @@ def split_name(name: str) -> tuple[str, str]:
         raise AdapterError(f"changes the embeddings or the output head ({name}), which vLLM's LoRA cannot score")
     if ".lora_magnitude_vector" in name:
         raise AdapterError(UNSUPPORTED["use_dora"])
-    plain = WRAPPERS.sub("", name)
+    plain = unwrapped(name)
     if plain.startswith(PREFIX) and (found := FACTOR.fullmatch(plain.removeprefix(PREFIX))):
         return found["module"], found["half"]
-    if plain.startswith(PREFIX) and plain.endswith(".weight") and ".lora_" not in plain:
-        raise AdapterError(f"modules_to_save: it replaces whole modules ({name})")
     raise AdapterError(f"not plain LoRA: it carries the tensor {name}")
 
 
-def is_saved_whole(name: str) -> bool:
-    """Whether a tensor is an embedding or an output head that PEFT saved beside the factors, as it does where it thinks that the
-    vocabulary has grown. Whether it is the base's own is seen where weights are read."""
-    layer = WRAPPERS.sub("", name).removeprefix(PREFIX).removesuffix(".weight").rpartition(".")[2]
-    return name.endswith(".weight") and ".lora_" not in name and layer in (*EMBEDDING_NAMES, *HEADS)
+def saved_whole(name: str) -> str | None:
+    """Which of the base's tensors one in an adapter's file stands for, as PEFT saves embeddings and output heads where it thinks
+    that the vocabulary has grown, and whatever `modules_to_save` names. Whether it is the base's own is seen where weights are
+    read. None: it is something else."""
+    plain = unwrapped(name)
+    if not plain.startswith(PREFIX) or ".lora_" in plain or not plain.endswith((".weight", ".bias")):
+        return None
+    return WRAPPED.sub("", plain.removeprefix(PREFIX))
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -346,14 +358,14 @@ def _read_names(folder: Path) -> tuple[dict[str, tuple[Size, Size]], tuple[str, 
         for name in file.keys():  # noqa: SIM118 (not a dict)
             tensor = file.get_slice(name)
             check_dtype(name, tensor.get_dtype())
-            if is_saved_whole(name):
+            if saved_whole(name):
                 saved.append(name)
                 continue
             module, half = split_name(name)
             renamed |= name != f"{PREFIX}{module}.lora_{half}.weight"
             if half in halves.get(module, {}):
                 raise AdapterError(f"corrupt weights: {module} has lora_{half} twice, under two names")
-            if len(shape := tuple(tensor.get_shape())) != 2:
+            if len(shape := tuple(tensor.get_shape())) != 2 and is_of_text(module):
                 raise AdapterError(f"wrong shapes: {name} has {len(shape)} dimensions, 2 are needed")
             halves.setdefault(module, {})[half] = shape
     if not halves:

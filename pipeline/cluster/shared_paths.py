@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.core.errors import InputError
+from pipeline.core.hub import HUB
 from pipeline.core.storage import Folder
 
 PATIENCE = 60.0
@@ -74,7 +75,7 @@ def _ask(nodes: list[str], paths: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _local(locations: Mapping[str, str | None]) -> dict[str, Folder]:
-    folders = {key: Folder.at(location) for key, location in locations.items() if location}
+    folders = {key: Folder.at(location) for key, location in locations.items() if location and not location.startswith(HUB)}
     return {key: folder for key, folder in folders.items() if folder.is_local}
 
 

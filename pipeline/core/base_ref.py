@@ -11,11 +11,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from pipeline.core.errors import InputError, unknown_base
-from pipeline.core.hub import HubBusyError, from_hub
+from pipeline.core.hub import COMMIT, HubBusyError, from_hub
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 
-COMMIT = re.compile("[0-9a-f]{40}")
 STATE = re.compile("state-[0-9a-f]{16}")
 
 

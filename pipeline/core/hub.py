@@ -1,8 +1,10 @@
-"""The Hugging Face Hub: which of its errors are transient, and requests that are made again after them."""
+"""The Hugging Face Hub: how places there are written, which of its errors are transient, and requests that are made again."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+from urllib.parse import quote, unquote
 
 T = TypeVar("T")
 
@@ -17,6 +19,42 @@ NO_ADDRESS = {"UnsupportedProtocol", "LocalProtocolError"}
 
 XET = ("CAS Client Error", "error sending request")
 """In what the client of the Hub's storage for large files raises, a plain RuntimeError, where that cannot be reached."""
+
+
+HUB, HUB_DATA = "hf://", "hf://datasets/"
+COMMIT = re.compile("[0-9a-f]{40}")
+PLACE = re.compile(r"(?P<repo>[^/@?]+/[^/@?]+)(@(?P<revision>[^/?]+))?(/(?P<folder>[^?]*))?")
+
+
+class Place(NamedTuple):
+    """A folder of a model's repository, `hf://ORG/NAME[@REVISION][/FOLDER]`. In a revision %2F stands for a slash."""
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    @classmethod
+    def of(cls, uri: str) -> "Place | None":
+        """None: it names none."""
+        found = PLACE.fullmatch(uri.removeprefix(HUB).rstrip("/"))
+        if not found:
+            return None
+        revision = found["revision"] and unquote(found["revision"])
+        return cls(found["repo"], revision, found["folder"] or "")
+
+    @property
+    def uri(self) -> str:
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"{HUB}{self.repo}{revision}" + (f"/{self.folder}" if self.folder else "")
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its revision is a commit, whose files never change."""
+        return bool(self.revision and COMMIT.fullmatch(self.revision))
+
+    def file(self, name: str) -> str:
+        """The path of one of its files in the repository."""
+        return f"{self.folder}/{name}" if self.folder else name
 
 
 class HubBusyError(OSError):

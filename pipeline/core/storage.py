@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from pipeline.core import uploads, whole_files
 from pipeline.core.errors import InputError, is_transient
+from pipeline.core.hub import HUB, HUB_DATA
 from pipeline.core.whole_files import PARTIAL
 
 LISTED_APART = 32
@@ -74,6 +75,8 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     Raises:
         InputError: the URI's scheme or bucket is unknown.
     """
+    if uri.startswith(HUB_DATA):
+        return _hub_data(uri)
     plain = PLAIN_URI.fullmatch(uri)
     key = (plain["scheme"], plain["bucket"], plain["options"], uploads.client_settings()) if plain else None
     if plain and key and key in _BUCKETS:
@@ -88,6 +91,13 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     if key:
         _BUCKETS[key] = files
     return files, path
+
+
+def _hub_data(uri: str) -> tuple[fs.FileSystem, str]:
+    """A data set of the Hub, read in place."""
+    from huggingface_hub import HfFileSystem
+
+    return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem())), uri.removeprefix(HUB).partition("?")[0]
 
 
 def lies_in(path: str, folder: str) -> bool:
@@ -124,7 +134,8 @@ class Folder:
 
     @classmethod
     def at(cls, uri: str | Path) -> "Folder":
-        """Open a local path or an object-store URI (`s3://`, `gs://`). Nothing is created.
+        """Open a local path, an object-store URI (`s3://`, `gs://`) or a data set of the Hub (`hf://datasets/ORG/NAME`, to read
+        alone). Nothing is created.
 
         Raises:
             InputError: the URI's scheme or bucket is unknown, or it holds credentials.
@@ -231,6 +242,8 @@ class Folder:
             InputError: it cannot be written.
             OSError: the disk is full, or the store does not answer.
         """
+        if self.uri.startswith(HUB_DATA):
+            raise InputError(f"{self.uri}: data sets of the Hub can only be read; choose a folder")
         try:
             self.files.create_dir(self.path, recursive=True)
             if self.is_local and not os.access(self.path, os.W_OK):

@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-VERSION = 3
-"""Of the tables and documents of a run folder; 2: licences and families in the catalogue; 3: states of files."""
+VERSION = 4
+"""Of the tables and documents of a run folder; 2: licences and families in the catalogue; 3: states of files; 4: downloads."""
 
 BASE_ID = "base"
 """The `adapter_id` of candidate 0: the base model without any adapter."""
@@ -11,7 +11,7 @@ BASE_ID = "base"
 CATALOGUE = pa.schema(
     [
         ("adapter_id", pa.string()),
-        ("uri", pa.string()),  # local path, s3://..., or hf://org/name
+        ("uri", pa.string()),  # local path, s3://..., or hf://org/name@commit
         ("sha256", pa.string()),  # of adapter_model.safetensors, as the Hub shows it
         ("adapter_hash", pa.string()),  # of weights and scaling: equal for equal delta weights
         ("base_model", pa.string()),  # what the adapter says that it was trained on
@@ -27,6 +27,7 @@ CATALOGUE = pa.schema(
         ("warning", pa.string()),  # what a user should know of a valid one
         ("family", pa.string()),  # the first adapter whose delta weights are these times a number, often itself
         ("state", pa.string()),  # of its files, see `adapters/pool.files_state`; null: that cannot be told
+        ("downloads", pa.int64()),  # of the Hub's repository that it is in, in the last month; null: not asked
     ]
 )
 

@@ -1,14 +1,17 @@
 """Which files of a target's path hold the rows of a split, and in which form.
 
 A path is a file, or a folder: of files of one form, at any depth; one that `datasets` saved; or a clone of a data set of the Hub,
-in which files are of a split by their names, as the Hub has it (`data/train-00000-of-00001.parquet`, `test.jsonl`).
+in which files are of a split by their names, as the Hub has it (`data/train-00000-of-00001.parquet`, `test.jsonl`). A data set
+on the Hub is read like its clone; `?split=train_sft` names another of its splits.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import parse_qs
 
 from pipeline.core.errors import InputError
+from pipeline.core.hub import HUB_DATA
 from pipeline.core.storage import Folder
 
 Form = Literal["datasets", "parquet", "lines", "csv"]
@@ -90,7 +93,7 @@ def _in_folder(path: str, role: str, folder: Folder, names: list[str]) -> Source
     known = [name for name in names if form_of(name) and name.rpartition("/")[2] not in ABOUT]
     if any(name.lower().endswith(".parquet") for name in known):  # a .json may tell of the data
         known = [name for name in known if not name.lower().endswith(".json")]
-    known = _of_split(path, role, known)
+    known = _asked_for(path, known) or _of_split(path, role, known)
     files: dict[Form, str] = {form: name for name in known if (form := form_of(name))}
     if not files:
         raise InputError(_unknown(path, role))
@@ -99,6 +102,19 @@ def _in_folder(path: str, role: str, folder: Folder, names: list[str]) -> Source
         holds = "Parquet" if first == "parquet" else repr(files[first])
         raise InputError(f"{path}: target.{role} holds {holds} and {files[other]!r}, of another form; give files of one form")
     return Source(folder, next(iter(files)), known)
+
+
+def _asked_for(path: str, names: list[str]) -> list[str]:
+    """The files of the split that the path of a data set of the Hub asks for; none: it asks for none.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    split = parse_qs(path.partition("?")[2]).get("split", [""])[-1].lower() if path.startswith(HUB_DATA) else ""
+    found = [name for name in names if split and re.search(rf"(^|[^a-z0-9]){re.escape(split)}([^a-z0-9]|$)", name.lower())]
+    if split and not found:
+        raise InputError(f"{path}: no file of the split {split!r}; there are {', '.join(names[:5])}")
+    return found
 
 
 def _of_split(path: str, role: str, names: list[str]) -> list[str]:

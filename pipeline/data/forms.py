@@ -3,7 +3,8 @@
     messages                            role and content, as OpenAI, TRL and axolotl have them
     conversations                       the same, or `from` and `value`, as ShareGPT has them
     prompt, completion                  texts or lists of messages, as TRL has them
-    prompt, chosen                      of preferences the chosen answer; `chosen` alone may be a whole conversation
+    chosen, and rejected or a prompt    of preferences the chosen answer, to a prompt of one of the other forms; chosen alone may
+                                        be a whole conversation
     instruction, input, output          as Alpaca has them; `history` holds earlier pairs
     text                                learned as it is, without a chat template
 
@@ -37,8 +38,14 @@ ROLES = {
 }
 """Names of roles that mean another; others are left to the chat template."""
 
+PLAIN_ROLES = ("system", "developer", "user", "assistant", "tool")
+"""That may also be written in capitals."""
+
 CALLS = "function_call"
 """A role of LLaMA-Factory's: the assistant calls a tool."""
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns that hold a list of messages."""
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message for what the model thinks before it answers."""
@@ -55,7 +62,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages` end with the answer; each has the texts `role` and `content`."""
+    """`messages` end with an answer; each has the texts `role` and `content`."""
 
     messages: list[Message]
     options: dict[str, Any] = field(default_factory=dict)
@@ -78,10 +85,8 @@ def conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversa
     row = _named(row, columns or {})
     for is_of_form, read in _FORMS:
         if is_of_form(row):
-            found = read(row)
-            _check(found)
-            return found
-    shown = sorted(str(name)[:40] for name, value in row.items() if value is not None)
+            return _to_the_last_answer(read(row))
+    shown = sorted(f"{str(name)[:40]}{' (empty)' * (value == [])}" for name, value in row.items() if value is not None)
     has = ", ".join(shown[:MAX_SHOWN]) or "nothing"
     raise RowError(f"of no known form: it has {has}; rows need {FORMS} (target.columns names others)")
 
@@ -115,7 +120,7 @@ def _named(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _has(*names: str) -> Callable[[Row], bool]:
-    return lambda row: all(row.get(name) is not None for name in names)
+    return lambda row: all(row.get(name) not in (None, []) for name in names)
 
 
 def _from_messages(name: str) -> Callable[[Row], Conversation]:
@@ -131,12 +136,22 @@ def _from_completion(row: Row) -> Conversation:
 
 
 def _from_chosen(row: Row) -> Conversation:
-    prompt, chosen = _messages_or_text(row.get("prompt")), _messages_or_text(row["chosen"])
+    prompt, chosen = _prompt_of(row), _messages_or_text(row["chosen"])
+    if isinstance(chosen, Mapping):
+        chosen = [chosen]
     whole = isinstance(chosen, list) and (prompt is None or _begins_with_question(chosen))
     if prompt is None and not whole:
         raise RowError("a chosen answer without a prompt")
     turns = chosen if whole else [*_turns(prompt, "user"), *_turns(chosen, "assistant")]
     return _chat(turns, row, texts=not isinstance(prompt, list) and not isinstance(chosen, list))
+
+
+def _prompt_of(row: Row) -> Any:
+    """What a preference is about: text or messages; None: there is nothing."""
+    for name in ("prompt", *CONVERSATIONS):
+        if row.get(name) not in (None, []):
+            return _messages_or_text(row[name])
+    return _joined(row["instruction"], row.get("input")) if row.get("instruction") is not None else None
 
 
 def _from_instruction(row: Row) -> Conversation:
@@ -153,9 +168,8 @@ def _from_text(row: Row) -> Conversation:
 
 
 _FORMS: Sequence[tuple[Callable[[Row], bool], Callable[[Row], Conversation]]] = (
-    (_has("messages"), _from_messages("messages")),
-    (_has("conversations"), _from_messages("conversations")),
-    (_has("conversation"), _from_messages("conversation")),
+    (_has("chosen", "rejected"), _from_chosen),
+    *((_has(name), _from_messages(name)) for name in CONVERSATIONS),
     (lambda row: row.get("prompt") is not None and "completion" in row, _from_completion),
     (_has("chosen"), _from_chosen),
     (_has("instruction", "output"), _from_instruction),
@@ -190,7 +204,12 @@ def _message(turn: Any) -> Message:
         return _calls(kept, content)
     if content is None and not kept.get("tool_calls"):
         raise RowError("a message without text or role")
-    return {**kept, "role": ROLES.get(role.lower(), role), "content": content or ""}  # null beside calls: templates join texts
+    return {**kept, "role": _plain_role(role), "content": content or ""}  # null beside calls: templates join texts
+
+
+def _plain_role(role: str) -> str:
+    lower = role.lower()
+    return ROLES.get(lower, lower if lower in PLAIN_ROLES else role)
 
 
 def _calls(kept: Message, content: str | None) -> Message:
@@ -220,12 +239,24 @@ def is_learned(turn: Message) -> bool:
     return turn.get("train") is not False and turn.get("weight") != 0
 
 
-def _check(found: Conversation) -> None:
-    """See to it that there is an answer to learn.
+def _to_the_last_answer(found: Conversation) -> Conversation:
+    """The conversation without what is said behind its last answer: nothing of that is learned, and no token before it sees it.
 
     Raises:
-        RowError: there is none.
+        RowError: there is no answer to learn.
     """
+    answers = [place for place, turn in enumerate(found.messages) if _is_answer(turn)]
+    if answers and not found.bare:
+        found = replace(found, messages=found.messages[: answers[-1] + 1])
+    _check(found)
+    return found
+
+
+def _is_answer(turn: Message) -> bool:
+    return turn["role"] == "assistant" and bool(turn["content"].strip()) and not turn.get("tool_calls")
+
+
+def _check(found: Conversation) -> None:
     messages = found.messages
     if not messages:
         raise RowError("a message without text or role")
@@ -259,7 +290,7 @@ def _turns(value: Any, role: str) -> list[Any]:
 
 def _begins_with_question(turns: list[Any]) -> bool:
     role = turns[0].get("role", turns[0].get("from")) if turns and isinstance(turns[0], Mapping) else None
-    return isinstance(role, str) and ROLES.get(role.lower(), role) != "assistant"
+    return isinstance(role, str) and _plain_role(role) != "assistant"
 
 
 def _messages_or_text(value: Any) -> Any:

@@ -18,12 +18,15 @@ from pipeline.data.tokenise import Reading, parse, tokenise
 from pipeline.model.base_model import load_tokenizer
 
 LEARNED, CONTEXT = "bold green", "dim"
+MARKS = "[[", "]]"
+"""Around what is learned, where there are no colours."""
+
 UNSEEN = str.maketrans({chr(code): "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\n\t"})
 """Signs that would steer the terminal."""
 
 
-def show_rows(config: Config, count: int) -> Iterator[Text]:
-    """So many rows of target.train; what is learned of them is in colour.
+def show_rows(config: Config, count: int, marks: tuple[str, str] = ("", "")) -> Iterator[Text]:
+    """So many rows of target.train; what is learned of them is in colour, and between `marks`.
 
     Raises:
         InputError: as for `splits.draw_samples`.
@@ -31,10 +34,10 @@ def show_rows(config: Config, count: int) -> Iterator[Text]:
     tokenizer, reading = load_tokenizer(config.base), reading_of(config)
     path = target_paths(config)["train"]
     for number, row in enumerate(islice(first_rows(path, "train", list(reading.columns.values())), count), start=1):
-        yield _shown(number, row, tokenizer, reading)
+        yield _shown(number, row, tokenizer, reading, marks)
 
 
-def _shown(number: int, row: bytes, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Text:
+def _shown(number: int, row: bytes, tokenizer: PreTrainedTokenizerBase, reading: Reading, marks: tuple[str, str]) -> Text:
     shown = Text(f"row {number}: ")
     try:
         said = parse(row)
@@ -47,6 +50,7 @@ def _shown(number: int, row: bytes, tokenizer: PreTrainedTokenizerBase, reading:
     shown.append(f"{len(tokens['input_ids'])} tokens, {sum(tokens['learn_mask'])} of them learned{choices}{note}\n")
     at = 0
     for start, end in answers:
-        shown.append(text[at:start].translate(UNSEEN), CONTEXT).append(text[start:end].translate(UNSEEN), LEARNED)
+        learned = text[start:end].translate(UNSEEN).join(marks)
+        shown.append(text[at:start].translate(UNSEEN), CONTEXT).append(learned, LEARNED)
         at = end
     return shown.append(text[at:].translate(UNSEEN), CONTEXT).append("\n")

@@ -32,7 +32,8 @@ from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer, build_scorer
-from pipeline.model.base_model import device, fast_dtype, linear_shapes, load_model
+from pipeline.model.base_model import class_name, device, fast_dtype, linear_shapes, load_model
+from pipeline.model.layer_names import is_of_text
 
 ROWS, LENGTH = 4, 32
 """Rows that are scored, and the tokens of each at most: the last ones of its completion and what precedes them."""
@@ -180,7 +181,7 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
     rank = min(RANK, config.max_rank)
     deltas: dict[str, Factors] = {}
     for name, (outputs, inputs) in shapes.items():
-        if name != head and name.rpartition(".")[2] in config.target_modules:
+        if name != head and is_of_text(name) and name.rpartition(".")[2] in config.target_modules:
             norm = float(model.get_submodule(name).weight.detach().float().norm())
             drawn = Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))
             size = (norm / drawn.norm()) ** 0.5
@@ -263,6 +264,7 @@ def _about(engine: str, config: EngineConfig) -> dict[str, Any]:
     settings = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")} if engine == "vllm" else {}
     name = torch.cuda.get_device_name() if config.tensor_parallel_size == 1 and torch.cuda.is_available() else device().type
     asked = {"modules": config.target_modules if config.max_rank else (), "tensor_parallel_size": config.tensor_parallel_size}
+    asked["class"] = class_name(config.base)  # by which an engine picks its own, whose modules may have other names
     # vLLM picks its kernels by the rank that there is room for, near a power of two, and by the adapters of a batch.
     kernels = {"rank": 1 << (config.max_rank - 1).bit_length(), "adapters_per_batch": config.adapters_per_batch}
     return {"versions": versions, "settings": settings, "device": name, **asked, **(kernels if engine == "vllm" else {})}

@@ -16,16 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from vllm import LLM, RequestOutput, SamplingParams, envs
+from pydantic import ValidationError
+from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, envs
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
+from pipeline.core.errors import InputError, first_line
 from pipeline.core.tables import SCORES
 from pipeline.engines import vllm_cpu_lora
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
 from pipeline.engines.vllm_adapters import MOST_KEPT, HeldAdapters
 from pipeline.engines.vllm_prompt_logprobs import START
-from pipeline.model.base_model import context_length, fast_dtype, source, vocabulary
+from pipeline.model.base_model import class_name, context_length, fast_dtype, language_part, source, vocabulary
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
@@ -104,7 +107,7 @@ class VllmScorer:
     def __init__(self, config: EngineConfig) -> None:
         if envs.VLLM_PLUGINS is None:  # it finds those of installed packages, and our code may have come with a Ray job
             vllm_cpu_lora.register()
-        self.llm = LLM(**_arguments(config))
+        self.llm = _start(config)
         if config.tensor_parallel_size > 1:
             self.llm.collective_rpc(_end_with_parent)
         self._config = config
@@ -176,6 +179,35 @@ class VllmScorer:
             raise
 
 
+def _start(config: EngineConfig) -> LLM:
+    """vLLM with the base.
+
+    Raises:
+        InputError: vLLM has no class for it, or none that takes adapters.
+    """
+    try:
+        return LLM(**_arguments(config))
+    except Exception as error:  # vLLM raises what it likes
+        name = class_name(config.base)
+        if reason := _why_unserved(name, error, adapters=config.max_rank > 0):
+            raise InputError(f"{config.base}: vLLM cannot serve a {name} ({reason}); set search.engine: transformers") from error
+        raise
+
+
+def _why_unserved(name: str, error: Exception, adapters: bool) -> str | None:
+    """Why vLLM cannot serve bases of a class. None: it can, and what kept this engine from starting may pass, such as a lack of
+    memory."""
+    known = ModelRegistry.models.get(name)
+    try:
+        served = known and known.load_model_cls()
+    except Exception as missing:  # of what its module imports
+        return first_line(missing)
+    if isinstance(error, ValidationError):  # of the config, before anything is loaded
+        said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        return said.partition(". ")[0]  # before all the classes that it has
+    return "it takes no adapters there" if adapters and served and not supports_lora(served) else None
+
+
 def _empty_cache(worker: Any) -> None:
     """Runs in each of vLLM's workers."""
     with torch.inference_mode():  # in which vLLM may have made it
@@ -197,6 +229,7 @@ def _arguments(config: EngineConfig) -> dict[str, Any]:
         "revision": revision,
         "load_format": "safetensors",  # never pickle
         "skip_tokenizer_init": True,  # rows are token ids already
+        "language_model_only": True,  # of a class with encoders, which else wants a tokenizer and a processor of pictures
         "dtype": str(fast_dtype(config.dtype)).removeprefix("torch."),
         "max_model_len": _fitting_length(config),
         "max_num_seqs": MAX_SEQUENCES,
@@ -220,8 +253,10 @@ def _on_gpus(base: str) -> dict[str, Any]:
     head's weights for this in each step. Its batch-invariant products know no output of another type than the inputs'."""
     logits = LOGITS_COPIES * LOGITS_TOKENS * vocabulary(base) * 4
     share = MEMORY_SHARE - logits / current_platform.get_device_total_memory()
-    head: dict[str, Any] = {} if envs.VLLM_BATCH_INVARIANT else {"hf_overrides": {"head_dtype": "float32"}}
-    return {"gpu_memory_utilization": share, **head}
+    if envs.VLLM_BATCH_INVARIANT:
+        return {"gpu_memory_utilization": share}
+    asked, part = {"head_dtype": "float32"}, language_part(base)  # where a language model is a part, it has the head
+    return {"gpu_memory_utilization": share, "hf_overrides": {**asked, **({part: asked} if part else {})}}
 
 
 def _fitting_length(config: EngineConfig) -> int:

@@ -18,6 +18,7 @@ from pipeline.adapters.adapter import for_engine
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
 from pipeline.engines.scorer import Loaded
+from pipeline.engines.vllm_modules import put_in_place
 
 MOST_KEPT = 1024
 """Adapters, however small: each has some hundred tensors."""
@@ -53,6 +54,7 @@ class HeldAdapters:
         self._ahead: dict[Path, _Held] = {}
         self._done = set[Path]()
         self._numbers = itertools.count(1)
+        engine.collective_rpc(put_in_place)
         self._manager: Any = engine.collective_rpc(_lora_manager)[0] if ahead else None
         if self._manager is not None:
             self._ready: dict[int, Any] = {}

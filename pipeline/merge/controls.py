@@ -4,18 +4,23 @@ import random
 from collections.abc import Sequence
 
 import pyarrow as pa
+import ray
 
 from pipeline.adapters.adapter import read_adapter
 from pipeline.adapters.catalogue import indexed_by_id
 from pipeline.adapters.fetch import fetch_adapter
+from pipeline.cluster.resources import compute_task
+from pipeline.config import RIVALS
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
 from pipeline.core.tables import BASE_ID
+from pipeline.data.splits import split_of
 from pipeline.merge.build import build, store
 from pipeline.merge.recipes import Recipe, random_like
 from pipeline.model.base_model import linear_shapes
 from pipeline.run_folder import Run
+from pipeline.train.arm import Lora
 from pipeline.train.starts import Shapes, is_trained_on
 
 
@@ -65,7 +70,8 @@ def _write_controls(
     """Write control starts; gives the reasons of those that cannot be made."""
     base, leaderboard = run.config.base, run.folder.read_table("leaderboard.parquet")
     refused: dict[str, str] = {}
-    for init in inits:
+    _write_rivals(run, [init for init in inits if init in RIVALS], starts, shapes.trained)
+    for init in [init for init in inits if init not in RIVALS]:
         shape = shapes.trained if is_trained_on(run.config, init) else shapes.start
         recipes = control_recipes(leaderboard, catalogue, n_donors, shape.rank)
         made = {init: recipes[init]} if init in recipes else {}
@@ -77,3 +83,19 @@ def _write_controls(
             mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, cache))
         store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
     return refused
+
+
+def _write_rivals(run: Run, inits: Sequence[str], starts: Folder, lora: Lora) -> None:
+    """Write starts that need no donors, one after the other, as each takes the base; those that read data have the sample that
+    the donors were ranked on."""
+    if not inits:
+        return
+    from pipeline.train.rivals import write_rival  # not above: see pipeline/train/ray_train.py
+
+    run.start_ray()
+    config, train = run.config, run.config.train
+    sample = ray.put(split_of(run.folder.read_table("samples.parquet"), "search"))
+    task = compute_task(write_rival, train.cpus_per_worker, train.gpus_per_worker)
+    for init in inits:
+        ray.get(task.remote(init, config.base, train.dtype, lora, sample, starts))
+        run.progress.say(f"start {init} is made")

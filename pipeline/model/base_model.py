@@ -22,11 +22,9 @@ from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.hub import HubBusyError, from_hub
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
+from pipeline.model.layer_names import EMBEDDING_NAMES, own_name
 
 FIRST_VALUES = 256
-
-EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-"""What models call the layer that turns tokens into features."""
 
 QUANTISED_NAME = re.compile(r"(-unsloth)?(-bnb)?-(4bit|8bit|int4|int8|gptq.*|awq.*|fp8.*|nf4|w\da\d+.*)$", re.IGNORECASE)
 """What the names of bases in fewer bits end in."""
@@ -81,13 +79,26 @@ def vocabulary(base: str) -> int:
     return int(_from_pretrained(AutoConfig, base).get_text_config().vocab_size)
 
 
+def class_name(base: str) -> str:
+    """What the base model's config calls its class; where it does not say, the type of model."""
+    config = _from_pretrained(AutoConfig, base)
+    return str(next(iter(config.architectures or ()), config.model_type))
+
+
+def language_part(base: str) -> str | None:
+    """Where the base model's config has that of its language model, as in `text_config`. None: it is that itself."""
+    config = _from_pretrained(AutoConfig, base)
+    text = config.get_text_config()
+    return next((key for key, value in vars(config).items() if value is text), None)
+
+
 def context_length(base: str) -> int:
     """Tokens that the base model can read at once, by its config.
 
     Raises:
         InputError: the base model is not known.
     """
-    config = _from_pretrained(AutoConfig, base)
+    config = _from_pretrained(AutoConfig, base).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
@@ -145,16 +156,33 @@ def weights_folder(base: str) -> Path:
 
 
 @lru_cache(maxsize=2)
-def stored_weights(base: str, layer: str | None) -> torch.Tensor | None:
-    """The weights of the base's layer whose path ends in this name, as its files have them; without a name, of its embedding.
-    None: the base stores no such layer, or several."""
-    wanted = [layer] if layer else EMBEDDING_NAMES
-    found: list[torch.Tensor] = []
-    for file in sorted(weights_folder(base).glob("*.safetensors")):
+def stored_weights(base: str, name: str) -> torch.Tensor | None:
+    """The base's tensor of this name, or of the same one by another path to the language model, as its files have it. None: the
+    base stores no such tensor, or several."""
+    found = _stored(base).get(own_name(name), [])
+    if len(found) != 1:
+        return None
+    file, stored = found[0]
+    with safe_open(file, framework="pt") as tensors:
+        weights: torch.Tensor = tensors.get_tensor(stored)
+    return weights
+
+
+def stored_embedding(base: str) -> torch.Tensor | None:
+    """What turns tokens into features, as the base's files have it. None: they have no such layer, or several."""
+    names = [name for name in _stored(base) if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDING_NAMES]
+    return stored_weights(base, names[0]) if len(names) == 1 else None
+
+
+@lru_cache(maxsize=1)
+def _stored(base: str) -> dict[str, list[tuple[Path, str]]]:
+    """The tensors of a base by their own names: in which file each is, and its name there."""
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for file in sorted(weights_folder(base).glob("model*.safetensors")):  # others beside them are of other programs
         with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.removesuffix(".weight").rpartition(".")[2] in wanted]  # noqa: SIM118
-            found += [tensors.get_tensor(name) for name in names]
-    return found[0] if len(found) == 1 else None
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                found.setdefault(own_name(name), []).append((file, name))
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -21,6 +21,7 @@ from pipeline.adapters.pool import pool_state
 from pipeline.config import Config, MergeConfig, SearchConfig, TargetConfig, build_config
 from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError, one_line
+from pipeline.core.hub_api import pinned_data
 from pipeline.core.ledger import digest
 from pipeline.core.lock import Lock, LockLostError
 from pipeline.core.progress import Progress
@@ -146,7 +147,7 @@ def _data_state(target: TargetConfig) -> list[Any]:
     """The files of a target's data. Of what cannot be looked at, that it cannot: its run then says why, and stops no other."""
     paths = [path for path in (target.train, target.validation, target.test) if path]
     try:
-        return [target.model_dump(), *(Folder.at(path).state() for path in paths)]
+        return [target.model_dump(), *(Folder.at(pinned_data(path)).state() for path in paths)]
     except (InputError, OSError) as error:
         return [target.model_dump(), type(error).__name__]
 

@@ -14,7 +14,8 @@ from pipeline.core.base_ref import name_of
 from pipeline.report.words import DASH, METHODS, Json, count, nll, percent, signed, single_line
 
 TAGS = ["lora", "mashup-learning", "merge"]
-HUB_ID = r"[\w.-]+/[\w.-]+"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
 def model_card(selection: Json, config: Config, samples_count: Json) -> str:
@@ -29,24 +30,36 @@ def model_card(selection: Json, config: Config, samples_count: Json) -> str:
     """
     if selection["verdict"] != "mashup":
         raise ValueError(f"selection.json: the verdict is {selection['verdict']!r}; only a mashup has a model card")
-    base = _base_model(name_of(config.base), selection["donors"])
+    base = base_on_hub(config.base, selection["donors"])
     licence = front_matter([donor["license"] for donor in selection["donors"]])
-    front = {"base_model": base, **licence, "library_name": "peft", "tags": TAGS}
+    front = {"base_model": base, "base_model_relation": "adapter", **licence, "library_name": "peft"}
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_of(front | {"pipeline_tag": "text-generation", **data_of(config.target.train), "tags": TAGS}),
         "# Mashup of " + count(len(selection["donors"]), "LoRA adapter"),
         _introduction(base, config.target.train),
-        "## Donors\n\n" + _donor_table(selection["donors"]),
+        "## Donors\n\n" + donor_table(selection["donors"]),
         f"NLL and its difference to the base: nats a completion token on {count(samples_count['search'], 'search sample')}.",
         *_contamination(selection["donors"]),
-        _licences(selection["donors"]),
+        licences(selection["donors"]),
         "## Merge\n\n" + _merge_list(selection),
         "## Candidates\n\n" + _candidate_table(selection),
         f"Hold-out NLL: nats a completion token on {count(samples_count['holdout'], 'sample')} that played no part in ranking "
         "the donors. The error is the standard error of the paired difference.",
-        "## Use\n\n" + _usage(base),
+        "## Use\n\n" + usage(base),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def base_on_hub(base: str, donors: Sequence[Json]) -> str:
+    """The base as the Hub and other machines know it: of a local folder, the id that all donors name where it ends in
+    the folder's name, as a stranger's claim alone is none to send others to, else its name."""
+    name = name_of(base)
+    if not (Path(name).is_dir() or "://" in name):
+        return name
+    claims = {donor["base_model"] for donor in donors}
+    claim = claims.pop() if len(claims) == 1 else None
+    is_same = claim and HUB_ID.fullmatch(claim) and Path(claim).name.lower() == Path(name).name.lower()
+    return str(claim) if is_same else Path(name).name
 
 
 def escape_markdown(text: object) -> str:
@@ -54,28 +67,32 @@ def escape_markdown(text: object) -> str:
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], single_line(text))
 
 
-def _base_model(base: str, donors: Sequence[Json]) -> str:
-    """The base as the Hub and other machines know it: of a local folder, the id that all donors name where it ends in
-    the folder's name, as a stranger's claim alone is none to send others to, else its name."""
-    if not Path(base).is_dir():
-        return base
-    claims = {donor["base_model"] for donor in donors}
-    claim = claims.pop() if len(claims) == 1 else None
-    is_same = claim and re.fullmatch(HUB_ID, claim) and Path(claim).name.lower() == Path(base).name.lower()
-    return str(claim) if is_same else Path(base).name
+def front_of(fields: Json) -> str:
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def data_of(train: str) -> Json:
+    found = HUB_DATA.match(train)
+    return {"datasets": [found[1]]} if found else {}
+
+
+def data_name(train: str) -> str:
+    """A data set as others may know it: where it lies on a machine or in a store is nobody else's business."""
+    found = HUB_DATA.match(train)
+    return found[1] if found else "/".join(train.partition("?")[0].rstrip("/").split("/")[-2:])
 
 
 def _introduction(base: str, train: str) -> str:
     return (
         f"A LoRA adapter for {escape_markdown(base)}, merged from adapters of earlier finetunes as a start for a new one. "
-        f"The donors were chosen by their loss on a sample of {escape_markdown(train)}. "
+        f"The donors were chosen by their loss on a sample of {escape_markdown(data_name(train))}. "
         f"Made by mashup-learning {__version__}."
     )
 
 
-def _donor_table(donors: Sequence[Json]) -> str:
+def donor_table(donors: Sequence[Json]) -> str:
     header = ["Adapter", "Weight", "Rank", "NLL", "NLL minus base", "Licence", "SHA-256 of adapter_model.safetensors"]
-    return _table(header, [_donor_row(donor) for donor in donors])
+    return table(header, [_donor_row(donor) for donor in donors])
 
 
 def _donor_row(donor: Json) -> list[Any]:
@@ -88,7 +105,7 @@ def _contamination(donors: Sequence[Json]) -> list[str]:
     return ["Of the donors' own training data: " + "; ".join(map(escape_markdown, told)) + "."] if told else []
 
 
-def _licences(donors: Sequence[Json]) -> str:
+def licences(donors: Sequence[Json]) -> str:
     said = conflicts({donor["adapter_id"]: donor["license"] for donor in donors})
     remark = "A licence is what the donor's own card declares. The base model's holds besides. This is no legal advice."
     return f"{escape_markdown(said)} {remark}" if said else remark
@@ -110,7 +127,7 @@ def _candidate_table(selection: Json) -> str:
     chosen = selection["recipe"]["name"]
     rows = [_candidate_row(candidate, candidate["name"] == chosen) for candidate in selection["candidates"]]
     rows.append(["base, without any adapter", "", "", nll(selection["base_holdout_nll"]), signed(0.0), ""])
-    return _table(["Candidate", "Donors", "Rank", "Hold-out NLL", "minus base", "Error"], rows)
+    return table(["Candidate", "Donors", "Rank", "Hold-out NLL", "minus base", "Error"], rows)
 
 
 def _candidate_row(candidate: Json, is_chosen: bool) -> list[Any]:
@@ -119,12 +136,12 @@ def _candidate_row(candidate: Json, is_chosen: bool) -> list[Any]:
     return [name, ", ".join(candidate["donors"]), candidate["rank"], *losses]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *([escape_markdown(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _usage(base: str) -> str:
+def usage(base: str) -> str:
     return "\n".join(
         [
             "```python",

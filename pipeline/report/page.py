@@ -93,6 +93,7 @@ def render(files: RunFiles) -> str:
         verdict=words.verdict(files.summary, files.selection),
         headlines=words.headlines(files.summary) if files.summary else [],
         passes=words.passes(files.summary) if files.summary else None,
+        pays=words.pays(words.parity_of(files.summary)),
         asked=words.asked_measure(metric) if (metric := (files.summary or {}).get("metric")) else None,
         changed=_changed(files),
         arms=_arms(files.comparison, _chosen_rates(files)),
@@ -143,6 +144,9 @@ def _plots(files: RunFiles) -> dict[str, Markup]:
         chosen = _chosen_rates(files)
         found["loss"] = plots.loss_plot(files.comparison, chosen, words.parity_of(files.summary))
         found["accuracy"] = plots.accuracy_plot(files.comparison, chosen)
+    parity = words.parity_of(files.summary)
+    if parity and parity["reached"] and parity.get("break_even_seconds"):
+        found["pays"] = plots.pays_plot(parity)
     if files.leaderboard and len(files.leaderboard) > 1:
         found["leaderboard"] = plots.leaderboard_plot(files.leaderboard, _donor_ids(files))
     if files.stages:

@@ -34,6 +34,8 @@ TOP = 25
 
 LABEL_LENGTH = 28
 
+TIMES = (("seconds", 1), ("minutes", 60), ("hours", 3600))
+
 INK, RULE, NEUTRAL = "#24292f", "#d5d9de", "#8c959f"
 BASE_COLOUR, MASHUP_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#009e73"
 VARIABLES = {
@@ -117,6 +119,13 @@ def time_plot(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """A bar a stage in the order of running, the share spent starting up hatched."""
     label = "Time by stage: " + ", ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages.items())
     return svg("time", partial(_draw_time, stages=stages), 80 + 34 * max(len(stages), 1), label)
+
+
+def pays_plot(parity: Mapping[str, Any]) -> str:
+    """Time to parity against how long training from the base takes, for base and mashup. `parity` as in summary.json, with a
+    break-even."""
+    label = f"Break-even at {duration(parity['break_even_seconds'])} of training from the base"
+    return svg("pays", partial(_draw_pays, parity=parity), 260, label)
 
 
 def read_curves(comparison: pa.Table, column: str) -> list[Curve]:
@@ -267,6 +276,22 @@ def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     _legend(figure, [(MASHUP_COLOUR, "donors: find, score, merge"), (BASE_COLOUR, "train and test")], any(starting))
+
+
+def _draw_pays(figure: Figure, parity: Mapping[str, Any]) -> None:
+    axes = figure.subplots()
+    even, here = parity["break_even_seconds"], parity["base_seconds"]
+    share, overhead = parity["train_seconds"] / here, parity["seconds"] - parity["train_seconds"]
+    longest = 1.5 * max(even, here)
+    unit, size = next((one for one in TIMES if longest < 200 * one[1]), TIMES[-1])
+    ends = np.array([0.0, longest]) / size
+    axes.plot(ends, ends, color=BASE_COLOUR, linewidth=2, label="from the base")
+    axes.plot(ends, overhead / size + share * ends, color=MASHUP_COLOUR, linewidth=2, label="from the mashup, with overhead")
+    marker: dict[str, Any] = {"marker": "D", "markerfacecolor": "none", "markersize": 9, "linestyle": "none"}
+    axes.plot(even / size, even / size, color=INK, label="break-even", **marker)
+    axes.axvline(here / size, color=NEUTRAL, linestyle="--", linewidth=1.2, label="this run")
+    axes.set(xlabel=f"training from the base, {unit}", ylabel=f"time to parity, {unit}", xlim=(0, None), ylim=(0, None))
+    legend_above(figure, axes)
 
 
 def start_up(stage: Mapping[str, Any]) -> float:

@@ -41,7 +41,14 @@ def leaderboard_table(leaderboard: pa.Table) -> RenderableType:
 
 def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     """The end of a run for a terminal."""
-    lines = [_parity_line(summary), _donor_line(selection), _adapter_line(summary), words.passes(summary), summary.get("note")]
+    lines = [
+        _parity_line(summary),
+        words.pays(words.parity_of(summary)),
+        _donor_line(selection),
+        _adapter_line(summary),
+        words.passes(summary),
+        summary.get("note"),
+    ]
     return Group(
         Text(words.single_line(words.verdict(summary, selection)), style="bold"),
         _Arms(summary["inits"], words.measures(summary)),
@@ -178,6 +185,7 @@ def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
 
 def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, list[str]]]:
     arms = list(inits.values())
+    made = [words.duration(arm.get("start_seconds")) for arm in arms]
     test = [(one.name, [words.measured(one, arm.get(one.key)) for arm in arms]) for one in measures]
     return [
         *test,
@@ -187,6 +195,7 @@ def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, lis
         ("Steps to the base's end", [words.parity_step(arm) for arm in arms]),
         ("Learning rate", [words.rate(arm["lr"]) for arm in arms]),
         ("Training time", [words.duration(arm["train_seconds"]) for arm in arms]),
+        *([("Time to make the start", made)] if any(one != words.DASH for one in made) else []),
     ]
 
 

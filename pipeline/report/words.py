@@ -191,6 +191,19 @@ def verdict(summary: Json | None, selection: Json | None) -> str:
     return f"The {mashup} reaches the base's final validation loss {when}.{_time_clause(parity)}"
 
 
+def pays(parity: Json | None) -> str | None:
+    """From which training time on the mashup wins, and where this run's lies; None: nothing is known of it."""
+    if not parity or "break_even_seconds" not in parity or not parity["reached"]:
+        return None
+    here = f"here it took {duration(parity['base_seconds'])}"
+    if parity["break_even_seconds"] is None:
+        return f"It does not pay however long the training is: it saves no training time ({here})."
+    return (
+        f"It pays where training from the base takes {duration(parity['break_even_seconds'])} or longer, if as large a share of "
+        f"it is saved; {here}."
+    )
+
+
 def headlines(summary: Json) -> list[Headline]:
     """The figures on top of the page, parity first."""
     parity, inits = parity_of(summary), summary["inits"]

@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError
 from pipeline.adapters.cache import AdapterCache
 from pipeline.cluster.resources import share_of_node
 from pipeline.cluster.telemetry import WorkerLog, worker_log
-from pipeline.core.errors import AdapterError, first_line
+from pipeline.core.errors import AdapterError, InputError, first_line
 from pipeline.core.tables import BASE_ID, SCORES
 from pipeline.engines.canary import EngineFaultError, proven_scorer
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
@@ -80,16 +80,17 @@ class ScoringActor:
             return self._do(batch, lambda candidates: nullcontext())
 
     def _start(self, engine: str, config: EngineConfig, work: Work) -> Scorer:
-        """An engine that can be believed. One that cannot ends the race, before it has scored anything."""
+        """An engine that can be believed. One that cannot, or that has no use for the base, ends the race before it has scored
+        anything."""
         try:
             return proven_scorer(engine, config, work.samples, work.store.folder.sub("canary"))
-        except EngineFaultError as fault:
+        except (EngineFaultError, InputError) as fault:
             self._refuse(fault, work.stage)
             raise
 
-    def _refuse(self, fault: EngineFaultError, stage: str) -> None:
+    def _refuse(self, fault: EngineFaultError | InputError, stage: str) -> None:
         worker_log(stage).error("%s", fault)
-        self._tell(self.dispatcher.refuse, str(fault))
+        self._tell(self.dispatcher.refuse, fault)
 
     def _tell(self, method: Any, *told: Any) -> Any:
         """Call the dispatcher. None: it is gone, as all is over."""

@@ -60,7 +60,7 @@ class Dispatcher:
         self._following: list[asyncio.Task[None]] = []
         self._engines = set[str]()
         self._held, self._given = HeldBy(), 0
-        self._fault: str | None = None
+        self._fault: Exception | None = None
         self._closed = False
         self._changed = asyncio.Condition()
 
@@ -108,8 +108,8 @@ class Dispatcher:
         for one in opened:
             await self._take_news(one)
 
-    async def refuse(self, fault: str) -> None:
-        """An engine has not proved itself; it says why."""
+    async def refuse(self, fault: Exception) -> None:
+        """An engine has not proved itself, or cannot serve the base; it says why."""
         async with self._changed:
             self._fault = fault
             self._changed.notify_all()

@@ -15,6 +15,7 @@ closer than that. With VLLM_BATCH_INVARIANT=1 in the driver's environment vLLM a
 """
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -33,7 +34,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
-from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import EngineConfig, import_scorer
 from pipeline.model.base_model import cpu_dtype, fast_dtype, linear_shapes
 from pipeline.search.actor import ScoringActor
@@ -181,7 +181,7 @@ class Engines:
             engine: what the races need; engines that are up and can hold it serve them.
 
         Raises:
-            InputError: no node of the cluster can hold an engine.
+            InputError: no node of the cluster can hold an engine, or the engine cannot serve the base.
             EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
         if self._running and (self._running.done() or not _serves(self._engine, engine)):
@@ -244,6 +244,7 @@ class Engines:
 
         Raises:
             EngineFaultError: an engine cannot be believed.
+            InputError: it cannot serve the base.
         """
         progress: list[RaceProgress | None]
         asked = [*opened], POLL if self._running else 0.0
@@ -251,7 +252,7 @@ class Engines:
             self._open(opened)  # the dispatcher's process died, and the new one knows of no race
         found = [one for one in progress if one]
         if fault := found[0].fault:
-            raise EngineFaultError(fault)
+            raise fault
         self._idle = all(one.over for one in found)
         return found
 
@@ -301,9 +302,11 @@ def _stream(engine: EngineConfig, search: SearchConfig, dispatcher: Any, candida
     most = math.ceil(candidates / engine.adapters_per_batch) if search.actors == "auto" else search.actors
     # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
     least = engines_at_once(search, candidates)
-    batches = ray.data.read_datasource(
-        BatchSource(dispatcher), override_num_blocks=1, ray_remote_args=_here() | {"max_retries": 0}
-    )
+    with warnings.catch_warnings():  # its new parameters know neither a node nor retries
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+        batches = ray.data.read_datasource(
+            BatchSource(dispatcher), override_num_blocks=1, ray_remote_args=_here() | {"max_retries": 0}
+        )
     scored = batches.map_batches(
         ScoringActor,
         batch_size=None,

@@ -79,8 +79,8 @@ class RaceProgress:
     not_reached: int = 0
     seen: list[int] | None = None
     """Samples that count for each candidate, once the race is over; 0: it was set aside, or there was no time for it."""
-    fault: str | None = None
-    """Why an engine cannot be believed, and so no score can be had."""
+    fault: Exception | None = None
+    """Why an engine cannot be believed or cannot serve the base, and so no score can be had."""
 
     @property
     def over(self) -> bool:

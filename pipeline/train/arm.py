@@ -18,6 +18,9 @@ STATE = "trainer_state"
 """Begins the names of the files with what going on from a checkpoint needs, one of each worker that holds a share of it."""
 
 
+SECONDS_FILE = "seconds.json"
+"""Beside a start that needs no donors: what it took to make it, the base's loading included."""
+
 CHECKPOINTS = "checkpoint_"
 """Begins the names that Ray Train gives to checkpoints."""
 
@@ -66,6 +69,8 @@ class Job:
     """Stop after this step; the learning rates stay those of all steps."""
     profile: Folder | None = None
     """Where the first worker leaves a trace of some steps."""
+    moved: bool = False
+    """The delta weight of the start is first taken from the frozen base, so that the model before any step is the base."""
 
     @property
     def full(self) -> bool:

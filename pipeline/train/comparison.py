@@ -10,7 +10,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.run_folder import Run
-from pipeline.train.arm import Arm, Job, Lora, copy_weights, row_ids
+from pipeline.train.arm import SECONDS_FILE, Arm, Job, Lora, copy_weights, row_ids
 from pipeline.train.curves import chosen_arms, compare_arms, spread, with_overhead
 from pipeline.train.metric import measure, metric_key, try_out
 from pipeline.train.starts import list_arms, make_jobs
@@ -103,6 +103,9 @@ def _profiled(run: Run, job: Job) -> Job:
 def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     overhead = {stage: run.ledger.seconds(stage) for stage in OVERHEAD}
     total = sum(overhead.values())
+    for init, arm in result["inits"].items():
+        if run.folder.exists(made := f"starts/{init}/{SECONDS_FILE}"):
+            arm["start_seconds"] = run.folder.read_json(made)
     best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
     copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
     return {

@@ -75,11 +75,23 @@ def parity(base: Sequence[Outcome], mashup: Sequence[Outcome]) -> dict[str, Any]
 
 
 def with_overhead(parity: dict[str, Any], overhead_seconds: float) -> dict[str, Any]:
-    """Wall-clock to parity: the mashup pays for everything that the base start does without."""
+    """Wall-clock to parity: the mashup pays for everything that the base start does without.
+
+    Returns:
+        The parity with `seconds`, `seconds_saved` as a share of the base's, and `break_even_seconds`: how long training from the
+        base must take for the mashup to win, T with overhead + T x (share of training time to parity) = T; None: however long.
+    """
     if parity["train_seconds"] is None:
-        return {**parity, "seconds": None, "seconds_saved": None}
+        return {**parity, "seconds": None, "seconds_saved": None, "break_even_seconds": None}
     seconds = parity["train_seconds"] + overhead_seconds
-    return {**parity, "seconds": seconds, "seconds_saved": 1 - seconds / parity["base_seconds"]}
+    kept = 1 - parity["train_seconds"] / parity["base_seconds"]
+    break_even = overhead_seconds / kept if kept > 0 else None
+    return {
+        **parity,
+        "seconds": seconds,
+        "seconds_saved": 1 - seconds / parity["base_seconds"],
+        "break_even_seconds": break_even,
+    }
 
 
 def _chosen(arms: Sequence[Outcome]) -> list[Outcome]:

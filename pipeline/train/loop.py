@@ -60,7 +60,8 @@ class Finetuning:
         self.feed = feed or StepFeed(job)
         self.validation = Rows(job.data.read_table("validation.parquet"))
         self.trainable = Trainable(job, workers)
-        self.optimizer = torch.optim.AdamW(self.trainable.weights, lr=job.arm.lr, weight_decay=0.0, fused=True)
+        groups = self.trainable.groups(job.arm.lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=job.arm.lr, weight_decay=0.0, fused=True)
         steps = job.train.steps
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(WARMUP * steps), steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0

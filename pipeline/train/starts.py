@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.adapters.adapter import alpha_at
-from pipeline.config import Config
+from pipeline.config import MOVED, RIVALS, Config
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -45,7 +45,8 @@ def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
         for init in {arm.init for arm in arms}
     }
     keys = {
-        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start)) for init, start in starts.items()
+        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start), *_moved(init))
+        for init, start in starts.items()
     }
     return [
         Job(
@@ -57,9 +58,14 @@ def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
             starts[arm.init],
             keys[arm.init][:8],
             not is_trained_on(config, arm.init),
+            moved=arm.init in MOVED,
         )
         for arm in arms
     ]
+
+
+def _moved(init: str) -> list[str]:
+    return ["moved"] if init in MOVED else []
 
 
 def _rows(run: Run) -> str:
@@ -88,8 +94,9 @@ def _weights(start: Folder) -> list[Any] | None:
 
 
 def is_trained_on(config: Config, init: str) -> bool:
-    """Whether the adapter of a start is itself trained on, rather than folded into the base. The paper always trains on."""
-    return config.train.method != "full" and (config.merge.method != "fold" or init == "paper")
+    """Whether the adapter of a start is itself trained on, rather than folded into the base. The paper always trains on, as do
+    starts without donors."""
+    return config.train.method != "full" and (config.merge.method != "fold" or init in ("paper", *RIVALS))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -66,7 +67,8 @@ class Trainable:
         mixed = job.full and products != torch.float32
         torch.manual_seed(job.arm.seed)
         with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
-            self.start = read_adapter(start) if start and job.folded and not job.full else None
+            apart = start and (job.moved or (job.folded and not job.full))
+            self.start = read_adapter(start) if start and apart else None
             self.model = _build(job, start)
             decoder_of(causal(self.model))  # found out now, while this worker has all weights
             fuse(self.model)
@@ -84,6 +86,16 @@ class Trainable:
         if self._replicated:  # GPUs of two kinds may draw other first weights from one seed
             for weight in self.weights:
                 distributed.broadcast(weight.data, 0)
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """The weights that are trained, for an optimizer: B has `train.lora_plus` times the learning rate (LoRA+)."""
+        times = self.job.train.lora_plus
+        if times == 1:
+            return [{"params": self.weights}]
+        named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        of_b = [weight for name, weight in named if ".lora_B." in name]
+        others = [weight for name, weight in named if ".lora_B." not in name]
+        return [{"params": others}, {"params": of_b, "lr": times * lr}]
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed NLL of the learned tokens. Its gradients stay this worker's own, unless workers share the weights out."""
@@ -152,7 +164,7 @@ class Trainable:
         if self.start:
             with temporary_folder() as fresh:
                 self.model.save_pretrained(fresh, state_dict=trained, save_embedding_layers=False)
-                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(fresh)))
+                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(fresh), -1.0 if self.job.moved else 1.0))
             return
         # Else PEFT asks the Hub, at each checkpoint, whether the base's vocabulary has grown.
         settings = {} if self.job.full else {"save_embedding_layers": False}
@@ -164,7 +176,7 @@ class Trainable:
 def trained(job: Job, checkpoint: Folder, workers: int) -> Trainable:
     """What an arm left at `checkpoint`, spread over the workers as it was in training; `job` is that of any arm."""
     if not job.full:
-        return Trainable(replace(job, arm=replace(job.arm, init="trained"), start=checkpoint, folded=False), workers)
+        return Trainable(replace(job, arm=replace(job.arm, init="trained"), start=checkpoint, folded=False, moved=False), workers)
     with temporary_folder() as local:
         download_model(checkpoint, local)
         return Trainable(replace(job, arm=replace(job.arm, init="base"), base=str(local)), workers)
@@ -218,6 +230,8 @@ def _build(job: Job, start: Path | None) -> Any:
     """The model with what is trained of it, from the base or from the adapter at `start`."""
     on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
     model = load_model(job.base, torch.float32 if job.full else fast_dtype(job.train.dtype), on)
+    if start and job.moved:
+        model = _without(model, start)
     if start and not job.folded:
         return put_on(model, start, is_trainable=True)
     if start:
@@ -234,6 +248,15 @@ def _build(job: Job, start: Path | None) -> Any:
     return get_peft_model(model, fresh)
 
 
+def _without(model: Any, adapter: Path) -> Any:
+    """The model with the delta weights of an adapter taken from its own."""
+    with_it = put_on(model, adapter)
+    for module in with_it.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: -scale for name, scale in module.scaling.items()}
+    return with_it.merge_and_unload()
+
+
 def _copied(tree: Any, keep: bool) -> Any:
     """The tensors copied to the host's memory, each of them whole; None in their places where they are not to be kept. All
     workers must call it."""
@@ -245,12 +268,12 @@ def _copied(tree: Any, keep: bool) -> Any:
     return tree_map_only(Tensor, copied, tree)
 
 
-def _on_top(base: str, start: Adapter, fresh: Adapter) -> Adapter:
-    """The exact sum of the two as one adapter."""
+def _on_top(base: str, start: Adapter, fresh: Adapter, times: float = 1.0) -> Adapter:
+    """The exact sum of the two as one adapter, the start taken so many times."""
     rank = start.max_rank + fresh.max_rank
     alpha = alpha_at(rank, start.max_rank, abs(start.scale(start.modules[0])) or 1.0)
     sums: dict[str, Factors] = {}
     for module in sorted({*start.tensors, *fresh.tensors}):
-        parts = [one.factors(module) for one in (start, fresh) if module in one.tensors]
-        sums[module], _ = truncate(weighted_sum(parts, [1.0] * len(parts)), rank)
+        parts = [(one.factors(module), weight) for one, weight in ((start, times), (fresh, 1.0)) if module in one.tensors]
+        sums[module], _ = truncate(weighted_sum(*map(list, zip(*parts, strict=True))), rank)
     return from_factors(base, sums, rank, alpha, linear_shapes(base)[0], seed=0)

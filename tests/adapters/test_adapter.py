@@ -164,6 +164,7 @@ CONFIGS = {
     "bias": ({"bias": "lora_only"}, "bias='lora_only'"),
     "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    "bare parameters": ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters: it adapts expert layers"),
     "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "pissa by fast svd": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
@@ -311,6 +312,21 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({f"{EXPERT}.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}),
         "adapts expert layers .* which are not supported",
     ),
+    "experts of a model within another": (
+        lambda t: (
+            t.update({name.replace("model.layers", "language_model.model.layers"): t.pop(name) for name in list(t)}),
+            t.update({f"{EXPERT}.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}),
+        ),
+        "adapts expert layers",
+    ),
+    "a router": (
+        lambda t: t.update({f"{EXPERT[:-13]}.gate.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}),
+        r"adapts the router to expert layers \(model.layers.0.mlp.gate\)",
+    ),
+    "layers for pictures alone": (
+        lambda t: [t.update({name.replace("model.layers", "vision_tower.layers"): t.pop(name)}) for name in list(t)],
+        "adapts layers for pictures or sounds alone",
+    ),
     "wider input": (lambda t: t.update({Q0_A: torch.ones(4, 256)}), "wrong shapes"),
     "wider output": (lambda t: t.update({Q0_B: torch.ones(256, 4)}), "wrong shapes"),
     "other rank": (lambda t: t.update({Q0_A: torch.ones(5, 128), Q0_B: torch.ones(128, 5)}), "wrong shapes"),
@@ -348,7 +364,6 @@ def test_adapter_of_the_embeddings_that_peft_wrote_is_set_aside(
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
     ],
 )
 def test_kinds_of_lora_that_peft_wrote_and_are_not_a_low_rank_delta(

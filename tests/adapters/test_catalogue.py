@@ -15,9 +15,9 @@ from edits import edit_config
 from safetensors.torch import load_file, save_file
 from store_server import StoreServer
 
-from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, for_engine, read_adapter, write_adapter
 from pipeline.adapters.catalogue import build_catalogue, compare_adapters, inspect_batch
-from pipeline.adapters.pool import LISTING, list_adapters
+from pipeline.adapters.pool import LOOKED_AT, look_at
 from pipeline.adapters.validation import largest_adapter
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import InputError
@@ -40,7 +40,8 @@ def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
 
 def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
-    return inspect_batch(pa.table(list_adapters(str(pool)), schema=LISTING), f"{pool}-factored", base, shapes, head, salt=0)
+    listed = pa.Table.from_pylist([one._asdict() for one in look_at(str(pool)).found], schema=LOOKED_AT)
+    return inspect_batch(listed, f"{pool}-factored", base, shapes, head, salt=0)
 
 
 def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
@@ -199,12 +200,50 @@ def test_layers_of_a_model_within_another_are_the_bases_own(
         torch.testing.assert_close(found.factors(module).dense(), expected.factors(module).dense())
 
 
-def test_layers_of_an_encoder_for_pictures_are_not_the_bases(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
-    folder, prefix = make_adapter(tmp_path / "pool/a", tiny_base), "base_model.model."
-    stored = load_file(folder / WEIGHTS_FILE)
-    renamed = {name.replace(f"{prefix}model.", f"{prefix}vision_tower.encoder."): one for name, one in stored.items()}
-    save_file(renamed, folder / WEIGHTS_FILE)
-    assert "wrong base: it adapts vision_tower" in inspected(tiny_base, tmp_path / "pool")["a"]["reason"]
+OLD_NAMES = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+"""What layers of a Gemma 3 were called before transformers 4.52."""
+
+TEXT_NAMES = {"model.language_model.": "model."}
+"""What they are called in a model without the encoder for pictures."""
+
+
+def reads_and_sees(make_adapter: Make, folder: Path, base: str, names: dict[str, str], seeing: float | None) -> Path:
+    """An adapter whose layers for pictures have lora_B of this size, or are left out, by names that begin otherwise."""
+    stored = load_file(make_adapter(folder, base) / WEIGHTS_FILE)
+    if seeing is None:
+        stored = {name: tensor for name, tensor in stored.items() if "vision" not in name}
+    for name in [name for name in stored if "vision" in name and "lora_B" in name]:
+        stored[name] *= seeing
+    for old, new in names.items():
+        stored = {name.replace(f"base_model.model.{old}", f"base_model.model.{new}"): one for name, one in stored.items()}
+    save_file(stored, folder / WEIGHTS_FILE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "seeing"), [({}, 0), (OLD_NAMES, 0), ({}, None), (OLD_NAMES, None), (TEXT_NAMES, None)], ids=str
+)
+def test_of_a_model_that_sees_the_layers_that_read_are_judged(
+    names: dict[str, str], seeing: float | None, tmp_path: Path, seeing_base: str, make_adapter: Make
+) -> None:
+    """Its config names layers of both; trained on text, those for pictures stayed as they began."""
+    reads_and_sees(make_adapter, tmp_path / "pool/a", seeing_base, names, seeing)
+    expected = read_adapter(reads_and_sees(make_adapter, tmp_path / "expected", seeing_base, {}, None))
+    row = inspected(seeing_base, tmp_path / "pool")["a"]
+    assert row["reason"] is None
+    assert ("layers for pictures or sounds change nothing" in str(row["warning"])) == (seeing == 0)
+    given = for_engine(Path(row["uri"]), tmp_path / "scratch")
+    assert not [name for name in load_file(given / WEIGHTS_FILE) if "vision" in name]
+    found = read_adapter(given, *linear_shapes(seeing_base))
+    assert found.modules == expected.modules
+    for module in found.modules:
+        torch.testing.assert_close(found.factors(module).dense(), expected.factors(module).dense())
+
+
+@pytest.mark.parametrize("names", [{}, OLD_NAMES], ids=str)
+def test_who_learned_to_see_is_told_so(names: dict[str, str], tmp_path: Path, seeing_base: str, make_adapter: Make) -> None:
+    reads_and_sees(make_adapter, tmp_path / "a", seeing_base, names, 1)
+    assert "changes layers for pictures or sounds (" in inspected(seeing_base, tmp_path)["a"]["reason"]
 
 
 def test_a_base_in_fewer_bits_is_no_other_base(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:
@@ -311,7 +350,7 @@ def test_a_list_file_names_paths_and_hub_ids(
         "near": str(tmp_path / "near"),
         "two/deep": str(tmp_path / "two" / "deep"),
         str(absolute): str(absolute),
-        "org/donor": "hf://org/donor",
+        "org/donor": f"hf://org/donor@{'0' * 40}",  # the commit that it is at
         "org/absent": "hf://org/absent",
         "./gone": str(tmp_path / "gone"),
     }
@@ -365,7 +404,7 @@ def test_an_object_store_prefix_is_a_pool(bucket: str, tmp_path: Path, tiny_base
     store = Folder.at(f"{bucket}/adapters")
     for number, name in enumerate(["a", "deep/b"]):
         store.upload(make_adapter(tmp_path / name, tiny_base, seed=number), name)
-    assert list_adapters(f"{bucket}/adapters/") == {
+    assert look_at(f"{bucket}/adapters/").listing == {
         "adapter_id": ["a", "deep/b"],
         "uri": [f"{bucket}/adapters/a", f"{bucket}/adapters/deep/b"],
         "problem": [None, None],

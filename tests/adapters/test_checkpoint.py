@@ -1,6 +1,7 @@
 """Full finetunes factored to adapters, against their dense differences to the base."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,80 @@ def test_what_storing_in_bfloat16_rounds_is_no_change(tmp_path: Path, tiny_base:
     assert factored(tmp_path / "full", tiny_base).adapter.modules == sorted(CHANGED)
 
 
+def saved_otherwise(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    return folder
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [name for name in tensors if name.startswith(old)]:
+        tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+
+def with_rows(tensors: dict[str, torch.Tensor], rows: int) -> None:
+    for name in [name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))]:
+        padded = torch.cat([tensors[name], torch.ones(64, tensors[name].shape[1])])
+        tensors[name] = padded[: len(tensors[name]) + rows]
+
+
+HOW_SAVED: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "compiled": lambda t: rename(t, "", "_orig_mod."),
+    "in parallel": lambda t: rename(t, "", "module."),
+    "both": lambda t: rename(t, "", "module._orig_mod."),
+    "within another model": lambda t: rename(t, "model.", "language_model.model."),
+    "without what holds it": lambda t: rename(t, "model.", ""),
+    "a padded vocabulary": lambda t: with_rows(t, 64),
+    "a cut vocabulary": lambda t: with_rows(t, -3),
+    "what is computed": lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    "an encoder for pictures": lambda t: t.update({"vision_tower.layers.0.fc1.weight": torch.ones(4, 4)}),
+}
+
+
+@pytest.mark.parametrize("how", HOW_SAVED)
+@pytest.mark.parametrize("which", ["tiny_base", "untied_base"])
+def test_however_a_finetune_was_saved_it_is_one_of_the_base(
+    how: str, which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(which)
+    finetune(base, tmp_path / "full", rank=1)
+    expected = factored(tmp_path / "full", base)
+    found = factored(saved_otherwise(tmp_path / "full", HOW_SAVED[how]), base)
+    assert (found.adapter.modules, found.kept, found.elsewhere) == (expected.adapter.modules, expected.kept, 0)
+    for module in CHANGED:
+        assert torch.equal(found.adapter.factors(module).dense(), expected.adapter.factors(module).dense())
+
+
+@pytest.mark.parametrize("part", ["the whole", "the language model"])
+def test_a_finetune_of_a_model_that_sees_is_factored_to_layers_of_the_model(part: str, tmp_path: Path, seeing_base: str) -> None:
+    """Files of such have other names than the model's layers; what it learned to see is lost, and counted."""
+    module, prefix = "model.language_model.layers.0.self_attn.q_proj", "language_model."
+    shutil.copytree(seeing_base, tmp_path / "full")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if name.endswith(("0.self_attn.q_proj.weight", "0.mlp.fc1.weight")) and ("vision" not in name or part == "the whole"):
+                tensors[name] += 0.1
+            elif part != "the whole" and not name.startswith(prefix):
+                del tensors[name]
+        rename(tensors, prefix, prefix if part == "the whole" else "")
+
+    found = factored(saved_otherwise(tmp_path / "full", change), seeing_base)
+    assert found.adapter.modules == [module]
+    delta = found.adapter.factors(module).dense()
+    torch.testing.assert_close(delta, torch.full_like(delta, 0.1), rtol=1e-3, atol=1e-4)
+    assert (found.elsewhere > 0) == (part == "the whole")
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path, tiny_base: str) -> None:
+    finetune(tiny_base, tmp_path / "full", rank=1)
+    twice = saved_otherwise(tmp_path / "full", lambda t: t.update({"module.model.norm.weight": t["model.norm.weight"] + 1}))
+    with pytest.raises(AdapterError, match=r"corrupt weights: \S*norm.weight is there twice"):
+        factored(twice, tiny_base)
+
+
 def test_what_is_no_finetune_of_the_base_is_refused(tmp_path: Path, tiny_base: str, untied_base: str) -> None:
     with pytest.raises(AdapterError, match="changed no linear layer"):
         factored(Path(tiny_base), tiny_base)
@@ -94,6 +169,8 @@ def test_what_is_no_finetune_of_the_base_is_refused(tmp_path: Path, tiny_base: s
     for wrong, message in (
         (tensors | {"model.layers.9.extra.weight": torch.zeros(2)}, "wrong base: .* model.layers.9.extra.weight"),
         (tensors | {name: torch.zeros(2, 3)}, r"wrong base: .* is \(2, 3\)"),
+        (tensors | {"model.embed_tokens.weight": torch.zeros(400, 3)}, r"wrong base: model.embed_tokens.weight is \(400, 3\)"),
+        ({key: one for key, one in tensors.items() if key != name}, f"missing weights: .* no tensor {name}"),
         (tensors | {name: torch.full_like(tensors[name], torch.nan)}, "NaN or Inf in"),
         (tensors | {name: torch.full_like(tensors[name], 1e30)}, "weights too large: the change of"),
     ):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub import serve_hub
+from hub import COMMIT, serve_hub
 
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.errors import AdapterError
@@ -41,7 +41,7 @@ def test_a_store_that_cannot_be_reached_is_an_adapter_error(tmp_path: Path) -> N
         fetch_adapter("nope://x/y", tmp_path)
 
 
-@pytest.mark.parametrize("repo", ["no-org/no-adapter", "not a valid id!", "a/b/c"])
+@pytest.mark.parametrize("repo", ["no-org/no-adapter", "not a valid id!", "a/b/c", "not valid/either!"])
 def test_a_hub_id_that_is_not_in_the_cache_is_an_adapter_error(repo: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="cannot be fetched from the Hub"):
         fetch_adapter(f"hf://{repo}", tmp_path)
@@ -85,3 +85,14 @@ def test_of_a_hubs_repository_an_adapters_files_are_fetched_once_and_of_a_large_
     assert huge == "cannot be fetched from the Hub (it has 1001 bytes; 1000 are allowed)"
     assert "not in its cache (404 Client Error" in none
     assert locate_from(endpoint, "org/adapter") == [found]  # nobody is there any more
+
+
+def test_a_folder_of_a_pinned_repository_is_asked_for_once(locate_from: Callable[..., list[str]]) -> None:
+    files = {f"{folder}{name}": f"{folder}{name}".encode() for folder in ("", "x/", "xy/") for name in FILES}
+    places = [f"org/many@{COMMIT}/x"] * 2
+    with serve_hub({"org/many": files}) as (endpoint, asked):
+        found, again = locate_from(endpoint, *places)
+    assert found == again
+    assert sorted(asked) == sorted(FILES)
+    assert (Path(found) / WEIGHTS_FILE).read_text() == f"x/{WEIGHTS_FILE}"
+    assert not (Path(found).parent / "xy").exists()

@@ -10,7 +10,7 @@ import pytest
 from store_server import StoreServer
 
 from pipeline.adapters import pool as pool_module
-from pipeline.adapters.pool import list_adapters, look_at, pool_state
+from pipeline.adapters.pool import look_at, pool_state
 from pipeline.core.errors import InputError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
@@ -26,7 +26,7 @@ def test_paths_that_are_too_long_stop_no_other(tmp_path: Path, tiny_base: str, m
         os.close(here)
         here = deeper
     os.close(here)
-    found = list_adapters(str(tmp_path / "pool"))
+    found = look_at(str(tmp_path / "pool")).listing
     problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
     assert problems.pop("good") is None
     assert any("its name has more than 1000 characters" in str(problem) for problem in problems.values())
@@ -38,13 +38,13 @@ def test_paths_that_are_too_long_stop_no_other(tmp_path: Path, tiny_base: str, m
 def test_lines_of_a_list_that_name_no_place_are_set_aside(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(b"a\x00b\n~..\n~nobody/x\n\x1b[31m\r\n")
-    found = list_adapters(str(file))
+    found = look_at(str(file)).listing
     problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
     assert problems.keys() == {"a\x00b", "~..", "~nobody/x", "\x1b[31m"}
     assert "control characters" in str(problems["a\x00b"])
     lines = ["local:///etc/x", "hdfs://host/x", "s3://bucket/x?endpoint_override=http://10.0.0.1", "n" * 300, "m" * 5000]
     file.write_text("\ufeff" + "\n".join(["c#x  # a comment", *lines]))  # as editors of Windows write it
-    found = list_adapters(str(file))
+    found = look_at(str(file)).listing
     assert found["adapter_id"][:-1] == ["c#x", *lines[:-1]]
     problems = dict(zip(found["adapter_id"], found["problem"], strict=True))
     assert problems["c#x"] is None
@@ -54,12 +54,12 @@ def test_lines_of_a_list_that_name_no_place_are_set_aside(tmp_path: Path) -> Non
     assert "more than 1000 characters" in str(found["problem"][-1])
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="must be UTF-8 text"):
-        list_adapters(str(file))
+        look_at(str(file))
 
 
 def test_an_adapter_folder_is_a_pool_of_one(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> None:
     make_adapter(tmp_path / "only", tiny_base)
-    assert list_adapters(str(tmp_path / "only")) == {
+    assert look_at(str(tmp_path / "only")).listing == {
         "adapter_id": ["only"],
         "uri": [str(tmp_path / "only")],
         "problem": [None],
@@ -70,7 +70,7 @@ def test_adapters_that_the_config_excludes_are_set_aside_unread(tmp_path: Path, 
     for name in ("sums", "sums-1001", "summary"):
         (tmp_path / name).mkdir()
         (tmp_path / name / WEIGHTS_FILE).write_text("")
-    problems = list_adapters(str(tmp_path), ["sums", "sums-[0-9]*"])
+    problems = look_at(str(tmp_path), ["sums", "sums-[0-9]*"]).listing
     assert problems["problem"] == [
         None,
         "excluded: the config's exclude names 'sums'",
@@ -81,14 +81,26 @@ def test_adapters_that_the_config_excludes_are_set_aside_unread(tmp_path: Path, 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_checkpoints_beside_what_they_led_to_are_left_out_unless_asked_for(place: str, tmp_path: Path, bucket: str) -> None:
     pool = Folder.at(str(tmp_path / "pool") if place == "disk" else f"{bucket}/pool")
-    for name in ("run", "run/checkpoint-10", "run/checkpoint-20", "only/checkpoint-5", "run/checkpoint-best"):
+    steps = ("run/checkpoint-10", "run/checkpoint-20", "run/checkpoint-best", "only/checkpoint-5", "checkpoint-30")
+    beside = (
+        "trl/checkpoint-1",
+        "trl/final_checkpoint",
+        "own/out/checkpoint-2",
+        "own/out/final",
+        "two/checkpoint-3",
+        "two/adapter",
+    )
+    for name in ("run", "final", *steps, *beside):
         pool.write_bytes(f"{name}/{WEIGHTS_FILE}", b"x")
         pool.write_bytes(f"{name}/{CONFIG_FILE}", b"{}")
-    asked, all_of_them = (list_adapters(pool.uri, checkpoints=checkpoints) for checkpoints in (False, True))
+    asked, all_of_them = (look_at(pool.uri, checkpoints=checkpoints).listing for checkpoints in (False, True))
     assert not any(all_of_them["problem"])
     left_out = {name: problem for name, problem in zip(asked["adapter_id"], asked["problem"], strict=True) if problem}
-    reason = "a checkpoint of run, which is in the pool; checkpoints: include takes it"
-    assert left_out == {"run/checkpoint-10": reason, "run/checkpoint-20": reason}
+    led_to = {"run/checkpoint-10": "run", "run/checkpoint-20": "run"}
+    led_to |= {"trl/checkpoint-1": "final_checkpoint", "own/out/checkpoint-2": "final"}
+    assert left_out == {
+        name: f"a checkpoint of {final}, which is in the pool; checkpoints: include takes it" for name, final in led_to.items()
+    }
 
 
 def test_an_adapter_that_is_given_its_old_time_back_is_in_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +121,14 @@ def test_an_adapter_that_is_given_its_old_time_back_is_in_another_state(tmp_path
 def test_credentials_in_a_list_file_are_refused_and_not_shown(tmp_path: Path) -> None:
     (tmp_path / "pool.txt").write_text("org/a\ns3://KEY:SECRET@bucket/adapter\n")
     with pytest.raises(InputError, match="no credentials") as caught:
-        list_adapters(str(tmp_path / "pool.txt"))
+        look_at(str(tmp_path / "pool.txt"))
     assert "SECRET" not in str(caught.value)
 
 
 def test_a_list_file_that_names_an_adapter_twice_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "pool.txt").write_text("org/a\norg/b\nhf://org/a\n")
     with pytest.raises(InputError, match="'org/a' is listed twice"):
-        list_adapters(str(tmp_path / "pool.txt"))
+        look_at(str(tmp_path / "pool.txt"))
 
 
 def test_a_pool_differs_once_an_adapter_of_its_list_has_changed(bucket: str, tmp_path: Path) -> None:
@@ -154,7 +166,6 @@ def test_one_look_gives_what_is_asked_of_a_listing(
     (tmp_path / "pool" / "list.txt").write_text(f"a\n{bucket}/pool/b\norg/none\n")
     for pool in (str(tmp_path / "pool"), f"{bucket}/pool", str(tmp_path / "pool" / "list.txt")):
         found = look_at(pool, exclude=["b"])
-        assert found.listing == list_adapters(pool, exclude=["b"])
         assert found.state == pool_state(pool)
     states = [one.state for one in found.found]
     assert [bool(state) for state in states] == [True, True, False]

@@ -62,6 +62,70 @@ def test_a_trained_layer_is_refused(base: str, saved: Callable[..., Path]) -> No
         require_untrained(saved(lambda own: own[:, :5].contiguous()), (EMBEDDING,), base)
 
 
+def saved_as(name: str, tensor: Tensor, folder: Path) -> Path:
+    save_file(load_file(folder / WEIGHTS_FILE) | {f"base_model.model.{name}": tensor.contiguous()}, folder / WEIGHTS_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("wrapped", ["", ".modules_to_save.default", ".modules_to_save", ".original_module", ".base_layer"])
+@pytest.mark.parametrize(
+    "layer", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.1.input_layernorm", "model.layers.0.self_attn.q_proj"]
+)
+def test_layers_of_all_kinds_are_known_by_all_their_names(
+    layer: str, wrapped: str, base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    own = load_model(base, torch.float32).get_submodule(layer).weight.detach()
+    good = saved_as(f"{layer}{wrapped}.weight", own, make_adapter(tmp_path / "a", base))
+    named = layer.rpartition(".")[2]
+    assert require_untrained(good, read_declared(good).saved, base) == f"{named} beside it is the base's own and is left out"
+    trained = saved_as(f"{layer}{wrapped}.weight", own * 1.01, good)
+    with pytest.raises(AdapterError, match=rf"{named}\S*\.weight is not the base's"):
+        require_untrained(trained, read_declared(trained).saved, base)
+
+
+def test_a_norm_that_peft_saves_is_the_bases_own_until_it_is_trained(
+    base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path / "a", base, modules_to_save=["norm"])  # and all whose names end so
+    said = "input_layernorm, norm, post_attention_layernorm beside it is the base's own and is left out"
+    assert require_untrained(folder, read_declared(folder).saved, base) == said
+    saved_as("model.norm.weight", torch.full((128,), 1.5), folder)
+    with pytest.raises(AdapterError, match="modules_to_save: it replaces whole layers"):
+        require_untrained(folder, read_declared(folder).saved, base)
+
+
+def test_what_the_base_does_not_have_is_not_its_own(base: str, tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
+    whole, seeing = "modules_to_save: it replaces whole layers", "changes layers for pictures or sounds"
+    for name, size, reason in (
+        ("score.weight", (2, 128), whole),
+        ("model.norm.weight", (120,), whole),
+        ("model.layers.9.input_layernorm.weight", (128,), whole),
+        ("multi_modal_projector.linear_1.weight", (128, 8), seeing),
+    ):
+        folder = saved_as(name, torch.ones(size), make_adapter(tmp_path / name, base))
+        with pytest.raises(AdapterError, match=reason):
+            require_untrained(folder, read_declared(folder).saved, base)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.language_model.embed_tokens", "language_model.model.embed_tokens", "model.embed_tokens", "lm_head"]
+)
+def test_of_a_model_that_sees_layers_are_known_by_each_of_their_names(
+    name: str, seeing_base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    own = load_model(seeing_base, torch.float32).get_input_embeddings().weight.detach()
+    folder = saved_as(f"{name}.weight", own, make_adapter(tmp_path / "a", seeing_base))
+    assert require_untrained(folder, read_declared(folder).saved, seeing_base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_in_fewer_bits_are_the_bases_own(dtype: torch.dtype, base: str, saved: Callable[..., Path]) -> None:
+    folder = saved(lambda own: own.to(dtype))
+    assert require_untrained(folder, read_declared(folder).saved, base)
+    with pytest.raises(AdapterError, match="is not the base's"):
+        require_untrained(saved(lambda own: (own * 1.01).to(dtype)), read_declared(folder).saved, base)
+
+
 def test_engines_get_the_factors_alone(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved(grown)
     plain = for_engine(folder, tmp_path / "plain")

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from pipeline.adapters.pool import list_adapters
+from pipeline.adapters.pool import look_at
 from pipeline.core.errors import CAUSED, is_transient, one_line
 from pipeline.core.storage import Folder
 
@@ -30,7 +30,7 @@ def test_a_store_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
         Folder.at("s3://bucket/run").exists("config.yaml")
     assert one_line(caught.value).startswith("the object store does not answer")
-    for ask in (Folder.at("s3://bucket/run").create, lambda: list_adapters("s3://bucket/pool")):
+    for ask in (Folder.at("s3://bucket/run").create, lambda: look_at("s3://bucket/pool")):
         with pytest.raises(OSError, match="NETWORK_CONNECTION"):  # which may pass, so that it is no InputError
             ask()
 

@@ -1,11 +1,18 @@
 """Which files of a path hold a split, and in which form."""
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hub import COMMIT, this_process_asks
 
 from pipeline.core.errors import InputError
+from pipeline.core.storage import Folder
 from pipeline.data.files import form_of, source_of, split_named
+from pipeline.data.readers import first_rows
 
 
 @pytest.fixture
@@ -90,3 +97,28 @@ def test_what_is_of_no_one_form_is_named(files: list[str], message: str, folder:
         source_of(str(folder), "train")
     with pytest.raises(InputError, match=r"must be \.jsonl"):
         source_of(str(folder / "a.txt"), "train")
+
+
+@pytest.fixture
+def hub() -> Iterator[None]:
+    """A data set of the Hub with two kinds of train and a test split."""
+    rows = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), rows)
+    names = ("data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet", "data/test-0.parquet")
+    files = {**dict.fromkeys(names, rows.getvalue()), "README.md": b"about", "more/test.jsonl": b'{"text": "x"}\n'}
+    with this_process_asks({"datasets/org/talk": files}):
+        yield
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_data_set_of_the_hub_is_read_in_place() -> None:
+    where = f"hf://datasets/org/talk@{COMMIT}"
+    assert source_of(f"{where}/data", "test").names == ["test-0.parquet"]
+    assert source_of(f"{where}/data?split=train_sft", "train").names == ["train_sft-00000-of-00001.parquet"]
+    assert list(first_rows(f"{where}/data?split=train_gen", "train")) == [b'{"prompt": "a", "completion": "b"}']
+    assert list(first_rows(f"{where}/more/test.jsonl", "train")) == [b'{"text": "x"}']
+    with pytest.raises(InputError, match="no file of the split 'dev'; there are test-0"):
+        source_of(f"{where}/data?split=dev", "train")
+    assert not Folder.at("hf://datasets/org/none").exists()
+    with pytest.raises(InputError, match="can only be read"):
+        Folder.at(where).create()

@@ -31,6 +31,19 @@ SAME: dict[str, dict[str, Any]] = {
     "chosen alone": {"chosen": PAIR, "rejected": PAIR},
     "Alpaca": {"instruction": ASKED, "input": "", "output": SAID},
     "Alpaca without input": {"instruction": ASKED, "output": SAID},
+    "preferences about ShareGPT's turns": {
+        "conversations": SHAREGPT[:1],
+        "chosen": {"from": "gpt", "value": SAID},
+        "rejected": {"from": "gpt", "value": "x"},
+    },
+    "preferences about messages": {"messages": PAIR[:1], "chosen": PAIR[1], "rejected": PAIR[0]},
+    "preferences about an instruction": {"instruction": ASKED, "input": "", "chosen": SAID, "rejected": "x"},
+    "plain roles in capitals": {"messages": [{"role": "User", "content": ASKED}, {"role": "ASSISTANT", "content": SAID}]},
+    "no messages beside another form": {"messages": [], "conversations": [], "prompt": ASKED, "completion": SAID},
+    "a question that nobody answered": {"messages": [*PAIR, {"role": "user", "content": "And?"}]},
+    "a call that nobody followed": {
+        "messages": [*PAIR, {"role": "user", "content": "And?"}, {"role": "assistant", "tool_calls": [{"type": "function"}]}]
+    },
     "a form that is empty beside another": {"messages": None, "text": None, "instruction": ASKED, "input": None, "output": SAID},
     "an answer that is wanted": {"prompt": ASKED, "completion": SAID, "label": True},
     "a label that is a class": {"prompt": ASKED, "completion": SAID, "label": 0},

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from pipeline.config import CompareConfig, Config
 from pipeline.core.errors import InputError
-from pipeline.data.show import LEARNED, show_rows
+from pipeline.data.show import LEARNED, MARKS, show_rows
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(5)]
 
@@ -31,6 +31,12 @@ def test_rows_are_shown_with_what_is_learned_in_colour(tmp_path: Path, config_fo
     assert second.plain.startswith("row 2: passed over: of no known form: it has label")
     assert "\u001b" not in third.plain
     assert fourth.plain.startswith("row 4: passed over: malformed")
+
+
+def test_what_is_learned_is_also_seen_without_colours(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps(ROWS[0]))
+    [shown] = show_rows(config_for(tmp_path / "t.jsonl"), 1, MARKS)
+    assert learned(shown) == ["[[It is 0.]]"]
 
 
 def test_choices_are_counted_where_they_are_asked_for(tmp_path: Path, config_for: Callable[..., Config]) -> None:

@@ -52,7 +52,7 @@ BAD_ROWS: dict[str, tuple[Row, str]] = {
         "of role 'user'; it must be the assistant's",
     ),
     "role of another form": ({"messages": [{"role": "gpt" * 99, "content": "hello"}]}, "of role '(gpt){6}gp';"),
-    "no messages": ({"messages": []}, "without text"),
+    "no messages": ({"messages": []}, r"it has messages \(empty\)"),
     "message without content": ({"messages": [{"role": "assistant"}]}, "without text"),
     "message is a text": ({"messages": ["hello"]}, "without text"),
     "number for a text": ({"prompt": 5, "completion": "x"}, "without text or role"),

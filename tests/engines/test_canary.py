@@ -1,5 +1,7 @@
 """The canary: an engine that is right passes, and each way of being wrong is named with the way out."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +178,15 @@ def test_a_proof_of_vllm_holds_for_the_kernels_that_it_picks(engine_config: Engi
     assert about(max_rank=9) == about(max_rank=16)
     assert about(max_rank=9) != about(max_rank=17)
     assert about(adapters_per_batch=2) != about(adapters_per_batch=4)
+
+
+def test_a_proof_holds_for_the_class_that_the_base_names(engine_config: EngineConfig, tiny_base: str, tmp_path: Path) -> None:
+    """The same weights may come with the config of a class that sees, of which engines have another one."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    before = canary._about("vllm", replace(engine_config, base=str(base)))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForConditionalGeneration"]}))
+    assert canary._about("vllm", replace(engine_config, base=str(base))) == before | {"class": "LlamaForConditionalGeneration"}
 
 
 def test_an_engine_that_failed_is_asked_again(

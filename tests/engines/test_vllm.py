@@ -1,17 +1,23 @@
 """The fast engine against the oracle, in an actor with the environment that the search gives its actors."""
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from transformers import AutoConfig
 
+from pipeline.core.errors import InputError
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.tables import SCORES
 from pipeline.engines.scorer import Candidate, EngineConfig, Loaded
@@ -331,3 +337,55 @@ def test_logits_are_float32_on_gpus_and_there_is_room_for_them(
     given = vllm._arguments(engine_config)
     assert given.get("hf_overrides") == overrides
     assert given["gpu_memory_utilization"] == pytest.approx(0.92 - 3 * 1024 * 400 * 4 / 48_000_000, abs=0.001)
+
+
+def test_logits_are_float32_where_the_language_model_is_a_part(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pipeline.engines import vllm
+
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path)
+    monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(vllm.current_platform), "get_device_total_memory", lambda self: 1 << 40)
+    asked = {"head_dtype": "float32"}
+    assert vllm._arguments(replace(engine_config, base=str(tmp_path)))["hf_overrides"] == asked | {"text_config": asked}
+
+
+def test_a_base_of_a_class_that_vllm_does_not_know_is_refused_with_the_way_out(
+    engine_config: EngineConfig, tiny_base: str, tmp_path: Path
+) -> None:
+    from pipeline.engines.vllm import VllmScorer
+
+    config = json.loads((Path(tiny_base) / "config.json").read_text()) | {"architectures": ["NobodysForCausalLM"]}
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    said = rf"^{base}: vLLM cannot serve a NobodysForCausalLM \(.{{,80}}\); set search.engine: transformers$"
+    with pytest.raises(InputError, match=said):
+        VllmScorer(replace(engine_config, base=str(base)))
+
+
+def _needs_more() -> Any:
+    raise ModuleNotFoundError("No module named 'torchvision'")
+
+
+@pytest.mark.parametrize(
+    ("load", "max_rank", "reason"),
+    [
+        (_needs_more, 0, "No module named 'torchvision'"),
+        (lambda: torch.nn.Module, 8, "it takes no adapters there"),
+        (lambda: torch.nn.Module, 0, None),
+    ],
+)
+def test_why_vllm_cannot_serve_a_class_is_told_from_what_may_pass(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, load: Callable[[], Any], max_rank: int, reason: str | None
+) -> None:
+    from pipeline.engines import vllm
+
+    def fail(**_: Any) -> None:
+        raise ValueError("Free memory on device is less than desired")
+
+    monkeypatch.setattr(vllm, "LLM", fail)
+    monkeypatch.setitem(vllm.ModelRegistry.models, "LlamaForCausalLM", SimpleNamespace(load_model_cls=load))
+    said = rf"vLLM cannot serve a LlamaForCausalLM \({reason}\); set search" if reason else "Free memory"
+    with pytest.raises(InputError if reason else ValueError, match=said):
+        vllm.VllmScorer(replace(engine_config, max_rank=max_rank))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.adapters.validation import read_declared
 from pipeline.core.file_names import WEIGHTS_FILE
 
 
@@ -18,6 +19,8 @@ class Engine:
         self.has: dict[int, Any] = {}
         self.read_in: list[tuple[str, str]] = []
         self.lora_manager = self.model_runner = self
+        modules = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")]
+        self._adapter_manager = SimpleNamespace(modules=dict.fromkeys(modules), packed_modules={})
 
     def collective_rpc(self, function: Callable[[Any], Any]) -> list[Any]:
         return [function(self)]
@@ -26,7 +29,7 @@ class Engine:
         if "refused" in request.lora_path:
             raise ValueError("no such module")
         self.read_in.append((Path(request.lora_path).name, threading.current_thread().name))
-        return SimpleNamespace(of=request.lora_path)
+        return SimpleNamespace(of=request.lora_path, loras=read_declared(Path(request.lora_path)).sizes)
 
     def add_lora(self, request: Any) -> None:
         self.has[request.lora_int_id] = self._load_adapter(request)
@@ -75,6 +78,19 @@ def test_what_cannot_be_read_fails_where_it_is_asked_for_and_leaves_nothing(pool
         adapters.hold([pool["refused"]])
     assert engine.has == {}
     assert adapters.hold([pool["a"]]).keys() == {pool["a"]}
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_adapter_of_which_the_engine_would_leave_a_part_out_is_refused(
+    pool: dict[str, Path], tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], ahead: bool
+) -> None:
+    engine = Engine()
+    adapters = held(engine, pool, room=4, ahead=ahead)
+    more = make_adapter(tmp_path / "more", tiny_base, targets=["q_proj", "down_proj"])
+    adapters.read_ahead(more)
+    with pytest.raises(ValueError, match=r"vLLM would leave out 2 of the adapter's 4 modules: .*layers\.0\.mlp\.down_proj"):
+        adapters.hold([more])
+    assert engine.has == {}
 
 
 def test_who_is_done_with_makes_room_first_then_who_has_the_highest_loss(pool: dict[str, Path]) -> None:

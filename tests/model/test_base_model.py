@@ -13,13 +13,23 @@ import pytest
 import torch
 from hub import COMMIT, serve_hub
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.model import base_model
-from pipeline.model.base_model import count_parameters, fast_dtype, fingerprint, linear_shapes, load_model, load_tokenizer
+from pipeline.model.base_model import (
+    class_name,
+    context_length,
+    count_parameters,
+    fast_dtype,
+    fingerprint,
+    language_part,
+    linear_shapes,
+    load_model,
+    load_tokenizer,
+)
 
 
 @pytest.mark.parametrize("base", ["tiny_base", "untied_base"])
@@ -31,6 +41,19 @@ def test_shapes_are_those_of_the_loaded_model(base: str, request: pytest.Fixture
     assert shapes == expected
     assert head == "lm_head"
     assert count_parameters(folder) == sum(weights.numel() for weights in model.parameters())
+
+
+def test_its_class_is_the_one_that_its_config_names_or_else_its_type(tiny_base: str, tmp_path: Path) -> None:
+    assert class_name(tiny_base) == "LlamaForCausalLM"
+    config = json.loads((Path(tiny_base) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert class_name(str(tmp_path)) == "llama"
+
+
+def test_a_language_model_that_is_a_part_has_its_own_context_and_place(tiny_base: str, tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 77}).save_pretrained(tmp_path)
+    assert (language_part(str(tmp_path)), context_length(str(tmp_path))) == ("text_config", 77)
+    assert (language_part(tiny_base), context_length(tiny_base)) == (None, 512)
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B-unsloth-bnb-4bit", "Llama-3.2-1B-GPTQ-Int4", "Llama-3.2-1B"])

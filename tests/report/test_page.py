@@ -65,7 +65,7 @@ def test_a_whole_run_shows_every_section(run_data: RunData, tmp_path: Path) -> N
     assert [attributes.get("id") for attributes in page.all("section")] == [
         *("verdict", "curves", "merge", "leaderboard", "set-aside", "samples", "time", "definitions", "config")
     ]
-    assert len(list(page.all("svg"))) == 4
+    assert len(list(page.all("svg"))) == 5
     assert "not run yet" not in page.text
     assert "Mashup for medicine/train.jsonl" in page.text
     assert "40 adapters found in the pool; 7 adapters set aside." in page.text

@@ -30,6 +30,7 @@ def every_plot(run_data: RunData) -> list[str]:
         plots.accuracy_plot(comparison, CHOSEN),
         plots.leaderboard_plot(run_data.tables["leaderboard.parquet"], {"pool/boolq-r8-seed0"}),
         plots.time_plot(documents["stages.json"]),
+        plots.pays_plot(documents["summary.json"]["parity"]),
     ]
 
 

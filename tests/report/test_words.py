@@ -62,6 +62,18 @@ def test_parity_that_is_not_reached_is_said_first(summary: dict[str, Any], lose_
     assert [headline.value for headline in words.headlines(summary)[:2]] == ["not reached", "not reached"]
 
 
+def test_it_is_said_from_when_on_it_pays(summary: dict[str, Any], lose_parity: Callable[[dict[str, Any]], None]) -> None:
+    said = words.pays(summary["parity"])
+    assert said is not None
+    assert said.startswith("It pays where training from the base takes 10 min 43 s or longer")
+    assert said.endswith("here it took 6 min 50 s.")
+    assert "however long" in str(words.pays(summary["parity"] | {"break_even_seconds": None}))
+    del summary["parity"]["break_even_seconds"]  # of an older version
+    assert words.pays(summary["parity"]) is None
+    lose_parity(summary)
+    assert words.pays(words.parity_of(summary)) is None
+
+
 def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
     exact = words.headlines(summary)[2]
     assert exact.value == "64.1 % → 66.8 %"

@@ -13,12 +13,14 @@ import pytest
 import torch
 from races import run, start, work_on
 
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES
 from pipeline.engines import canary
 from pipeline.engines.canary import EngineFaultError
 from pipeline.engines.scorer import Candidate, EngineConfig, Scorer
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.search import actor as actor_module
 from pipeline.search import engine_pool
 from pipeline.search.score_store import read_failures
 from pipeline.search.scoreboard import Work
@@ -118,3 +120,39 @@ def test_a_base_that_cannot_be_scored_ends_the_race(
     last = run(tiny_base, work_on({"a0": str(pool["a0"])}, impossible, Folder.at(tmp_path)))
     assert last.seen is not None
     assert last.seen[0] == 0
+
+
+@pytest.mark.long
+def test_a_base_that_an_engine_cannot_serve_ends_the_race_with_the_engines_reason(
+    tmp_path: Path, tiny_base: str, samples: pa.Table, pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithUnfitEngine(engine_pool.ScoringActor):
+        def _start(self, engine: str, config: EngineConfig, work: Work) -> Scorer:
+            def build(*_: Any) -> Any:
+                raise InputError("base: vLLM cannot serve it; set search.engine: transformers") from ValueError("a long story")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(canary, "build_scorer", build)
+                return super()._start(engine, config, work)
+
+    monkeypatch.setattr(engine_pool, "ScoringActor", WithUnfitEngine)
+    work = work_on({name: str(folder) for name, folder in pool.items()}, samples, Folder.at(tmp_path))
+    with pytest.raises(InputError, match=r"^base: vLLM cannot serve it; set search\.engine: transformers$"):
+        run(tiny_base, work)
+
+
+def test_an_engine_that_cannot_serve_the_base_says_so_once(samples: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, unfit = list[Exception](), InputError("base: vLLM cannot serve it")
+
+    def build(*_: Any) -> Any:
+        raise unfit
+
+    actor: Any = object.__new__(engine_pool.ScoringActor)
+    actor.dispatcher = SimpleNamespace(refuse="refuse")
+    monkeypatch.setattr(actor, "_tell", lambda method, fault: told.append(fault))
+    monkeypatch.setattr(actor_module, "proven_scorer", build)
+    with pytest.raises(InputError, match="cannot serve"):
+        actor._start(
+            "vllm", None, SimpleNamespace(samples=samples, store=SimpleNamespace(folder=Folder.at("/nowhere")), stage="search")
+        )
+    assert told == [unfit]

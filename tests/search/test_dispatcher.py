@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.search import dispatcher as dispatcher_module
 from pipeline.search import scoreboard
@@ -281,13 +282,15 @@ def test_whoever_waits_for_a_race_is_told_at_its_end(work: Callable[..., Work], 
 
 
 def test_an_engine_that_refuses_is_told_of(work: Callable[..., Work]) -> None:
+    fault = InputError("it cannot serve the base")
+
     async def scenario() -> None:
         dispatcher = Dispatcher()
         assert not asyncio.create_task(dispatcher.work()).done()
         asked = work(1)
         await dispatcher.open([1], (asked, EVERYTHING, None, 2))
         assert await dispatcher.work() is asked
-        await dispatcher.refuse("it lies")
-        assert (await progress(dispatcher, 1)).fault == "it lies"
+        await dispatcher.refuse(fault)
+        assert (await progress(dispatcher, 1)).fault is fault
 
     asyncio.run(scenario())

@@ -71,6 +71,19 @@ def test_overhead_of_a_parity_not_reached_is_not_a_number() -> None:
     assert found["seconds_saved"] is None
 
 
+@pytest.mark.parametrize(("base_seconds", "train_seconds", "overhead"), [(100.0, 30.0, 35.0), (40.0, 10.0, 90.0)])
+def test_at_the_break_even_both_starts_take_as_long(base_seconds: float, train_seconds: float, overhead: float) -> None:
+    known = {"train_seconds": train_seconds, "base_seconds": base_seconds}
+    even = with_overhead(known, overhead)["break_even_seconds"]
+    longer = {"train_seconds": even * train_seconds / base_seconds, "base_seconds": even}
+    assert with_overhead(longer, overhead)["seconds"] == pytest.approx(even)
+
+
+@pytest.mark.parametrize("train_seconds", [None, 100.0, 120.0])
+def test_a_mashup_that_saves_no_training_time_never_pays(train_seconds: float | None) -> None:
+    assert with_overhead({"train_seconds": train_seconds, "base_seconds": 100.0}, 5.0)["break_even_seconds"] is None
+
+
 def test_validation_picks_the_rate_by_the_mean_over_seeds() -> None:
     arms = [
         arm("base", [3.0, 1.0], lr=1e-4, seed=0),

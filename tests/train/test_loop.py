@@ -109,6 +109,25 @@ def test_a_checkpoint_holds_nothing_that_is_frozen(job: Callable[..., Job], tmp_
     assert state["weights"].keys() == state["optimizer"]["state"].keys()
 
 
+def test_b_learns_at_a_rate_of_its_own(job: Callable[..., Job], without_time: Any, tmp_path: Path) -> None:
+    """LoRA+. The first step of the warm-up has a rate of zero; in the second A has no gradient yet, as B is zero."""
+    moved: dict[float, dict[str, Tensor]] = {}
+    for times in (1.0, 4.0):
+        finetuning = Finetuning(job(steps=20, evaluations=1, lora_plus=times), 0, 1, Checkpoints(tmp_path / str(times)))
+        finetuning.end = 2
+        finetuning.run()
+        moved[times] = {name: weight.detach() for name, weight in finetuning.trainable.model.named_parameters() if "lora" in name}
+    for name, weight in moved[1.0].items():
+        assert torch.allclose(moved[4.0][name], weight * (4 if ".lora_B." in name else 1), rtol=1e-4)
+    assert any(weight.any() for name, weight in moved[1.0].items() if ".lora_B." in name)
+    whole = Finetuning(job(steps=4, evaluations=2, lora_plus=4.0), 0, 1, Checkpoints(tmp_path / "whole"))
+    whole.run()
+    again = Finetuning(job(steps=4, evaluations=2, lora_plus=4.0), 0, 1, Checkpoints(tmp_path / "again"))
+    again.restore(tmp_path / "whole" / "2")
+    again.run()
+    assert without_time(again.curve) == without_time(whole.curve)
+
+
 @pytest.fixture
 def start(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
     """An adapter of another shape than the arms'."""

@@ -1,0 +1,50 @@
+"""Requests of the Hugging Face Hub that are made for something that a user named."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from pipeline.core.errors import InputError, first_line
+from pipeline.core.hub import HUB, HUB_DATA, Place, from_hub
+
+T = TypeVar("T")
+
+
+def answer(name: str, ask: Callable[[HfApi], T], may: str = "read it") -> T:
+    """What the Hub says to a request about `name`.
+
+    Args:
+        may: what HF_TOKEN must allow.
+
+    Raises:
+        InputError: the Hub refuses it, or is not to be asked.
+        HubBusyError: the Hub does not answer.
+    """
+    api = HfApi()
+    try:
+        return from_hub(lambda: ask(api))
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"{name}: the Hub is not asked, as HF_HUB_OFFLINE is set; unset it") from error
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        why = f"the Hub says no ({first_line(error)})"
+        raise InputError(f"{name}: {why}; is the name right, and HF_TOKEN one that may {may}?") from error
+
+
+def pinned_data(path: str) -> str:
+    """A target's path, with the commit that there is now where it is of the Hub: all who read it then read the same.
+
+    Raises:
+        InputError, HubBusyError: as `answer`; or it is not written as hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+    """
+    if not path.startswith(HUB_DATA):
+        return path
+    start, mark, options = path.partition("?")
+    place = Place.of(HUB + start.removeprefix(HUB_DATA))
+    if place is None:
+        raise InputError(f"{path}: a data set of the Hub is hf://datasets/ORG/NAME[@REVISION][/FOLDER][?split=NAME]")
+    repo, revision = place.repo, place.revision
+    if not place.is_pinned:
+        revision = answer(path, lambda api: api.dataset_info(repo, revision=revision)).sha
+    return HUB_DATA + place._replace(revision=revision).uri.removeprefix(HUB) + mark + options
