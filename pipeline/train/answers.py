@@ -8,6 +8,7 @@ are written to in batches where that leaves what is written as it is, else one b
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from pipeline.core.tables import ANSWERS
 from pipeline.model.base_model import device, fast_dtype, load_tokenizer
 from pipeline.model.completion_loss import Batch, collate, may_share_batches, score_tokens
 from pipeline.train.batches import share_out
-from pipeline.train.evaluate import Score, in_batches, load_checkpoint, sum_over_workers
+from pipeline.train.evaluate import EVALUATION_TOKENS, Score, in_batches, load_checkpoint, sum_over_workers
 from pipeline.train.harness import answer_task
 
 GENERATION_TOKENS = 8192
@@ -72,7 +73,8 @@ def choose(
     """
     choices = rows["choices"].to_pylist()
     flat = [choice for row in choices for choice in row]
-    nll_C = sum_over_workers(_nll_of_choices(score, flat, rank, workers), workers)
+    places = _share_of_choices([[len(choice["input_ids"]) for choice in row] for row in choices], rank, workers)
+    nll_C = sum_over_workers(_nll_of_choices(score, flat, places), workers)
     if metric == "choices_per_token":
         nll_C = nll_C / torch.tensor([_tokens_counted(choice) for choice in flat])
     best = [row[int(nll.argmin())] for row, nll in zip(choices, nll_C.split([len(row) for row in choices]), strict=True)]
@@ -114,16 +116,29 @@ def _tokens_counted(choice: dict[str, list[Any]]) -> int:
     return sum(choice["completion_mask"][1:])  # a row's first token has nothing before it
 
 
-def _nll_of_choices(score: Score, choices: Sequence[dict[str, list[Any]]], rank: int, workers: int) -> Tensor:
-    """Summed NLL of the answers that this worker has; those of others are zero. float64, shape (C,)."""
+def _share_of_choices(lengths: Sequence[Sequence[int]], rank: int, workers: int) -> list[list[int]]:
+    """One worker's share of all choices, in batches of a row's own: their prompt is then computed once. Each worker has as many
+    batches as any other; who runs out has empty ones.
+
+    Args:
+        lengths: of each row the tokens of each choice.
+    """
+    firsts = accumulate(map(len, lengths), initial=0)
+    by_row = ((first, share_out(row, 1, EVALUATION_TOKENS)[0]) for first, row in zip(firsts, lengths, strict=False))
+    batches = [[first + place for place in batch] for first, found in by_row for batch in found]
+    return [batches[n] if n < len(batches) else [] for n in range(rank, -(-len(batches) // workers) * workers, workers)]
+
+
+def _nll_of_choices(score: Score, choices: Sequence[dict[str, list[Any]]], share: Sequence[Sequence[int]]) -> Tensor:
+    """Summed NLL of the answers in a worker's share; those of others are zero. float64, shape (C,)."""
 
     def batch_of(places: Sequence[int]) -> Batch:
         given = [choices[place] for place in places]
         return collate([one["input_ids"] for one in given], [one["completion_mask"] for one in given], device())
 
     nll_C = torch.zeros(len(choices), dtype=torch.float64, device=device())
-    for places, batch, nll_N, _ in in_batches(score, batch_of, [len(one["input_ids"]) for one in choices], rank, workers):
-        nll_C[places] = torch.zeros(len(places), dtype=torch.float64, device=device()).index_add(0, batch.row_N, nll_N)
+    for places, batch, nll_N, _ in in_batches(score, batch_of, share):
+        nll_C[list(places)] = torch.zeros(len(places), dtype=torch.float64, device=device()).index_add(0, batch.row_N, nll_N)
     return nll_C.cpu()
 
 

@@ -63,10 +63,10 @@ Score = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 def in_batches(
-    score: Score, batch_of: Callable[[Sequence[int]], Batch], lengths: Sequence[int], rank: int = 0, workers: int = 1
-) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
-    """Of one worker's share of rows of these lengths, in batches: their places, the batch, and what `score` gives of it."""
-    for chosen in share_out(lengths, workers, EVALUATION_TOKENS)[rank]:
+    score: Score, batch_of: Callable[[Sequence[int]], Batch], places: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], Batch, Tensor, Tensor]]:
+    """One worker's share of some rows, a batch at a time: their places, the batch, and what `score` gives of it."""
+    for chosen in places:
         if chosen:
             batch = batch_of(chosen)
             yield chosen, batch, *score(batch)
@@ -85,7 +85,8 @@ def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tenso
         float64, shape (5,).
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device())  # on the device until all is done: to read is to wait for it
-    for chosen, batch, nll_N, hit_N in in_batches(score, rows.batch, [len(ids) for ids in rows.ids], rank, workers):
+    places = share_out([len(ids) for ids in rows.ids], workers, EVALUATION_TOKENS)[rank]
+    for chosen, batch, nll_N, hit_N in in_batches(score, rows.batch, places):
         counted_N = rows.counted(chosen)
         misses_B = torch.zeros(len(chosen), device=hit_N.device).index_add(0, batch.row_N, (~hit_N).float())
         sums[:3] += torch.stack([torch.where(counted_N, nll_N, 0.0).sum(), counted_N.sum(), (hit_N & counted_N).sum()])

@@ -49,14 +49,20 @@ BUCKET = 1 << 26
 
 class Completions(nn.Module):
     """A causal LM as one module for FSDP to wrap: in training its forward is the summed NLL of the learned tokens, else
-    what `score_tokens` gives."""
+    what `score_tokens` gives.
 
-    def __init__(self, model: nn.Module) -> None:
+    What rows begin with is not computed apart where weights are shared out: to run the decoder once more than the other workers
+    would leave them waiting, and whether it pays depends on each worker's own rows.
+    """
+
+    def __init__(self, model: nn.Module, shared_out: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.shared_out = model, shared_out
 
     def forward(self, batch: Batch) -> Any:
         model = causal(self.model)
+        if self.shared_out:
+            batch = replace(batch, n_shared=0)
         return completion_nll(model, batch).sum() if self.training else score_tokens(model, batch)
 
 
@@ -77,7 +83,7 @@ class Trainable:
                 fuse(self.model)
             if job.train.gradient_checkpointing:
                 causal(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-            self.completions = Completions(self.model)
+            self.completions = Completions(self.model, job.train.shard)
             if mesh:
                 _shard(self.completions, mesh, products if mixed else None)
         learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}

@@ -17,6 +17,7 @@ from pipeline.model.completion_loss import may_share_batches, score_tokens
 from pipeline.train.answers import (
     LEAST_WRITTEN,
     Asked,
+    _share_of_choices,
     _stops,
     _written,
     answers_on_test,
@@ -68,7 +69,7 @@ def log_likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> tupl
 def test_the_choice_is_that_of_the_highest_likelihood(
     metric: str, model: Any, tokenizer: Any, tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.evaluate.EVALUATION_TOKENS", 64)  # several batches
+    monkeypatch.setattr("pipeline.train.answers.EVALUATION_TOKENS", 64)  # several batches a row
     found = choose(partial(score_tokens, model), table(ROWS, tiny_base), tokenizer, metric)
     expected = []
     for row in ROWS:
@@ -89,6 +90,14 @@ def test_the_two_ways_to_choose_differ_here(model: Any, tokenizer: Any, tiny_bas
     assert by["choices"]["answer"].to_pylist() != by["choices_per_token"]["answer"].to_pylist()
 
 
+def test_a_batch_has_choices_of_one_row_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that their prompt is computed once."""
+    monkeypatch.setattr("pipeline.train.answers.EVALUATION_TOKENS", 30)
+    assert _share_of_choices([[9, 10, 11], [5, 5], [40, 2]], 0, 1) == [[2, 1], [0], [3, 4], [5], [6]]
+    shares = [_share_of_choices([[9, 10, 11], [5, 5]], rank, 2) for rank in range(2)]
+    assert shares == [[[2, 1], [3, 4]], [[0], []]]
+
+
 def test_workers_choose_together_what_one_chooses(
     model: Any, tokenizer: Any, tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +113,7 @@ def test_workers_choose_together_what_one_chooses(
     for rank in range(6):
         passes.append(0)
         choose(score, rows, tokenizer, "choices", rank, 6)
-    assert len(set(passes)) == 1
+    assert set(passes) == {1}
     choose(score, rows, tokenizer, "choices")
     torch.testing.assert_close(sum(shares[:6]), shares[6])
 
@@ -152,6 +161,12 @@ def test_a_row_is_answered_alike_whoever_shares_its_batch(kind: str, tokenizer: 
     rows = [Asked(prompt, [70], [4]) for prompt in prompts]
     assert write(model, rows, tokenizer) == [write(model, [row], tokenizer)[0] for row in rows]
     assert may_share_batches(model) == (kind == "llama")
+
+
+def test_rows_of_other_lengths_beside_it_change_no_answer(model: Any, tokenizer: Any, tiny_base: str) -> None:
+    rows = asked(table(ROWS, tiny_base))
+    assert len({len(row.prompt) for row in rows}) > 3
+    assert write(model, rows, tokenizer) == [write(model, [row], tokenizer)[0] for row in rows]
 
 
 def test_of_a_conversation_the_last_answer_is_asked(tokenizer: Any, tiny_base: str) -> None:

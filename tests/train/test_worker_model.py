@@ -11,6 +11,7 @@ from torch import distributed, nn
 
 from pipeline.adapters.validation import read_declared
 from pipeline.core.storage import Folder
+from pipeline.model.completion_loss import collate
 from pipeline.model.layer_names import is_of_text
 from pipeline.train.arm import Job, Lora
 from pipeline.train.evaluate import Rows
@@ -46,6 +47,23 @@ def test_weights_that_are_shared_out_are_gathered_in_the_type_of_the_products(
     exact = Trainable(job(method="full", dtype="float32"), 1)
     assert float(trainable.loss(batch)) == pytest.approx(float(exact.loss(batch)), rel=2e-2)
     assert trainable.moment_bytes() == exact.moment_bytes() == sum(8 * weight.numel() for weight in exact.weights)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("shard", "passes"), [(True, 1), (False, 2)])
+def test_workers_that_share_the_weights_out_run_the_decoder_as_often_as_each_other(
+    job: Callable[..., Job], shard: bool, passes: int
+) -> None:
+    """Whatever their rows begin with: one that ran it once more waits for ever, and so do the others."""
+    trainable, seen = Trainable(job(shard=shard), 1), list[int]()
+    layer = trainable.model.get_base_model().get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))
+    ids = [[*range(5, 25), last] for last in range(30, 38)]
+    batch = collate(ids, [[False] * 20 + [True]] * 8, torch.device("cpu"))
+    assert batch.n_shared == 19
+    trainable.score(batch)
+    trainable.loss(batch)
+    assert len(seen) == 2 * passes
 
 
 def test_gradients_are_summed_in_parts_of_bounded_size() -> None:
