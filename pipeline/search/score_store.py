@@ -23,8 +23,8 @@ from pipeline.core.tables import SCORING_FAILURES, STORED
 
 T = TypeVar("T")
 
-SCORING_VERSION = 2
-"""To be raised by a change of the engines that changes scores. 2: no adapter's NaN reaches the scores of another."""
+SCORING_VERSION = 3
+"""To be raised by a change of the engines that changes scores. 3: no layer of a mixture is left out of an adapter."""
 
 KEY = ["adapter_hash", "sample_id"]
 

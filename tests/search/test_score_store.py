@@ -96,7 +96,7 @@ def test_news_are_what_others_add_while_a_race_goes_on(
     assert len(news.take([])) == 0
     write("other", SAMPLE_IDS)
     own = write("own", SAMPLE_IDS)
-    (tmp_path / "v2-base-vllm-float32" / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "v3-base-vllm-float32" / "cut.parquet").write_bytes(b"PAR1")
     found = news.take([own])
     assert pairs(found) == [("hash-other", sample) for sample in SAMPLE_IDS[:4]]  # those of the race
     assert found.schema == STORED
