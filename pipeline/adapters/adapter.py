@@ -247,5 +247,5 @@ def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[st
 
 def text_targets(names: Collection[str], base: str) -> list[str]:
     """What names the layers of text that such names mean in the base: no text would train those for pictures and sounds."""
-    shapes, head = linear_shapes(base)
-    return target_names(text_layers(names, shapes, head), base, shapes)
+    shapes, _ = linear_shapes(base)
+    return target_names(text_layers(names, shapes), base, shapes)

@@ -62,10 +62,6 @@ ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
 the rows of so many as soon as it has them."""
 
 
-FEW = 2 * ADAPTERS_PER_TASK
-"""Adapters that are checked at once, in the driver: tasks would take longer to start."""
-
-
 def build_catalogue(
     base: str,
     pool: str,
@@ -74,7 +70,7 @@ def build_catalogue(
     found: Sequence[Listed] | None = None,
     kept: KeptRows | None = None,
 ) -> pa.Table:
-    """Check every adapter of `pool` against `base`, but for a few in parallel by Ray Data. Rows are sorted by adapter_id.
+    """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
         factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
@@ -106,11 +102,9 @@ def build_catalogue(
 
 
 def _inspected(left: pa.Table, given: dict[str, Any]) -> Iterable[pa.Table]:
-    """Rows of schema KEPT of those of schema LOOKED_AT, as they come."""
+    """Rows of schema KEPT of those of schema LOOKED_AT, as the tasks give them."""
     if not len(left):
         return ()
-    if len(left) <= FEW:
-        return [inspect_batch(left, **given)]
     per_task = max(ADAPTERS_PER_TASK, math.ceil(len(left) / MAX_TASKS))
     tasks = ray.data.from_arrow(left).repartition(target_num_rows_per_block=per_task)
     rows = tasks.map_batches(inspect_batch, batch_format="pyarrow", fn_kwargs=given)

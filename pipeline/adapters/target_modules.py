@@ -62,10 +62,10 @@ def targets(config: LoraConfig, shapes: Shapes, head: str | None) -> set[str]:
     return {name for name in found if check_target_module_exists(layers, name)}
 
 
-def text_layers(names: Collection[str], shapes: Shapes, head: str | None) -> list[str]:
-    """The linear layers of text that paths, or ends of paths, name; not the output head."""
+def text_layers(names: Collection[str], shapes: Shapes) -> list[str]:
+    """The linear layers of text that paths, or ends of paths, name."""
     wanted = set(names)
-    return [name for name in shapes if name != head and is_of_text(name) and not wanted.isdisjoint(tails(name))]
+    return [name for name in shapes if is_of_text(name) and not wanted.isdisjoint(tails(name))]
 
 
 def _matching(field: str, asked: Any, names: set[str]) -> set[str]:

@@ -180,7 +180,7 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
     shapes, head = linear_shapes(config.base)
     rank = min(RANK, config.max_rank)
     deltas: dict[str, Factors] = {}
-    for name in text_layers(config.target_modules, shapes, head):
+    for name in [name for name in text_layers(config.target_modules, shapes) if name != head]:
         outputs, inputs = shapes[name]
         norm = float(model.get_submodule(name).weight.detach().float().norm())
         drawn = Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))

@@ -129,6 +129,6 @@ def test_a_large_config_that_names_every_module_by_its_path_is_read_in_time() ->
     assert own_scales(config, names) == {name: (1 + place % 7, 3.0) for place, name in enumerate(names)}
 
 
-def test_layers_of_text_by_their_ends_without_the_head() -> None:
+def test_layers_of_text_by_their_ends() -> None:
     shapes: Shapes = dict.fromkeys(("model.layers.0.proj", "model.vision.0.proj", "model.lists.1", "proj"), (8, 8))
-    assert text_layers(["proj", "lists.1"], shapes, "proj") == ["model.layers.0.proj", "model.lists.1"]
+    assert text_layers(["proj", "lists.1"], shapes) == ["model.layers.0.proj", "model.lists.1", "proj"]
