@@ -29,6 +29,8 @@ from pipeline.model.base_model import (
     linear_shapes,
     load_model,
     load_tokenizer,
+    model_type,
+    names_of_others,
 )
 
 
@@ -43,8 +45,13 @@ def test_shapes_are_those_of_the_loaded_model(base: str, request: pytest.Fixture
     assert count_parameters(folder) == sum(weights.numel() for weights in model.parameters())
 
 
+def test_names_of_layers_of_other_kinds_are_known(tiny_base: str) -> None:
+    assert {"0", "1", "layers", "self_attn", "norm", "embed_tokens"} <= names_of_others(tiny_base)
+    assert names_of_others(tiny_base).isdisjoint({"q_proj", "down_proj", "lm_head"})
+
+
 def test_its_class_is_the_one_that_its_config_names_or_else_its_type(tiny_base: str, tmp_path: Path) -> None:
-    assert class_name(tiny_base) == "LlamaForCausalLM"
+    assert (class_name(tiny_base), model_type(tiny_base)) == ("LlamaForCausalLM", "llama")
     config = json.loads((Path(tiny_base) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
     assert class_name(str(tmp_path)) == "llama"
