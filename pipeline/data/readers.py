@@ -30,6 +30,9 @@ ARRAY_WITHIN = 1024
 BLOCK_BYTES = 8 << 20
 """Of JSON text that one task reads."""
 
+CSV_ROW_BYTES = 32 << 20
+"""That a row of a CSV file may have at least: pyarrow reads so many at a time, and of a row that is longer nothing."""
+
 FIRST = 100
 """Rows of a table that `first_rows` looks at, at a time."""
 
@@ -94,12 +97,15 @@ def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -
     elif source.form == "lines":
         yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
     else:
-        for batch in _batches(source, source.names[0]):
+        for batch in _batches(source, source.names[0], wanted):
             yield from _as_json(wanted, pa.Table.from_batches([batch.slice(0, FIRST)]))
 
 
-def unreadable(path: str, role: str) -> str | None:
+def unreadable(path: str, role: str, columns: Sequence[str] = ()) -> str | None:
     """Which Parquet or CSV file of a data set cannot be read, and why.
+
+    Args:
+        columns: as for `read_rows`.
 
     Raises:
         OSError: the store does not answer.
@@ -107,7 +113,7 @@ def unreadable(path: str, role: str) -> str | None:
     source = source_of(path, role)
     for name in source.names if source.form in ("parquet", "csv") else []:
         try:
-            for _ in _batches(source, name):
+            for _ in _batches(source, name, (*COLUMNS, *columns)):
                 pass
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
@@ -129,27 +135,45 @@ def _from_parquet(path: str, role: str, source: Source, wanted: Sequence[str]) -
         raise InputError(unreadable(path, role) or otherwise) from error
 
 
-def _batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+def _batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a CSV or Parquet file, in its order."""
     if source.form == "csv":
-        return _csv_batches(source, name)
+        return _csv_batches(source, name, wanted)
     dataset = pads.dataset(source.folder.join(name), format="parquet", filesystem=source.folder.files)
     return iter(dataset.to_batches())
 
 
 def _from_csv(source: Source, wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:
     for name in batch["name"].to_pylist():
-        for rows in _csv_batches(source, name):
+        for rows in _csv_batches(source, name, wanted):
             yield from _as_json(wanted, pa.Table.from_batches([rows]))
 
 
-def _csv_batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
-    """Its rows, all values as the texts that they are; an empty one is null."""
+def _csv_batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Its rows, all values as the texts that they are; an empty one is null.
+
+    Raises:
+        pa.ArrowInvalid: it is no CSV file, has two columns of a name that is wanted, or a row that is too long.
+    """
     path = source.folder.join(name)
     parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in path.lower() else ",", newlines_in_values=True)
     texts = pacsv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=True, null_values=[""])
+    blocks = pacsv.ReadOptions(block_size=CSV_ROW_BYTES)
     with source.folder.files.open_input_stream(path, compression="gzip" if is_packed(path) else None) as file:
-        yield from pacsv.open_csv(file, parse_options=parse, convert_options=texts)
+        try:
+            rows = pacsv.open_csv(file, read_options=blocks, parse_options=parse, convert_options=texts)
+            _check_header(rows.schema.names, wanted)
+            yield from rows
+        except pa.ArrowInvalid as error:
+            if "block boundaries" not in str(error):
+                raise
+            most = f"{CSV_ROW_BYTES >> 20} MiB"
+            raise pa.ArrowInvalid(f"a row has more than {most}, or a quotation mark has no other") from error
+
+
+def _check_header(names: Sequence[str], wanted: Sequence[str]) -> None:
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise pa.ArrowInvalid(f"several columns are called {twice[0]!r}")
 
 
 def json_blocks(source: Source) -> list[Block]:
