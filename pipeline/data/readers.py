@@ -5,6 +5,7 @@ file and what is packed by gzip are each read by one task.
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -33,6 +34,9 @@ BLOCK_BYTES = 8 << 20
 CSV_ROW_BYTES = 32 << 20
 """That a row of a CSV file may have at least: pyarrow reads so many at a time, and of a row that is longer nothing."""
 
+ENDING = 256
+"""Bytes of the end of a CSV file."""
+
 FIRST = 100
 """Rows of a table that `first_rows` looks at, at a time."""
 
@@ -41,6 +45,9 @@ LINE_END_WITHIN = 1 << 20
 
 NOT_UNICODE = ({"role": "assistant", "content": "\udcff"},)
 """Stands for a value of a table that cannot be decoded, so that its row is passed over for that reason."""
+
+QUOTED = 40
+"""Characters of a value that are told."""
 
 
 class Block(NamedTuple):
@@ -153,7 +160,7 @@ def _csv_batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[p
     """Its rows, all values as the texts that they are; an empty one is null.
 
     Raises:
-        pa.ArrowInvalid: it is no CSV file, has two columns of a name that is wanted, or a row that is too long.
+        pa.ArrowInvalid: it is no CSV file, has two columns of a name that is wanted, a row too long, or an open quotation.
     """
     path = source.folder.join(name)
     parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in path.lower() else ",", newlines_in_values=True)
@@ -161,9 +168,13 @@ def _csv_batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[p
     blocks = pacsv.ReadOptions(block_size=CSV_ROW_BYTES)
     with source.folder.files.open_input_stream(path, compression="gzip" if is_packed(path) else None) as file:
         try:
-            rows = pacsv.open_csv(file, read_options=blocks, parse_options=parse, convert_options=texts)
+            noted = _Noted(file)
+            rows = pacsv.open_csv(noted, read_options=blocks, parse_options=parse, convert_options=texts)
             _check_header(rows.schema.names, wanted)
-            yield from rows
+            batch = None
+            for batch in rows:
+                yield batch
+            _check_end(batch, noted.last)
         except pa.ArrowInvalid as error:
             if "block boundaries" not in str(error):
                 raise
@@ -171,9 +182,32 @@ def _csv_batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[p
             raise pa.ArrowInvalid(f"a row has more than {most}, or a quotation mark has no other") from error
 
 
+class _Noted(io.RawIOBase):
+    """A file, and the last bytes that were read of it."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file, self.last = file, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._file.read(size)
+        self.last = (self.last + content)[-ENDING:]
+        return content
+
+
 def _check_header(names: Sequence[str], wanted: Sequence[str]) -> None:
     if twice := [name for name in wanted if names.count(name) > 1]:
         raise pa.ArrowInvalid(f"several columns are called {twice[0]!r}")
+
+
+def _check_end(batch: pa.RecordBatch | None, ending: bytes) -> None:
+    """That the last row has not taken in what follows a lone quotation mark, to the end of the file. A value of several lines has
+    one at its end."""
+    last = batch.columns[-1][-1].as_py() if batch else None
+    if last and "\n" in last and not ending.rstrip().endswith(b'"'):
+        raise pa.ArrowInvalid(f"a quotation mark has no other: {last[:QUOTED]!r}")
 
 
 def json_blocks(source: Source) -> list[Block]:

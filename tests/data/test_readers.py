@@ -245,6 +245,20 @@ def test_a_column_that_a_csv_file_has_twice_is_named_if_it_is_wanted(tmp_path: P
     assert "called 'note'" in str(unreadable(str(tmp_path / "t.csv"), "train", ["note"]))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_lone_quotation_mark_takes_in_no_rows_unseen(packed: bool, tmp_path: Path) -> None:
+    file = tmp_path / ("t.csv.gz" if packed else "t.csv")
+
+    def read(text: str) -> list[bytes]:
+        file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        return list(first_rows(str(file), "train"))
+
+    assert len(read('prompt,completion\nq,"a\nb"\nq,"a\nb\n"\n\n')) == 2
+    assert len(read("prompt,completion\nq,a\n")) == 1
+    with pytest.raises(InputError, match=r"a quotation mark has no other: 'a\\nq,b\\n"):
+        read('prompt,completion\nq,"a\nq,b\n')
+
+
 def test_a_row_of_a_csv_file_may_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = "x" * 3_000_000
     (tmp_path / "t.csv").write_text(f"prompt,completion\nq,b\n{long},a\nq,b\n")
