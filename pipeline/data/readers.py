@@ -5,6 +5,7 @@ file and what is packed by gzip are each read by one task.
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -30,6 +31,12 @@ ARRAY_WITHIN = 1024
 BLOCK_BYTES = 8 << 20
 """Of JSON text that one task reads."""
 
+CSV_ROW_BYTES = 32 << 20
+"""That a row of a CSV file may have at least: pyarrow reads so many at a time, and of a row that is longer nothing."""
+
+ENDING = 256
+"""Bytes of the end of a CSV file."""
+
 FIRST = 100
 """Rows of a table that `first_rows` looks at, at a time."""
 
@@ -38,6 +45,9 @@ LINE_END_WITHIN = 1 << 20
 
 NOT_UNICODE = ({"role": "assistant", "content": "\udcff"},)
 """Stands for a value of a table that cannot be decoded, so that its row is passed over for that reason."""
+
+QUOTED = 40
+"""Characters of a value that are told."""
 
 
 class Block(NamedTuple):
@@ -94,12 +104,15 @@ def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -
     elif source.form == "lines":
         yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
     else:
-        for batch in _batches(source, source.names[0]):
+        for batch in _batches(source, source.names[0], wanted):
             yield from _as_json(wanted, pa.Table.from_batches([batch.slice(0, FIRST)]))
 
 
-def unreadable(path: str, role: str) -> str | None:
+def unreadable(path: str, role: str, columns: Sequence[str] = ()) -> str | None:
     """Which Parquet or CSV file of a data set cannot be read, and why.
+
+    Args:
+        columns: as for `read_rows`.
 
     Raises:
         OSError: the store does not answer.
@@ -107,7 +120,7 @@ def unreadable(path: str, role: str) -> str | None:
     source = source_of(path, role)
     for name in source.names if source.form in ("parquet", "csv") else []:
         try:
-            for _ in _batches(source, name):
+            for _ in _batches(source, name, (*COLUMNS, *columns)):
                 pass
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
@@ -129,27 +142,72 @@ def _from_parquet(path: str, role: str, source: Source, wanted: Sequence[str]) -
         raise InputError(unreadable(path, role) or otherwise) from error
 
 
-def _batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
+def _batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a CSV or Parquet file, in its order."""
     if source.form == "csv":
-        return _csv_batches(source, name)
+        return _csv_batches(source, name, wanted)
     dataset = pads.dataset(source.folder.join(name), format="parquet", filesystem=source.folder.files)
     return iter(dataset.to_batches())
 
 
 def _from_csv(source: Source, wanted: Sequence[str], batch: pa.Table) -> Iterator[pa.Table]:
     for name in batch["name"].to_pylist():
-        for rows in _csv_batches(source, name):
+        for rows in _csv_batches(source, name, wanted):
             yield from _as_json(wanted, pa.Table.from_batches([rows]))
 
 
-def _csv_batches(source: Source, name: str) -> Iterator[pa.RecordBatch]:
-    """Its rows, all values as the texts that they are; an empty one is null."""
+def _csv_batches(source: Source, name: str, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Its rows, all values as the texts that they are; an empty one is null.
+
+    Raises:
+        pa.ArrowInvalid: it is no CSV file, has two columns of a name that is wanted, a row too long, or an open quotation.
+    """
     path = source.folder.join(name)
     parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in path.lower() else ",", newlines_in_values=True)
     texts = pacsv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=True, null_values=[""])
+    blocks = pacsv.ReadOptions(block_size=CSV_ROW_BYTES)
     with source.folder.files.open_input_stream(path, compression="gzip" if is_packed(path) else None) as file:
-        yield from pacsv.open_csv(file, parse_options=parse, convert_options=texts)
+        try:
+            noted = _Noted(file)
+            rows = pacsv.open_csv(noted, read_options=blocks, parse_options=parse, convert_options=texts)
+            _check_header(rows.schema.names, wanted)
+            batch = None
+            for batch in rows:
+                yield batch
+            _check_end(batch, noted.last)
+        except pa.ArrowInvalid as error:
+            if "block boundaries" not in str(error):
+                raise
+            most = f"{CSV_ROW_BYTES >> 20} MiB"
+            raise pa.ArrowInvalid(f"a row has more than {most}, or a quotation mark has no other") from error
+
+
+class _Noted(io.RawIOBase):
+    """A file, and the last bytes that were read of it."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file, self.last = file, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._file.read(size)
+        self.last = (self.last + content)[-ENDING:]
+        return content
+
+
+def _check_header(names: Sequence[str], wanted: Sequence[str]) -> None:
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise pa.ArrowInvalid(f"several columns are called {twice[0]!r}")
+
+
+def _check_end(batch: pa.RecordBatch | None, ending: bytes) -> None:
+    """That the last row has not taken in what follows a lone quotation mark, to the end of the file. A value of several lines has
+    one at its end."""
+    last = batch.columns[-1][-1].as_py() if batch else None
+    if last and "\n" in last and not ending.rstrip().endswith(b'"'):
+        raise pa.ArrowInvalid(f"a quotation mark has no other: {last[:QUOTED]!r}")
 
 
 def json_blocks(source: Source) -> list[Block]:

@@ -171,10 +171,9 @@ def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Tabl
     load_tokenizer(config.base)  # an unknown base is the user's error, not a worker's
     options = {"folder": folder, "base": config.base, "seed": config.search.seed}
     given = {role: {"role": role, "reading": reading_of(config, role), **options} for role in paths}
+    columns = list(config.target.columns.values())
     parts = [
-        read_rows(path, role, list(config.target.columns.values())).map_batches(
-            tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=given[role]
-        )
+        read_rows(path, role, columns).map_batches(tokenise_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=given[role])
         for role, path in paths.items()
     ]
     shards = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
@@ -184,7 +183,7 @@ def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Tabl
     except (OSError, pa.ArrowException) as error:
         if is_transient(error):
             raise
-        if harmed := next(filter(None, (unreadable(path, role) for role, path in paths.items())), None):
+        if harmed := next(filter(None, (unreadable(path, role, columns) for role, path in paths.items())), None):
             raise InputError(harmed) from error
         raise
     return pa.concat_tables(tables) if tables else SHARDS.empty_table()

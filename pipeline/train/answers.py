@@ -90,7 +90,8 @@ def write(model: Any, rows: Sequence[Asked], tokenizer: PreTrainedTokenizerBase)
     stops, room = _stops(rows, tokenizer), longest(rows)
     found: list[list[int]] = [[]] * len(rows)
     tokens = GENERATION_TOKENS if may_share_batches(model) else 1
-    for places in share_out([len(row.prompt) + room for row in rows], 1, tokens)[0]:
+    sizes = [len(row.prompt) + room for row in rows]  # who has less room than others has it alone
+    for places in share_out([size if size <= _most(model) else GENERATION_TOKENS for size in sizes], 1, tokens)[0]:
         for place, ids in zip(places, _written(model, [rows[p].prompt for p in places], stops, room), strict=True):
             found[place] = ids
     return [_text(ids, tokenizer) for ids in found]
@@ -154,17 +155,21 @@ def _written(model: Any, prompts: Sequence[list[int]], stops: Sequence[int], roo
     width = max(map(len, prompts))
     ids_BT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     seen_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     written_BT = model.generate(
         input_ids=ids_BT.to(model.device),
         attention_mask=seen_BT.to(model.device),
-        max_new_tokens=min(room, most - width),
+        max_new_tokens=min(room, _most(model) - width),
         do_sample=False,
         eos_token_id=[*stops] or None,
         pad_token_id=stops[0] if stops else 0,
     )
     for ids in written_BT[:, width:].tolist():
         yield ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def _most(model: Any) -> int:
+    """Tokens that a base knows positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,6 +16,8 @@ from datasets import Dataset, DatasetDict
 
 from pipeline.config import Config
 from pipeline.core.errors import InputError
+from pipeline.data import readers
+from pipeline.data.readers import first_rows, unreadable
 from pipeline.data.splits import take_samples
 
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"The sum is {2 * n}."} for n in range(40)]
@@ -226,6 +228,46 @@ def test_fields_that_a_table_adds_to_messages_do_not_count(tmp_path: Path, confi
     found, expected = (take_samples(config_for(tmp_path / name)) for name in ("t.parquet", "t.jsonl"))
     assert found.training["train"].equals(expected.training["train"])
     assert expected.counts["train"]["used"] == len(ROWS)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_column_that_a_csv_file_has_twice_is_named_if_it_is_wanted(tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    rows = "".join(f"{row['prompt']},{row['completion']},x,y\n" for row in ROWS)
+    (tmp_path / "fine.csv").write_text("prompt,completion,,\n" + rows)
+    assert take_samples(config_for(tmp_path / "fine.csv")).counts["train"]["used"] > 30
+    (tmp_path / "t.csv").write_text("prompt,completion,note,prompt\n" + rows)
+    with pytest.raises(InputError, match=r"t.csv: cannot be read \(.*several columns are called 'prompt'\); write the file anew"):
+        take_samples(config_for(tmp_path / "t.csv"))
+    with pytest.raises(InputError, match="several columns are called 'prompt'"):
+        next(first_rows(str(tmp_path / "t.csv"), "train"))
+    (tmp_path / "t.csv").write_text("prompt,completion,note,note\n" + rows)
+    assert unreadable(str(tmp_path / "t.csv"), "train") is None
+    assert "called 'note'" in str(unreadable(str(tmp_path / "t.csv"), "train", ["note"]))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_lone_quotation_mark_takes_in_no_rows_unseen(packed: bool, tmp_path: Path) -> None:
+    file = tmp_path / ("t.csv.gz" if packed else "t.csv")
+
+    def read(text: str) -> list[bytes]:
+        file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        return list(first_rows(str(file), "train"))
+
+    assert len(read('prompt,completion\nq,"a\nb"\nq,"a\nb\n"\n\n')) == 2
+    assert len(read("prompt,completion\nq,a\n")) == 1
+    with pytest.raises(InputError, match=r"a quotation mark has no other: 'a\\nq,b\\n"):
+        read('prompt,completion\nq,"a\nq,b\n')
+
+
+def test_a_row_of_a_csv_file_may_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "x" * 3_000_000
+    (tmp_path / "t.csv").write_text(f"prompt,completion\nq,b\n{long},a\nq,b\n")
+    assert [len(json.loads(row)["prompt"]) for row in first_rows(str(tmp_path / "t.csv"), "train")] == [1, len(long), 1]
+    monkeypatch.setattr(readers, "CSV_ROW_BYTES", 1 << 20)
+    with pytest.raises(
+        InputError, match=r"t.csv: cannot be read \(.*a row has more than 1 MiB, or a quotation mark has no other"
+    ):
+        list(first_rows(str(tmp_path / "t.csv"), "train"))
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -199,6 +199,12 @@ def test_an_answer_may_be_twice_as_long_as_the_longest_and_within_the_base(model
     assert [len(ids) for ids in _written(model, [crowded], [], 32)] == [3]
 
 
+def test_a_prompt_that_all_but_fills_the_base_takes_no_room_from_others(model: Any, tokenizer: Any) -> None:
+    crowded = Asked([5] * (model.config.max_position_embeddings - 3), [70], [4])
+    rows = [Asked([9] * 8, [70], [4]), crowded, Asked([11] * 9, [70], [4])]
+    assert write(model, rows, tokenizer) == [write(model, [row], tokenizer)[0] for row in rows]
+
+
 def test_a_checkpoint_answers_on_the_test_split(tiny_base: str, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     folder = Folder.at(tmp_path / "data")
     folder.write_table("test.parquet", table(ROWS, tiny_base))
