@@ -205,6 +205,6 @@ def test_a_folder_of_the_users_gets_no_lock(config: Config, tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_paths_of_a_run_are_those_of_its_base_by_name(config: Config) -> None:
-    pinned = Run(config.model_copy(update={"base": "s3://bucket@state-0123456789abcdef"}))
+def test_the_paths_of_a_run_are_those_of_its_base_by_name(config: Config, bucket: str) -> None:
+    pinned = Run(config.model_copy(update={"base": f"{bucket}@state-0123456789abcdef"}))
     assert pinned.shared_paths._read == {}

@@ -6,14 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hub import COMMIT, serve_hub
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from pipeline.core.base_ref import pinned
 from pipeline.core.errors import InputError
@@ -169,7 +168,7 @@ def test_weights_are_read_straight_to_where_they_go(tiny_base: str, monkeypatch:
     given: list[Any] = []
 
     class Model:
-        config = SimpleNamespace()
+        config = LlamaConfig()
 
         def eval(self) -> "Model":
             return self

@@ -75,7 +75,7 @@ def test_the_browser_finds_headings_verdict_and_plots(browse: Browse, page: Path
     headings = re.findall(r"<h2>(.*?)</h2>", dom)
     assert headings[:3] == ["Training from each start", "What was merged", "Leaderboard"]
     assert "reaches the base's final validation loss" in dom
-    assert len(re.findall(r'<svg class="plot"', dom)) == 4
+    assert len(re.findall(r'<svg class="plot"', dom)) == 5
     assert "<script" not in dom
 
 
