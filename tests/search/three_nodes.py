@@ -50,6 +50,17 @@ class Waiting(engine_pool.ScoringActor):
         return super().__call__(block)
 
 
+class Slow(engine_pool.ScoringActor):
+    """Takes so long over a batch that the race is seen in its midst, however fast the machine is."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        time.sleep(1)
+        return super().__call__(block)
+
+
+STRUCK = {"node": Slow, "join": Waiting}
+
+
 def main() -> None:
     folder, base, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -57,8 +68,8 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     work = work_in(folder)
     search = SearchConfig(engine="transformers", dtype="float32", adapters_per_batch=2, cpus_per_actor=1)
-    if fault == "join":
-        engine_pool.ScoringActor = Waiting  # type: ignore[misc]
+    if fault in STRUCK:
+        engine_pool.ScoringActor = STRUCK[fault]  # type: ignore[misc]
     done = False
     engine = engine_pool.engine_config(base, 4, ["q_proj", "v_proj"], search, max_tokens=64)
     for progress in engine_pool.score_stream(work, engine, search, SCHEDULE):
