@@ -211,7 +211,8 @@ class Scoreboard:
             del self._out[number]
             return CANDIDATES.empty_table(), self._blame(lease)
         lease.engine, lease.started = engine, time.monotonic()
-        if not lease.alone and BASE not in lease.candidates:
+        # What was taken back meanwhile is others' by now, and none of it may count as this engine's.
+        if not (lease.alone or lease.given_back or BASE in lease.candidates):
             recency = lambda row: self._held.recency(engine, self._hashes[row])  # noqa: E731
             lease.candidates = self.race.exchange(lease.candidates, np.array(lease.samples, np.int64), recency)
         self._drop_late(lease)

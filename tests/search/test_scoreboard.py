@@ -252,6 +252,31 @@ def test_work_that_is_held_too_long_goes_out_again(tmp_path: Path, monkeypatch: 
     assert board.next_batch(1) is None
 
 
+@pytest.mark.parametrize("late_reports", [False, True])
+def test_who_was_taken_back_is_not_held_by_an_engine_that_begins_late(
+    late_reports: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next rung would wait for it for ever."""
+    monkeypatch.setattr(board_module, "LEASE", 0.0)
+    board = Scoreboard(work_on(tmp_path, ["a", "b"]), Schedule((2, 4), None, 1.0, keep=2))
+    board.report(done(board.next_batch(1)))
+    late = board.next_batch(1)
+    time.sleep(0.01)
+    board.reclaim()
+    again = board.next_batch(1)
+    assert names(again) == names(late) == ["a"]
+    begun(board, "one", again)
+    if late_reports:
+        assert begun(board, "late", late) == (["a"], {})
+        board.report(done(again))
+        board.report(done(late))
+    else:
+        board.report(done(again))
+        assert begun(board, "late", late) == ([], {})
+    finish(board)
+    assert board.progress().over
+
+
 def test_work_that_waits_for_a_lost_engine_goes_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has begun with one batch, and another waits for it."""
     board = Scoreboard(work_on(tmp_path, ["a", "b"]), EVERYTHING)
