@@ -156,10 +156,7 @@ def _from_chosen(row: Row) -> Conversation:
 
 def _system_of(prompt: Any, chosen: list[Any]) -> list[Any]:
     """The system message of a prompt that a whole conversation repeats without it."""
-    first = [
-        turns[0].get("role", turns[0].get("from")) if isinstance(turns, list) and turns else None for turns in (prompt, chosen)
-    ]
-    return prompt[:1] if first[0] == "system" != first[1] else []
+    return prompt[:1] if _first_role(prompt) == "system" != _first_role(chosen) else []
 
 
 def _prompt_of(row: Row) -> Any:
@@ -316,8 +313,14 @@ def _turns(value: Any, role: str) -> list[Any]:
 
 
 def _begins_with_question(turns: list[Any]) -> bool:
-    role = turns[0].get("role", turns[0].get("from")) if turns and isinstance(turns[0], Mapping) else None
-    return isinstance(role, str) and _plain_role(role) != "assistant"
+    return _first_role(turns) not in (None, "assistant")
+
+
+def _first_role(turns: Any) -> str | None:
+    """Whose the first message is; None: there is none."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    role = first.get("role", first.get("from")) if isinstance(first, Mapping) else None
+    return _plain_role(role) if isinstance(role, str) else None
 
 
 def _messages_or_text(value: Any) -> Any:

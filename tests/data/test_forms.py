@@ -119,6 +119,8 @@ def test_a_text_is_bare() -> None:
         ({"instruction": "a", "output": "b", "label": False}, "its answer is not wanted"),
         ({"chosen": "b", "rejected": "c"}, "a chosen answer without a prompt"),
         ({"messages": "hello"}, "messages that are no list"),
+        ({"chosen": ["a", "b"], "rejected": ["a", "c"]}, "a message without text or role"),
+        ({"prompt": ["a"], "chosen": PAIR, "rejected": PAIR[:1], "label": False}, "its answer is not wanted"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, r"parts that are no text \(image\)"),
         ({"messages": PAIR, "chat_template_kwargs": "loud"}, "chat_template_kwargs that are no object"),
         ({"conversations": [SHAREGPT[0], {"from": "function_call", "value": "add"}]}, "a call of a tool that is not JSON"),
