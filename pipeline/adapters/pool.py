@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -103,9 +103,7 @@ def look_at(pool: str, exclude: Sequence[str] = (), checkpoints: bool = True) ->
         InputError: there is no such pool, it is empty, or two lines of a list file give the same id.
         OSError: its disk, its store or the Hub does not answer.
     """
-    if not pool.startswith(HUB):
-        _require_pool(pool)
-    found, state = _look(pool)
+    found, state = _look(pool, _required_kind)
     return Pool(_checked(pool, found, exclude, checkpoints), state)
 
 
@@ -117,34 +115,38 @@ def pool_state(pool: str) -> list[Any]:
         InputError: the list file is malformed, or there is no such pool on the Hub.
         OSError: a store does not answer, or takes nobody's credentials.
     """
-    return _look(pool)[1]
+    return _look(pool, _kind)[1]
 
 
-def _look(pool: str) -> tuple[list[Listed], list[Any]]:
+def _look(pool: str, kind_of: Callable[[str], fs.FileType]) -> tuple[list[Listed], list[Any]]:
     """What is in a pool, and the state of it; where there is none, nothing."""
     if pool.startswith(HUB):
         seen = adapters_on_hub(pool)
         found = [Listed(one.adapter_id, one.place.uri, None, one.place.revision, one.downloads) for one in seen]
         return found, sorted(one.uri for one in found)
-    folder = Folder.at(pool)
-    kind = folder.files.get_file_info(folder.path).type
+    folder, kind = Folder.at(pool), kind_of(pool)
     if kind == fs.FileType.File:
         return _from_list(folder)
     infos = folder.walk() if kind == fs.FileType.Directory else []
     return _from_folder(folder, infos), sorted((info.path, info.size, info.mtime_ns) for info in infos)
 
 
-def _require_pool(pool: str) -> None:
-    """See to it that a pool is a folder or a list file."""
+def _kind(pool: str) -> fs.FileType:
     folder = Folder.at(pool)
+    return folder.files.get_file_info(folder.path).type
+
+
+def _required_kind(pool: str) -> fs.FileType:
+    """Whether a pool is a folder or a list file; it must be one of them."""
     try:
-        kind = folder.files.get_file_info(folder.path).type
+        kind = _kind(pool)
     except OSError as error:
         if is_transient(error):
             raise
         raise InputError(f"{pool}: the adapter pool cannot be reached ({error})") from error
     if kind not in (fs.FileType.File, fs.FileType.Directory):
         raise InputError(f"{pool}: no such adapter pool; give a folder, a list file, s3://... or hf://...")
+    return kind
 
 
 def _checked(pool: str, found: list[Listed], exclude: Sequence[str], checkpoints: bool) -> list[Listed]:
