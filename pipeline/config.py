@@ -83,6 +83,10 @@ COLUMNS = (
 """Of a target's files; what each is for: `data/forms.py`."""
 
 
+ROLES = ("train", "validation", "test")
+"""Of the splits of a target; of those that share a row the later one keeps it."""
+
+
 class TargetConfig(Section):
     """The new task's data: files or folders, in the forms of docs/data.md."""
 
@@ -95,6 +99,11 @@ class TargetConfig(Section):
     too_long: Literal["drop", "cut"] = Field("drop", description="cut: longer rows lose their first tokens, and are counted")
     validation_rows: int = Field(128, ge=1, le=MAX_COUNT, description="rows used of the validation split, a seeded draw")
     test_rows: int = Field(500, ge=1, le=MAX_COUNT, description="rows used of the test split, a seeded draw")
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The splits that are given, by their role."""
+        return {role: path for role in ROLES if (path := getattr(self, role)) is not None}
 
     @field_validator("columns")
     @classmethod
@@ -426,7 +435,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def nothing_is_read_that_a_run_replaces(self) -> "Config":
-        data = {f"target.{role}": getattr(self.target, role) for role in ("train", "validation", "test")}
+        data = {f"target.{role}": path for role, path in self.target.paths.items()}
         base = self.base if Path(self.base).is_dir() else None
         for name, path in {"pool": self.pool, "base": base, **data}.items():
             if path and lies_in(path, self.run):

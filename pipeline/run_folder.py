@@ -58,8 +58,8 @@ class Run:
     @cached_property
     def shared_paths(self) -> SharedPaths:
         """What all nodes must see."""
-        config, target = self.config, self.config.target
-        data = {f"target.{role}": getattr(target, role) for role in ("train", "validation", "test")}
+        config = self.config
+        data = {f"target.{role}": path for role, path in config.target.paths.items()}
         written = {"run": config.run, "search.store": config.search.store}
         return SharedPaths({"pool": config.pool, "base": name_of(config.base), **data}, written)
 
@@ -168,8 +168,7 @@ class Run:
 
 
 def _pinned(target: TargetConfig) -> TargetConfig:
-    given = {role: path for role in ("train", "validation", "test") if (path := getattr(target, role))}
-    return target.model_copy(update={role: pinned_data(path) for role, path in given.items()})
+    return target.model_copy(update={role: pinned_data(path) for role, path in target.paths.items()})
 
 
 def _require_own(folder: Folder, store: str | None) -> None:

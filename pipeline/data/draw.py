@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from pipeline.config import ROLES
 from pipeline.core.parts import part_names, write_part
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES, TEST
 from pipeline.data.shards import RANGES, read_pieces
-
-ROLES = ("train", "validation", "test")
 
 PART_BYTES = 16 << 20
 """Of a part in memory, about; more where RANGES parts are too few for that."""

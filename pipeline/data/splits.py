@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import BY_CHOICES, Config
+from pipeline.config import BY_CHOICES, ROLES, Config
 from pipeline.core.errors import InputError, is_transient, one_line
 from pipeline.core.lock import nobody_else
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SAMPLES
-from pipeline.data.draw import ROLES, Cut, Draw, Found, Shards
+from pipeline.data.draw import Cut, Draw, Found, Shards
 from pipeline.data.files import source_of
 from pipeline.data.forms import FORMS
 from pipeline.data.readers import first_malformed, read_rows, unreadable
@@ -122,7 +122,7 @@ def target_paths(config: Config) -> dict[str, str]:
     Raises:
         InputError: there is nothing at a path.
     """
-    paths = {role: path for role in ROLES if (path := getattr(config.target, role)) is not None}
+    paths = config.target.paths
     folders = {role: Folder.at(path) for role, path in paths.items()}
     for role, folder in folders.items():
         if not _exists(folder, role):

@@ -167,9 +167,8 @@ def look(config: RefreshConfig) -> dict[str, Seen]:
 
 def _data_state(target: TargetConfig) -> list[Any]:
     """The files of a target's data. Of what cannot be looked at, that it cannot: its run then says why, and stops no other."""
-    paths = [path for path in (target.train, target.validation, target.test) if path]
     try:
-        return [target.model_dump(), *(Folder.at(pinned_data(path)).state() for path in paths)]
+        return [target.model_dump(), *(Folder.at(pinned_data(path)).state() for path in target.paths.values())]
     except (InputError, OSError) as error:
         return [target.model_dump(), type(error).__name__]
 
