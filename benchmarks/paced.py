@@ -186,8 +186,9 @@ class Slots:
         from vllm.lora.peft_helper import PEFTHelper
 
         leaves = {leaf.rpartition(".")[2] for leaf in LEAVES}
-        self.lora_manager = self
-        self.model_runner = self
+        self.lora_manager = self.model_runner = self._adapter_manager = self
+        self.modules = [f"model.layers.{layer}.{leaf}" for layer in range(LAYERS) for leaf in LEAVES]
+        self.packed_modules: dict[str, list[str]] = {}
         self._slots = [_random_tensors(rank) for _ in range(count)]
         self._next = 0
         self._load_adapter = lambda request: LoRAModel.from_local_checkpoint(
