@@ -36,6 +36,8 @@ from pipeline.core.uploads import PART_BYTES
 MAX_CARD_BYTES = 1 << 20
 MOST_IN_POD = 64 << 30
 NAMES = "[0-9a-f]" * 32 + "-*"
+SHARERS = 16
+"""Processes of a node that may fetch at a time: each fetches no more than this share of the room before it looks again."""
 
 
 class Hold(NamedTuple):
@@ -83,7 +85,8 @@ class AdapterCache:
         self.max_adapter_bytes = max_adapter_bytes
         self.ahead, self.check = ahead, check
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
-        self._guard = threading.Lock()
+        self._guard, self._room_guard = threading.Lock(), threading.Lock()
+        self._room = 0
         self._coming: dict[str, Future[Hold]] = {}
         self._held: list[Hold] = []
         self._entries: dict[str, Path] = {}
@@ -172,7 +175,7 @@ class AdapterCache:
         return entry, lock
 
     def _fetch(self, store: Folder, sizes: dict[str, int], files: Path) -> None:
-        self._make_room()
+        self._make_room(sum(sizes.values()))
         self._download(store, sizes, files)
         if {file.name: file.stat().st_size for file in files.iterdir()} != sizes:
             raise FetchError(f"cannot be fetched from {store.uri} (it changed meanwhile)")
@@ -196,8 +199,18 @@ class AdapterCache:
         half = (shutil.disk_usage(self.folder).free + here) // 2
         return min(half, MOST_IN_POD) if "KUBERNETES_SERVICE_HOST" in os.environ else half
 
-    def _make_room(self) -> None:
-        """Remove what killed processes left and, above the limit, the adapters used longest ago; never what is in use."""
+    def _make_room(self, size: int) -> None:
+        """Before an adapter of so many bytes is fetched. The folder is looked through once in many fetches, as that takes the
+        longer the more there is in it."""
+        with self._room_guard:
+            if size > self._room:
+                self._room = (self.max_bytes - self._clear()) // SHARERS
+            else:
+                self._room -= size
+
+    def _clear(self) -> int:
+        """Remove what killed processes left and, above the limit, the adapters used longest ago, with a little room to spare;
+        never what is in use. Gives the bytes that stay."""
         total = 0
         entries: list[tuple[int, int, Path]] = []
         for path in self.folder.glob(NAMES):
@@ -208,9 +221,12 @@ class AdapterCache:
                 else:
                     entries.append((path.stat().st_mtime_ns, size, path))
                     total += size
+        is_full = total > self.max_bytes
+        spared = self.max_bytes - self.max_bytes // SHARERS
         for _, size, path in sorted(entries):
-            if total > self.max_bytes and remove(path):
+            if is_full and (total > self.max_bytes or total - size >= spared) and remove(path):
                 total -= size
+        return total
 
 
 def _size(entry: Path) -> int:

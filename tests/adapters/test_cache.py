@@ -308,6 +308,26 @@ def test_the_bytes_stay_below_the_limit_and_what_was_used_last_stays(tmp_path: P
     assert downloads == [uris[1]]
 
 
+@pytest.mark.parametrize("already", [0, 4096])
+def test_a_large_cache_is_looked_through_once_in_some_fetches(
+    tmp_path: Path, store: Folder, monkeypatch: pytest.MonkeyPatch, already: int
+) -> None:
+    size, look, looks = len("{}weights"), AdapterCache._clear, list[int]()
+
+    def counted(cache: AdapterCache) -> int:
+        looks.append(look(cache))
+        return looks[-1]
+
+    monkeypatch.setattr(AdapterCache, "_clear", counted)
+    caches = [AdapterCache(tmp_path / "cache", max_bytes=4096 * size) for _ in range(2)]
+    for n in range(already):
+        (tmp_path / "cache" / f"{n:032}-{size}").mkdir()
+    for n in range(96):
+        with caches[n % 2].lease(put(store, f"a{n}")):
+            assert len(list((tmp_path / "cache").iterdir())) <= 4096
+    assert len(looks) <= 96 / 4
+
+
 def test_what_is_in_use_is_not_removed(tmp_path: Path, store: Folder) -> None:
     """A lock belongs to an open handle: two caches of one process are to each other as those of two processes."""
     mine, other = (AdapterCache(tmp_path / "cache", max_bytes=1) for _ in range(2))
