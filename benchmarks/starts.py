@@ -110,7 +110,7 @@ def _make(start: str, base: str, donors: dict[Path, float], sample: pa.Table, ta
     name, _, rank = start.partition("@")
     kind, _, count = name.partition("-")
     top = list(donors)[: int(count or 1)]
-    adapters = [read_adapter(adapter) for adapter in top]
+    adapters = [read_adapter(adapter, base=base) for adapter in top]
     if kind != "base":
         weights = (1 / len(top),) * len(top)
         if kind == "gains":
@@ -119,7 +119,7 @@ def _make(start: str, base: str, donors: dict[Path, float], sample: pa.Table, ta
         elif kind == "learned":
             weights, _ = learn_weights(base, [Indexed(str(one), hash_of(one)) for one in top], sample)
         recipe = Recipe(tuple(map(str, top)), weights, "ab_mean" if kind == "paper" else "exact", int(rank))
-        write_adapter(target, merge(recipe, adapters, base, linear_shapes(base)[0]).adapter)
+        write_adapter(target, merge(recipe, adapters, base, linear_shapes(base)[0]).adapter, base=base)
     first = adapters[0]
     alpha = alpha_at(int(rank), first.max_rank, first.scale(first.modules[0]))
     return Lora(int(rank), alpha, tuple(first.target_leaves))

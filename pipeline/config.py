@@ -179,7 +179,10 @@ class SearchConfig(Section):
     )
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
     seed: int = Field(0, description="of the draw of the samples and of the splits")
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="what scores; transformers needs no vLLM and is slower")
+    engine: Literal["vllm", "transformers"] = Field(
+        "vllm",
+        description="what scores; transformers needs no vLLM, is slower, and alone scores trained embeddings and norms",
+    )
     budget: Budget = Field(Budget(share=0.1), description="what the search may spend")
     store: str | None = Field(None, description="folder of scores that runs share, local or s3://...; the run's own if absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device is fast at")

@@ -111,7 +111,8 @@ def seeing_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def make_adapter() -> Callable[..., Path]:
-    """make_adapter(folder, base, *, rank, alpha, targets, seed, std, **LoraConfig fields): an adapter as PEFT writes it."""
+    """make_adapter(folder, base, *, rank, alpha, targets, seed, std, whole, **LoraConfig fields): an adapter as PEFT writes it;
+    layers that it saves whole change by normal numbers of standard deviation `whole`."""
 
     def make(
         folder: Path,
@@ -122,6 +123,7 @@ def make_adapter() -> Callable[..., Path]:
         targets: Iterable[str] | str = ("q_proj", "v_proj"),
         seed: int = 0,
         std: float = 0.05,
+        whole: float = 0.0,
         **overrides: Any,
     ) -> Path:
         torch.manual_seed(seed)
@@ -132,6 +134,8 @@ def make_adapter() -> Callable[..., Path]:
             for name, weight in model.named_parameters():
                 if "lora_B" in name or "lora_embedding_B" in name:
                     weight.normal_(std=std)
+                elif whole and weight.requires_grad and "lora_" not in name:
+                    weight.add_(torch.randn_like(weight), alpha=whole)
         model.save_pretrained(str(folder))
         return folder
 

@@ -15,12 +15,16 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.run import run_search
 from pipeline.run_folder import Run
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +214,53 @@ def test_no_donor_helps_so_the_base_is_the_start(
     assert (selection["verdict"], selection["donors"], selection["recipe"]) == ("base", [], None)
     assert not (tmp_path / "run/mashup").exists()
     assert "verdict: start from the base" in capsys.readouterr().err
+
+
+@pytest.fixture
+def whole_pool(pool: Path, tiny_base: str, tmp_path: Path) -> Path:
+    """The donors that were trained on the target's kind of task, one of them with an embedding of its own beside its factors."""
+    for seed in (1, 2):
+        shutil.copytree(pool / f"related/{seed}", tmp_path / f"whole/{seed}")
+    folder, own = tmp_path / "whole/2", AutoModelForCausalLM.from_pretrained(tiny_base).model.embed_tokens.weight.detach()
+    trained = own + 0.02 * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    tensors = load_file(folder / WEIGHTS_FILE) | {EMBEDDING: trained}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"modules_to_save": ["embed_tokens"]}))
+    return tmp_path / "whole"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_a_donor_with_an_embedding_of_its_own(
+    config: dict[str, Any], whole_pool: Path, tiny_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is scored, merged and trained on with it; an engine that cannot score it has it set aside, with the way out."""
+    run, inits = tmp_path / "run", ["mashup", "random_delta"]
+    config |= {"pool": str(whole_pool), "merge": {"k": 2, "method": "exact", "weights": "equal"}, "compare": {"inits": inits}}
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    rows = {row["adapter_id"]: row for row in pq.read_table(run / "catalogue.parquet").to_pylist()}
+    assert rows["2"]["status"] == "ok"
+    assert "embed_tokens beside it was trained, and is scored and merged whole" in rows["2"]["warning"]
+    own = AutoModelForCausalLM.from_pretrained(tiny_base).model.embed_tokens.weight.detach()
+    change = load_file(whole_pool / "2" / WEIGHTS_FILE)[EMBEDDING] - own
+    selection = json.loads((run / "selection.json").read_text())
+    assert {donor["adapter_id"]: donor["weight"] for donor in selection["donors"]} == {"1": 0.5, "2": 0.5}
+    assert selection["whole_layers"] == ["model.embed_tokens"]
+    assert "Layers that it replaces whole: model.embed_tokens" in (run / "mashup/README.md").read_text()
+    merged = load_file(run / "mashup" / WEIGHTS_FILE)[EMBEDDING]
+    torch.testing.assert_close(merged, own + 0.5 * change, atol=1e-6, rtol=0)
+    assert json.loads((run / "mashup" / CONFIG_FILE).read_text())["modules_to_save"] == ["model.embed_tokens"]
+    summary = json.loads((run / "summary.json").read_text())["inits"]
+    assert summary.keys() == set(inits)
+    assert summary["mashup"]["validation_nll_best"] < summary["random_delta"]["validation_nll_best"]
+    torch.testing.assert_close(load_file(run / "finetuned" / WEIGHTS_FILE)[EMBEDDING], merged, atol=1e-6, rtol=0)
+    capsys.readouterr()
+    other = tmp_path / "other"
+    assert mashup("index", "--base", tiny_base, "--pool", str(whole_pool), "--run", str(other)) == 0
+    reason = "changes the embeddings or the output head (embed_tokens), which vLLM's LoRA cannot score"
+    assert f"{reason}; use search.engine: transformers" in capsys.readouterr().err
+    assert pq.read_table(other / "catalogue.parquet")["status"].to_pylist() == ["ok", "set_aside"]
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ there is the business of `pipeline/adapters/validation.py`.
 import hashlib
 import math
 from collections.abc import Collection
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,14 @@ from torch import Tensor
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.peft_names import names_kept, require_applied
+from pipeline.adapters.saved_layers import own_weights, trained_layers
 from pipeline.adapters.target_modules import text_layers
 from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
+from pipeline.adapters.whole_layers import add_to_weights
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
+from pipeline.core.node_folder import temporary_folder
 from pipeline.model.base_model import Shapes, linear_shapes, names_of_others
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
@@ -42,12 +46,14 @@ class Indexed(NamedTuple):
 class Adapter:
     """A LoRA adapter in memory: its PEFT config and, for each module path, lora_A (R, I) and lora_B (O, R).
 
-    `own`: rank and alpha of the modules that have others than the config's r and lora_alpha.
+    `own`: rank and alpha of the modules that have others than the config's r and lora_alpha. `whole`: what it adds to weights of
+    layers that are saved whole, such as embeddings, by their names in the base; float32.
     """
 
     config: LoraConfig
     tensors: dict[str, tuple[Tensor, Tensor]]
     own: dict[str, tuple[int, float]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> list[str]:
@@ -77,12 +83,12 @@ class Adapter:
         return Factors(a_RI.float(), b_OR.float() * self.scale(module))
 
 
-def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = None) -> Adapter:
-    """Read an adapter folder into memory, without layers for pictures and sounds, and without whole layers that are saved beside
-    it: `saved_layers.require_untrained` says whether these matter.
+def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = None, base: str | None = None) -> Adapter:
+    """Read an adapter folder into memory, without layers for pictures and sounds.
 
     Args:
         shapes, head: linear layers and output head of the base model; an adapter that does not fit them is not read.
+        base: the base model, with which layers that are saved whole are compared; without it they are left out.
 
     Raises:
         AdapterError: it is not a LoRA adapter that can be a donor; the message says why.
@@ -104,12 +110,12 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):
             raise AdapterError(f"NaN or Inf in the weights of {module}")
-    return Adapter(declared.config, tensors, declared.own)
+    return Adapter(declared.config, tensors, declared.own, trained_layers(folder, declared, base) if base else {})
 
 
 def for_engine(folder: Path, scratch: Path) -> Path:
     """The folder of an adapter that an engine may read: itself, or where its config has patterns or unusual fields, the same
-    delta weights written to `scratch` with a plain one.
+    delta weights written to `scratch` with a plain one. Whole layers are left out: they are no LoRA.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -128,7 +134,8 @@ def file_sha256(path: Path) -> str:
 def content_hash(weights_sha256: str, config: LoraConfig) -> str:
     """A digest that is equal for adapters of equal delta weights: of the weights and of what scales them."""
     scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
-    return hashlib.sha256(f"{weights_sha256} {scaling}".encode()).hexdigest()[:32]
+    layers = [value for value in (config.modules_to_save, config.trainable_token_indices) if value]  # what whole ones mean
+    return hashlib.sha256(f"{weights_sha256} {scaling}{layers or ''}".encode()).hexdigest()[:32]
 
 
 def hash_of(folder: Path) -> str:
@@ -154,8 +161,8 @@ def require_hash(folder: Path, expected: str) -> None:
         raise AdapterError(CHANGED)
 
 
-def read_indexed(one: Indexed, cache: Path) -> Adapter:
-    """Read an adapter of a catalogue, fetched to `cache` where it is elsewhere.
+def read_indexed(one: Indexed, cache: Path, base: str) -> Adapter:
+    """Read an adapter of a catalogue of adapters of this base, fetched to `cache` where it is elsewhere.
 
     Raises:
         AdapterError: it cannot be read, or is another one by now.
@@ -163,36 +170,53 @@ def read_indexed(one: Indexed, cache: Path) -> Adapter:
     """
     folder = fetch_adapter(one.uri, cache)
     try:
-        adapter = read_adapter(folder)
+        adapter = read_adapter(folder, base=base)
         require_hash(folder, one.hash)  # after it is read: it may change at any moment
     except AdapterError as error:
         raise AdapterError(f"{one.uri}: {error}") from error
     return adapter
 
 
-def put_on(model: Any, folder: Path, **settings: Any) -> PeftModel:
+def put_on(model: Any, folder: Path, base: str, **settings: Any) -> PeftModel:
     """The base model with the adapter of a local folder on its layers, all of it. PEFT alone would read the weights to the first
     GPU that it sees, which is another worker's where several share a node.
+
+    Whole layers that come with the adapter are put in the place of the model's, for good, and are frozen: PEFT would train them.
 
     Raises:
         AdapterError: PEFT leaves out a part of it, or it is no LoRA adapter.
     """
     declared = read_declared(folder)
-    with names_kept():
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device), **settings)
+    with names_kept(), temporary_folder() as scratch:
+        if declared.saved:
+            write_adapter(scratch, read_adapter(folder))
+        factors = str(scratch if declared.saved else folder)
+        adapted = PeftModel.from_pretrained(model, factors, torch_device=str(model.device), **settings)
     require_applied(adapted, [*declared.sizes, *declared.other_senses])
+    add_to_weights(adapted.get_base_model(), trained_layers(folder, declared, base))
     return adapted
 
 
-def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-    """Write an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32, base: str | None = None) -> None:
+    """Write an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        base: the base model, to be given for an adapter with whole layers, which are written as they are with it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for module, (a_RI, b_OR) in adapter.tensors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a_RI.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_OR.to(dtype).contiguous()
+    for name, change in adapter.whole.items():
+        own = own_weights(base, name) if base else None
+        assert own is not None, f"{name} is to be written, and is no weight of {base}"
+        tensors[f"{PREFIX}{name}"] = (own.float() + change).to(dtype).contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    adapter.config.save_pretrained(str(folder))
+    config = copy(adapter.config)
+    config.modules_to_save = sorted({name.rpartition(".")[0] for name in adapter.whole}) or None
+    config.trainable_token_indices = None
+    config.save_pretrained(str(folder))
 
 
 def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float, shapes: Shapes, seed: int) -> Adapter:
@@ -234,7 +258,8 @@ def plain(adapter: Adapter) -> Adapter:
             torch.nn.functional.pad(delta.a_RI, (0, 0, 0, room)),
             torch.nn.functional.pad(delta.b_OR, (0, room)),
         )
-    return Adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.modules, task_type="CAUSAL_LM"), tensors)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.modules, task_type="CAUSAL_LM")
+    return Adapter(config, tensors, whole=adapter.whole)
 
 
 def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[str]:

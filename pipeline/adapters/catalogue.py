@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import torch
 
-from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha256, plain, read_adapter, write_adapter
+from pipeline.adapters.adapter import Adapter, Indexed, content_hash, file_sha256, hash_of, plain, read_adapter, write_adapter
 from pipeline.adapters.cache import AdapterCache
 from pipeline.adapters.card import read_card, texts
 from pipeline.adapters.checkpoint import factor_checkpoint, is_checkpoint
@@ -26,7 +27,7 @@ from pipeline.adapters.licences import declared_licence
 from pipeline.adapters.low_rank import rounding_error
 from pipeline.adapters.peft_names import refuses
 from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
-from pipeline.adapters.saved_layers import require_untrained
+from pipeline.adapters.saved_layers import about_saved, refused_by
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
 from pipeline.adapters.validation import (
     Declared,
@@ -46,7 +47,7 @@ from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes, model_type
 
-CHECKS = 5
+CHECKS = 6
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
 then."""
 
@@ -69,10 +70,12 @@ def build_catalogue(
     count: Callable[[int, int], None] = lambda done, total: None,
     found: Sequence[Listed] | None = None,
     kept: KeptRows | None = None,
+    engine: str = "vllm",
 ) -> pa.Table:
     """Check every adapter of `pool` against `base`, in parallel by Ray Data. Rows are sorted by adapter_id.
 
     Args:
+        engine: what is to score them, as in `search.engine`.
         factored: folder for the adapters that full checkpoints of the pool are made into; without it they are set aside.
         count: told how many adapters of how many are checked, as it goes.
         found: what `look_at` found, where it looked before.
@@ -96,7 +99,7 @@ def build_catalogue(
     rows = pa.concat_tables(parts).sort_by("adapter_id")
     if kept:
         kept.merge_files(rows)
-    catalogue = compare_adapters(rows)
+    catalogue = compare_adapters(rows, engine)
     _require_valid(catalogue, pool)
     return catalogue
 
@@ -204,11 +207,11 @@ class Inspector:
                     return row | self._factor(listed.adapter_id, folder)
                 declared = read_declared(folder)
                 beginnings = called_otherwise(declared, self.shapes)
-                adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head)
+                adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head, self.base)
                 self._require_accepted(adapter.modules)
-                dropped = require_untrained(folder, declared.saved, self.base)
                 warnings = [_begun_otherwise(beginnings), _other_base(adapter, self.base), _of_newer_peft(unknown_fields(folder))]
-                row["warning"] = "; ".join(filter(None, [*warnings, dropped, _of_other_senses(declared)])) or None
+                warnings += [about_saved(declared, adapter.whole), _of_other_senses(declared)]
+                row["warning"] = "; ".join(filter(None, warnings)) or None
                 if beginnings:  # what it is made into goes with this run
                     listed = listed._replace(state=None)
                     return row | self._renamed(listed.adapter_id, adapter, beginnings)
@@ -249,7 +252,7 @@ class Inspector:
         tensors = {ours + module.removeprefix(theirs): pair for module, pair in same.tensors.items()}
         config = same.config
         config.target_modules, config.base_model_name_or_path = set(tensors), adapter.config.base_model_name_or_path
-        return self._written(adapter_id, Adapter(config, tensors))
+        return self._written(adapter_id, Adapter(config, tensors, whole=same.whole))
 
     def _written(self, adapter_id: str, adapter: Adapter) -> dict[str, Any]:
         """Put an adapter that was made from what the pool holds into the folder for such, and give what the row then is of."""
@@ -257,9 +260,9 @@ class Inspector:
             raise AdapterError("it must be rewritten, and there is no folder for it")
         target, name = Folder.at(self.factored), hashlib.sha256(adapter_id.encode()).hexdigest()[:32]  # an id may hold ../
         with temporary_folder() as scratch:
-            write_adapter(scratch, adapter)
+            write_adapter(scratch, adapter, base=self.base)
             target.upload(scratch, name)
-            about = _describe(scratch / WEIGHTS_FILE, adapter)
+            about = _describe(scratch / WEIGHTS_FILE, adapter) | {"adapter_hash": hash_of(scratch)}
         return about | self._looks(adapter) | {"uri": target.sub(name).uri}
 
     def _looks(self, adapter: Adapter) -> dict[str, Any]:
@@ -274,7 +277,10 @@ class Inspector:
                 raise AdapterError(f"weights too large: the delta weight of {module} may have a norm of more than {MAX_NORM:.0e}")
             if (lost := rounding_error(delta)) > MAX_ROUNDING:
                 raise AdapterError(f"its factors cancel: rounded to bfloat16, the delta weight of {module} changes by {lost:.0%}")
-        return {"sketch": sketch(adapter, self.salt), "figures": spectrum(adapter)}
+        for name, change in adapter.whole.items():
+            if not float(change.norm(dtype=torch.float64)) < MAX_NORM:
+                raise AdapterError(f"weights too large: the change of {name} may have a norm of more than {MAX_NORM:.0e}")
+        return {"sketch": sketch(adapter, self.salt), "figures": spectrum(adapter), "whole": sorted(adapter.whole)}
 
 
 def _set_aside(reason: str) -> dict[str, Any]:
@@ -333,14 +339,17 @@ def _of_newer_peft(fields: list[str]) -> str | None:
     return f"fields of its config that this version of PEFT does not know are not heeded: {for_display(', '.join(fields), 100)}"
 
 
-def compare_adapters(table: pa.Table) -> pa.Table:
+def compare_adapters(table: pa.Table, engine: str = "vllm") -> pa.Table:
     """The catalogue of inspected rows (schema INSPECTED): of several valid adapters with equal delta weights the first is kept;
-    those of one direction and another size are told as a family, and unusual ones get a warning."""
+    those of one direction and another size are told as a family, and unusual ones get a warning. What the engine cannot score is
+    set aside."""
     rows = table.to_pylist()
     first: dict[str, str] = {}
     for row in rows:
         if row["adapter_id"] == BASE_ID:
             row |= {"status": "set_aside", "reason": f"its id is {BASE_ID!r}, which stands for the base model; rename it"}
+        if row["status"] == "ok" and (reason := refused_by(engine, row["whole"] or [])):
+            row |= _set_aside(reason)
         if row["status"] != "ok":
             continue
         original = first.setdefault(row["adapter_hash"], row["adapter_id"])

@@ -36,7 +36,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
     pool = look_at(config.pool, config.exclude, config.checkpoints == "include")
-    key = digest(VERSION, CHECKS, fingerprint(config.base), pool.listing, pool.state)
+    key = digest(VERSION, CHECKS, fingerprint(config.base), pool.listing, pool.state, config.search.engine)
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(pool.found)} adapters of {config.pool} against {name_of(config.base)}")
@@ -45,7 +45,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731
         kept = KeptRows(_rows_folder(run))
-        catalogue = build_catalogue(config.base, config.pool, factored, checked, pool.found, kept)
+        catalogue = build_catalogue(config.base, config.pool, factored, checked, pool.found, kept, config.search.engine)
         run.check()
         run.folder.write_table("catalogue.parquet", catalogue)
         details["adapters"], details["set_aside"] = len(catalogue), len(catalogue) - len(valid_adapters(catalogue))

@@ -8,6 +8,7 @@ s B A; only its factors are ever held.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from peft.utils import merge_utils
@@ -24,6 +25,24 @@ CANCELLING = 16.0
 
 OVERSAMPLING, ITERATIONS = 8, 4
 """Columns beyond the wished rank, and power iterations, of the randomised SVD."""
+
+
+class Delta(Protocol):
+    """A delta weight, however it is held."""
+
+    def dense(self) -> Tensor:
+        """The delta weight itself, shape (O, I)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The change of a weight that has no factors; shape (O, I), or (O,) of a norm or bias."""
+
+    delta: Tensor
+
+    def dense(self) -> Tensor:
+        return self.delta
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,12 @@ def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     a_RI = torch.cat([part.a_RI for part in parts])
     b_OR = torch.cat([weight * part.b_OR for part, weight in zip(parts, weights, strict=True)], dim=1)
     return Factors(a_RI, b_OR)
+
+
+def dense_sum(parts: Sequence[Delta], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i of delta weights that have no factors."""
+    first, *others = (weight * part.dense() for part, weight in zip(parts, weights, strict=True))
+    return sum(others, first)
 
 
 def rounding_error(delta: Factors) -> float:
@@ -96,7 +121,7 @@ def ab_mean(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return Factors(a_RI, b_OR)
 
 
-def ties(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
+def ties(parts: Sequence[Delta], weights: Sequence[float]) -> Tensor:
     """TIES (arXiv 2306.01708, section 3) on the delta weights themselves, by PEFT's own function: the smaller half of each is
     set to zero, each value takes the sign of the larger total, and those that agree are averaged.
 
@@ -109,7 +134,7 @@ def ties(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
     return merge_utils.ties(dense, torch.tensor(weights, device=dense[0].device) * len(parts), DENSITY)
 
 
-def dare(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor:
+def dare(parts: Sequence[Delta], weights: Sequence[float]) -> Tensor:
     """DARE (arXiv 2311.03099, equation 3) on the delta weights themselves, by PEFT's own function: half of the values of each are
     dropped at random, with a fixed seed, the others doubled, and the weighted sum is taken. A GPU drops others than a CPU.
 

@@ -51,7 +51,8 @@ def spectrum(adapter: Adapter) -> list[float]:
 
 def sketch(adapter: Adapter, salt: int) -> list[float]:
     """J random projections of all delta weights together: sum_m w_mj u_mj^T (s B A)_m v_mj, with the same u, v and w for every
-    adapter. Cosine and size of sketches are those of the delta weights, within 1 / sqrt(J) for unlike ones.
+    adapter; of a layer that is changed whole, of its change. Cosine and size of sketches are those of the delta weights, within
+    1 / sqrt(J) for unlike ones.
 
     Args:
         salt: draws u, v and w. To those who make an adapter it must be unknown: they could give it any sketch.
@@ -62,6 +63,11 @@ def sketch(adapter: Adapter, salt: int) -> list[float]:
         left_RJ = delta.b_OR.double().T @ _drawn(salt, "left", delta.b_OR.shape[0])
         right_RJ = delta.a_RI.double() @ _drawn(salt, "right", delta.a_RI.shape[1])
         total_J += _drawn(salt, module, 1)[0] * (left_RJ * right_RJ).sum(0)
+    for name, change in adapter.whole.items():
+        change_OI = change.reshape(len(change), -1)
+        left_IJ = change_OI.T @ _drawn(salt, "left", len(change)).float()
+        right_IJ = _drawn(salt, "right", change_OI.shape[1])
+        total_J += _drawn(salt, name, 1)[0] * (left_IJ.double() * right_IJ).sum(0)
     return [float(value) for value in total_J]
 
 

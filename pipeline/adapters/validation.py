@@ -24,6 +24,8 @@ PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ALPHA = 1e9
+MAX_TOKENS = 1 << 30
+"""Of a vocabulary."""
 MAX_NAME = 300
 """Characters of the name of a base model."""
 
@@ -32,8 +34,11 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 ROUTERS = ("gate", "router")
 """What models call the layer that sends a token to experts."""
 
-WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.\w+)?)(?=\.(weight|bias)$)")
+WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module|modules_to_save(\.\w+)?)(?=\.(weight|bias)$)")
 """What PEFT puts between a layer's name and that of its weights, while the layer is in a model that is trained."""
+
+TOKEN_ROWS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.\w+)?$")
+"""Ends the name of those rows of an embedding that `trainable_token_indices` names."""
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
 """A factor's name, with or without that of the adapter in a model, such as `default`."""
@@ -46,7 +51,6 @@ UNSUPPORTED = {
     "lora_bias": "lora_bias: biases are not part of a low-rank delta",
     "fan_in_fan_out": "fan_in_fan_out: transposed weights are not supported",
     "layer_replication": "layer_replication: it changes the base model's layers",
-    "trainable_token_indices": "trainable_token_indices: it changes the embeddings",
     "target_parameters": "target_parameters: it adapts expert layers or other bare parameters, which are not supported",
     "megatron_config": "megatron_config: Megatron layers are not supported",
     "use_qalora": "QALoRA: its pooled input is not a plain low-rank delta",
@@ -76,8 +80,8 @@ class Declared:
     """What an adapter's files say, its weights not yet read.
 
     `sizes`: module path -> shapes of lora_A and of lora_B. `own`: rank and alpha of the modules for which a pattern of the
-    config has one or both of them. `saved`: names of whole layers that are saved beside the factors. `renamed`: whether the file
-    has tensors by other names than PEFT writes. `other_senses`: modules, not in `sizes`, that no text runs through.
+    config has one or both of them. `saved`: names of tensors of whole layers beside the factors. `renamed`: whether the file has
+    tensors by other names than PEFT writes. `other_senses`: modules, not in `sizes`, that no text runs through.
     """
 
     config: LoraConfig
@@ -238,9 +242,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def saved_whole(name: str) -> str | None:
     """Which of the base's tensors one in an adapter's file stands for, as PEFT saves embeddings and output heads where it thinks
-    that the vocabulary has grown, and whatever `modules_to_save` names. Whether it is the base's own is seen where weights are
-    read. None: it is something else."""
-    plain = unwrapped(name)
+    that the vocabulary has grown, whatever `modules_to_save` names, and rows of tokens that were trained. Whether it is the
+    base's own is seen where weights are read. None: it is something else."""
+    plain = TOKEN_ROWS.sub(".weight", unwrapped(name))
     if not plain.startswith(PREFIX) or ".lora_" in plain or not plain.endswith((".weight", ".bias")):
         return None
     return WRAPPED.sub("", plain.removeprefix(PREFIX))
@@ -302,6 +306,7 @@ def _check_config(content: dict[str, Any]) -> None:
     _check_pattern(content, "rank_pattern", _is_rank, f"whole numbers from 1 to {MAX_RANK}")
     _check_pattern(content, "alpha_pattern", _is_number, "numbers")
     _check_modules(content)
+    _check_tokens(content.get("trainable_token_indices"))
     init = content.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in KEEPS_BASE:
         raise AdapterError(f"init_lora_weights={init!r}: it changes the base weights; save it with PEFT's conversion to LoRA")
@@ -331,6 +336,13 @@ def _check_modules(content: dict[str, Any]) -> None:
         raise AdapterError(f"corrupt config: layers_pattern is {pattern!r}, plain names are needed")
 
 
+def _check_tokens(asked: Any) -> None:
+    """`trainable_token_indices`: indices into the embeddings, or those of each of several layers."""
+    lists = asked.values() if isinstance(asked, dict) else [asked or []]
+    if not all(isinstance(one, list) and all(map(_is_token, one)) for one in lists):
+        raise AdapterError("corrupt config: trainable_token_indices is no list of token ids, nor one for each of several layers")
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -341,6 +353,10 @@ def _is_rank(value: Any) -> bool:
 
 def _is_layer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS
 
 
 def _is_number(value: Any) -> bool:

@@ -31,7 +31,14 @@ CATALOGUE = pa.schema(
     ]
 )
 
-INSPECTED = pa.schema([*CATALOGUE, ("sketch", pa.list_(pa.float64())), ("figures", pa.list_(pa.float64()))])
+INSPECTED = pa.schema(
+    [
+        *CATALOGUE,
+        ("sketch", pa.list_(pa.float64())),
+        ("figures", pa.list_(pa.float64())),
+        ("whole", pa.list_(pa.string())),  # weights of layers that it changes whole, which not every engine can score
+    ]
+)
 """Catalogue rows before adapters are compared with each other, by what `adapters/spectrum.py` finds in their weights."""
 
 CANDIDATES = pa.schema([CATALOGUE.field(name) for name in ("adapter_id", "uri", "adapter_hash", "state")])

@@ -167,7 +167,7 @@ def _with_model(model: Any, config: EngineConfig, samples: pa.Table, scratch: Pa
         return Canary(samples, (), base_S, None)
     adapters = {name: _random_adapter(model, config, seed) for seed, name in enumerate(("known", "other"), start=1)}
     write_adapter(scratch / "known", adapters["known"], fast_dtype(config.dtype))
-    strength, known_S = _with_effect(model, scratch / "known", samples, base_S)
+    strength, known_S = _with_effect(model, config.base, scratch / "known", samples, base_S)
     for name, adapter in adapters.items():
         adapter.config.lora_alpha *= strength
         write_adapter(scratch / name, adapter, fast_dtype(config.dtype))
@@ -189,9 +189,9 @@ def _random_adapter(model: Any, config: EngineConfig, seed: int) -> Adapter:
     return from_factors(config.base, deltas, rank, float(rank), shapes, seed)
 
 
-def _with_effect(model: Any, folder: Path, samples: pa.Table, base_S: Losses) -> tuple[float, Losses]:
+def _with_effect(model: Any, base: str, folder: Path, samples: pa.Table, base_S: Losses) -> tuple[float, Losses]:
     """The first strength that has the effect, and the losses at it; PEFT puts the adapter into the model once for all."""
-    adapted, first = put_on(model, folder).eval(), samples.slice(0, 1)
+    adapted, first = put_on(model, folder, base).eval(), samples.slice(0, 1)
     try:
         for strength in STRENGTHS:
             for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):

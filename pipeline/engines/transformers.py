@@ -6,6 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.adapters.adapter import for_engine, put_on
+from pipeline.adapters.saved_layers import trained_layers
+from pipeline.adapters.validation import read_declared
+from pipeline.adapters.whole_layers import changed
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.tables import SCORES
@@ -46,12 +49,14 @@ class TransformersScorer:
                 self.loaded.reading(candidate.folder / WEIGHTS_FILE),
                 temporary_folder() as scratch,
             ):
-                adapted = put_on(self.model, for_engine(candidate.folder, scratch)).eval()
+                changes = trained_layers(candidate.folder, read_declared(candidate.folder), self.config.base)
+                adapted = put_on(self.model, for_engine(candidate.folder, scratch), self.config.base).eval()
         except Exception:
             self._load()  # what PEFT had put into the layers before it failed would be scored with the next one
             raise
         try:
-            return self._score_rows(candidate.adapter_id, samples)
+            with changed(self.model, changes):
+                return self._score_rows(candidate.adapter_id, samples)
         finally:
             adapted.unload()
 

@@ -47,14 +47,14 @@ def build(
     built: dict[str, Built] = {}
     refused: dict[str, str] = {}
     with temporary_folder() as cache:
-        donors = _read_donors(recipes, indexed, cache)
+        donors = _read_donors(recipes, indexed, cache, base)
         for name, recipe in recipes.items():
             try:
                 merged = merge(recipe, [donors[donor] for donor in recipe.donors], base, shapes, alpha=alpha, on=on)
             except AdapterError as error:
                 refused[name] = str(error)
                 continue
-            built[name] = Built(merged.kept_energy, store(merged.adapter, target, name))
+            built[name] = Built(merged.kept_energy, store(merged.adapter, target, name, base))
     return built, refused
 
 
@@ -65,14 +65,14 @@ def build_on_device(
     return build(recipes, indexed, base, target, on=device())
 
 
-def store(adapter: Adapter, target: Folder, name: str) -> str:
-    """Write an adapter into the folder `name` under `target`. Returns its adapter_hash."""
+def store(adapter: Adapter, target: Folder, name: str, base: str) -> str:
+    """Write an adapter of a base into the folder `name` under `target`. Returns its adapter_hash."""
     with temporary_folder() as scratch:
-        write_adapter(scratch, adapter)
+        write_adapter(scratch, adapter, base=base)
         target.upload(scratch, name)
         return hash_of(scratch)
 
 
-def _read_donors(recipes: Mapping[str, Recipe], indexed: Mapping[str, Indexed], cache: Path) -> dict[str, Adapter]:
+def _read_donors(recipes: Mapping[str, Recipe], indexed: Mapping[str, Indexed], cache: Path, base: str) -> dict[str, Adapter]:
     wanted = {donor for recipe in recipes.values() for donor in recipe.donors}
-    return {donor: read_indexed(indexed[donor], cache) for donor in sorted(wanted)}
+    return {donor: read_indexed(indexed[donor], cache, base) for donor in sorted(wanted)}

@@ -80,8 +80,8 @@ def _write_controls(
         refused["random_delta"] = "there is no mashup whose norm it could have"
     elif "random_delta" in inits:
         with temporary_folder() as cache:
-            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, cache))
-        store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta")
+            mashup = read_adapter(fetch_adapter(run.folder.sub("mashup").uri, cache), base=base)
+        store(random_like(mashup, base, linear_shapes(base)[0]), starts, "random_delta", base)
     return refused
 
 

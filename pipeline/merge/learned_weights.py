@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from pipeline.adapters.adapter import Adapter, Indexed, read_indexed
 from pipeline.core.node_folder import temporary_folder
@@ -84,13 +85,17 @@ def greedy_donors(base: str, donors: Sequence[Indexed], samples: pa.Table, dtype
 
 
 def add_donors(model: Any, donors: Sequence[Adapter], weights_MK: Tensor) -> list[str]:
-    """Let each linear layer m that donors adapt add sum_k w_mk x A_k^T B_k^T to its output; differentiable in the weights.
+    """Let each linear layer m that donors adapt add sum_k w_mk x A_k^T B_k^T to its output, and to each weight m that they change
+    whole be added w_mk times their changes; differentiable in the weights.
 
     Returns:
-        The modules, in the order of the weights' rows.
+        The modules, in the order of the weights' rows; a weight that is changed whole is one, too.
     """
-    modules = _modules(donors)
+    modules, whole = _modules(donors), set().union(*(donor.whole for donor in donors))
     for row, module in enumerate(modules):
+        if module in whole:
+            _add_whole(model, module, donors, weights_MK, row)
+            continue
         layer = model.get_submodule(module)
         having = [(k, donor.factors(module)) for k, donor in enumerate(donors) if module in donor.tensors]
         k_R = torch.cat([torch.full((factors.rank,), k) for k, factors in having])
@@ -109,14 +114,32 @@ def _adding(a_RI: Tensor, b_OR: Tensor, k_R: Tensor, weights_MK: Tensor, row: in
     return hook
 
 
+class _Changed(nn.Module):
+    """A weight with weighted changes; see torch.nn.utils.parametrize."""
+
+    def __init__(self, changes: dict[int, Tensor], weights_MK: Tensor, row: int) -> None:
+        super().__init__()
+        self.changes, self.weights_MK, self.row = changes, weights_MK, row
+
+    def forward(self, own: Tensor) -> Tensor:
+        return own + sum(self.weights_MK[self.row, k].to(own.dtype) * change for k, change in self.changes.items())
+
+
+def _add_whole(model: Any, name: str, donors: Sequence[Adapter], weights_MK: Tensor, row: int) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    changes = {k: donor.whole[name].to(getattr(module, leaf)) for k, donor in enumerate(donors) if name in donor.whole}
+    register_parametrization(module, leaf, _Changed(changes, weights_MK, row))
+
+
 def _modules(donors: Sequence[Adapter]) -> list[str]:
-    return sorted(set().union(*(donor.tensors for donor in donors)))
+    return sorted(set().union(*(donor.tensors for donor in donors), *(donor.whole for donor in donors)))
 
 
 def _model_with_donors(base: str, indexed: Sequence[Indexed], dtype: str) -> tuple[Any, Tensor, list[str]]:
     """The frozen base with the donors in equal parts, their weights (M, K), and the modules."""
     with temporary_folder() as cache:
-        donors = [read_indexed(one, cache) for one in indexed]
+        donors = [read_indexed(one, cache, base) for one in indexed]
     model = load_model(base, fast_dtype(dtype)).requires_grad_(False)
     weights_MK = torch.full((len(_modules(donors)), len(donors)), 1 / len(donors), device=device())
     return model, weights_MK, add_donors(model, donors, weights_MK)

@@ -2,6 +2,7 @@
 
 from pipeline.adapters.catalogue import valid_adapters_of
 from pipeline.config import SHORT_LIST
+from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.ledger import digest
 from pipeline.core.tables import LEADERBOARD, SAMPLES, require
 from pipeline.merge.candidates import probe_starts, score_recipes
@@ -36,6 +37,7 @@ def merge_donors(run: Run, engines: Engines | None = None) -> None:
         run.check()
         if choice["recipe"]:
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
+            choice["whole_layers"] = run.folder.read_json(f"mashup/{CONFIG_FILE}").get("modules_to_save") or []
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))
             run.folder.write_text("mashup/README.md", card)
         run.folder.write_json("selection.json", choice)

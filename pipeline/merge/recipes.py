@@ -1,14 +1,14 @@
 """A merge as a recipe: which donors, with which weights, by which method, at which rank."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.adapter import Adapter, alpha_at, from_factors
-from pipeline.adapters.low_rank import Factors, ab_mean, dare, factorise, ties, truncate, weighted_sum
+from pipeline.adapters.low_rank import Delta, Factors, Whole, ab_mean, dare, dense_sum, factorise, ties, truncate, weighted_sum
 from pipeline.core.errors import AdapterError
 from pipeline.model.base_model import Shapes
 
@@ -23,6 +23,9 @@ FUNCTIONS: dict[str, Callable[[Sequence[Factors], Sequence[float]], Factors | Te
     "dare": dare,
 }
 """Name of a method, as in `config.METHODS` -> how the factors of one module become one delta weight, factored or dense."""
+
+ON_WHOLE: dict[str, Callable[[Sequence[Delta], Sequence[float]], Tensor]] = {"ties": ties, "dare": dare}
+"""Likewise for layers that donors change whole, which have no factors; other methods take the weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Recipe:
     @property
     def name(self) -> str:
         return f"{self.method}-{len(self.donors)}" + ("" if self.weighting == "equal" else f"-{self.weighting}")
+
+    def weighted(self, donors: Sequence[Adapter], module: str) -> list[tuple[Adapter, float]]:
+        """The donors with their weights in a module, or in a weight that they change whole."""
+        return list(zip(donors, (self.module_weights or {}).get(module, self.weights), strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -62,7 +69,8 @@ def merge(
     seed: int = 0,
     on: torch.device = CPU,
 ) -> Merged:
-    """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it.
+    """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it. So it is with
+    layers that donors change whole, of which nothing is ever cut.
 
     Unless `alpha` is given, the result has that of `alpha_at` for the first donor. It is computed on the device `on`, a module
     after the other, and comes back to the host's memory.
@@ -75,19 +83,32 @@ def merge(
     deltas: dict[str, Factors] = {}
     kept = 1.0
     for module in sorted(set().union(*(donor.tensors for donor in donors))):
-        weights = (recipe.module_weights or {}).get(module, recipe.weights)
-        pairs = [(d.factors(module).to(on), w) for d, w in zip(donors, weights, strict=True) if module in d.tensors]
+        pairs = [(d.factors(module).to(on), w) for d, w in recipe.weighted(donors, module) if module in d.tensors]
         merged = FUNCTIONS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
         cut, energy = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
         deltas[module], kept = cut.to(CPU), min(kept, energy)
     first = donors[0]
     alpha = alpha or alpha_at(recipe.rank, first.max_rank, abs(first.scale(first.modules[0])) or 1.0)
-    return Merged(from_factors(base, deltas, recipe.rank, alpha, shapes, seed), kept)
+    adapter = from_factors(base, deltas, recipe.rank, alpha, shapes, seed)
+    return Merged(replace(adapter, whole=_merged_whole(recipe, donors, on)), kept)
+
+
+def _merged_whole(recipe: Recipe, donors: Sequence[Adapter], on: torch.device) -> dict[str, Tensor]:
+    """The changes of layers that donors change whole."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(set().union(*(donor.whole for donor in donors))):
+        module = name.rpartition(".")[0]
+        if any(module in donor.tensors for donor in donors):
+            raise AdapterError(f"one donor adapts {module} and another replaces it whole")
+        pairs = [(Whole(d.whole[name].to(on)), w) for d, w in recipe.weighted(donors, name) if name in d.whole]
+        merged = ON_WHOLE.get(recipe.method, dense_sum)([whole for whole, _ in pairs], [weight for _, weight in pairs])
+        found[name] = merged.to(CPU)
+    return found
 
 
 def random_like(adapter: Adapter, base: str, shapes: Shapes, seed: int = 0) -> Adapter:
-    """An adapter of random delta weights, each of the rank and the Frobenius norm of the given one's: a control that shows what
-    the size of a start does alone."""
+    """An adapter of random delta weights, each of the rank and the Frobenius norm of the given one's, and of random changes of
+    the layers that it changes whole: a control that shows what the size of a start does alone."""
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Factors] = {}
     for module in adapter.modules:
@@ -95,7 +116,10 @@ def random_like(adapter: Adapter, base: str, shapes: Shapes, seed: int = 0) -> A
         drawn = Factors(*(torch.randn(part.shape, generator=generator) for part in (delta.a_RI, delta.b_OR)))
         ratio = (delta.norm() / drawn.norm()) ** 0.5
         deltas[module] = Factors(drawn.a_RI * ratio, drawn.b_OR * ratio)
-    return from_factors(base, deltas, adapter.max_rank, float(adapter.config.lora_alpha), shapes, seed)
+    drawn_whole = {name: torch.randn(change.shape, generator=generator) for name, change in adapter.whole.items()}
+    whole = {name: drawn * (adapter.whole[name].norm() / drawn.norm()) for name, drawn in drawn_whole.items()}
+    alike = from_factors(base, deltas, adapter.max_rank, float(adapter.config.lora_alpha), shapes, seed)
+    return replace(alike, whole=whole)
 
 
 def _require_alike(donors: Sequence[Adapter]) -> None:

@@ -196,6 +196,31 @@ def stored_embedding(base: str) -> torch.Tensor | None:
     return stored_weights(base, names[0]) if len(names) == 1 else None
 
 
+def weight_name(base: str, tensor: str) -> str | None:
+    """What the base model itself calls a weight that files have by another path to the language model. None: it has no such
+    weight, or several."""
+    names = _weight_names(base).get(own_name(tensor), [])
+    return names[0] if len(names) == 1 else None
+
+
+@lru_cache(maxsize=4)
+def tied_weights(base: str) -> tuple[str, str] | None:
+    """The names of the embedding's and of the output head's weights where they are one and the same."""
+    model = _skeleton(base)
+    tied = model.get_input_embeddings().weight
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is tied]
+    return (names[0], names[1]) if len(names) == 2 else None
+
+
+@lru_cache(maxsize=4)
+def _weight_names(base: str) -> dict[str, list[str]]:
+    """The names of the base model's weights, by their own names."""
+    found: dict[str, list[str]] = {}
+    for name, _ in _skeleton(base).named_parameters(remove_duplicate=False):
+        found.setdefault(own_name(name), []).append(name)
+    return found
+
+
 @lru_cache(maxsize=1)
 def _stored(base: str) -> dict[str, list[tuple[Path, str]]]:
     """The tensors of a base by their own names: in which file each is, and its name there."""

@@ -112,11 +112,12 @@ def licences(donors: Sequence[Json]) -> str:
 
 
 def _merge_list(selection: Json) -> str:
-    recipe = selection["recipe"]
+    recipe, whole = selection["recipe"], selection.get("whole_layers")
     kept = next((one["kept_energy"] for one in selection["candidates"] if one["name"] == recipe["name"]), None)
     lines = [
         f"Method: `{recipe['method']}`, the {METHODS.get(recipe['method'], 'method of that name')}",
         f"Rank: {recipe['rank']}",
+        *([f"Layers that it replaces whole: {', '.join(map(escape_markdown, whole))}"] if whole else []),
         f"Kept energy: {percent(kept)} of the squared norm, in the module that lost most",
         f"Why: {escape_markdown(selection['why'])}",
     ]

@@ -139,6 +139,6 @@ def load_checkpoint(base: str, dtype: torch.dtype, checkpoint: Folder) -> Any:
     """What an arm left, in evaluation mode: a whole model, or the base with an adapter."""
     with temporary_folder() as cache:
         if checkpoint.exists(CONFIG_FILE):
-            return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, cache)).eval())
+            return causal(put_on(load_model(base, dtype), fetch_adapter(checkpoint.uri, cache), base).eval())
         download_model(checkpoint, cache)
         return load_model(str(cache), dtype)

@@ -45,7 +45,7 @@ def load_quantised(base: str, products: torch.dtype, folded: Path | None = None)
 
 
 def _with_folded(base: str, products: torch.dtype, folded: Path, bits: BitsAndBytesConfig) -> Any:
-    plain = put_on(load_model(base, products, torch.device("cpu")), folded).merge_and_unload()
+    plain = put_on(load_model(base, products, torch.device("cpu")), folded, base).merge_and_unload()
     name, weights = plain.name_or_path, plain.state_dict()
     model = type(plain).from_pretrained(
         None, config=plain.config, state_dict=weights, dtype=products, device_map={"": device()}, quantization_config=bits

@@ -30,6 +30,8 @@ from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, r
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
 from pipeline.adapters.peft_names import fresh_on
+from pipeline.adapters.saved_layers import trained_layers
+from pipeline.adapters.validation import read_declared
 from pipeline.core.base_ref import name_of
 from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder
@@ -77,6 +79,7 @@ class Trainable:
         with _start(job) as start, _sharing_out(workers) if job.train.shard else nullcontext() as mesh:
             apart = start and (job.moved or (job.folded and not job.full))
             self.start = read_adapter(start) if start and apart else None
+            self.whole = trained_layers(start, read_declared(start), job.base) if start and not job.full else {}
             self.model = _build(job, start)
             decoder_of(causal(self.model))  # found out now, while this worker has all weights
             if not job.quantised:  # those of a base in 4 bits have its own product; its head computes under autocast
@@ -170,10 +173,13 @@ class Trainable:
 
     def save(self, folder: Path, trained: dict[str, Any]) -> None:
         """Write the adapter, or the model, as others read it."""
-        if self.start:
-            with temporary_folder() as fresh:
-                self.model.save_pretrained(fresh, state_dict=trained, save_embedding_layers=False)
-                write_adapter(folder, _on_top(self.job.base, self.start, read_adapter(fresh), -1.0 if self.job.moved else 1.0))
+        if self.start or self.whole:
+            with temporary_folder() as scratch:
+                self.model.save_pretrained(scratch, state_dict=trained, save_embedding_layers=False)
+                adapter = read_adapter(scratch)
+            if self.start:
+                adapter = _on_top(self.job.base, self.start, adapter, -1.0 if self.job.moved else 1.0)
+            write_adapter(folder, replace(adapter, whole=self.whole), base=self.job.base)
             return
         # Else PEFT asks the Hub, at each checkpoint, whether the base's vocabulary has grown.
         settings = {} if self.job.full else {"save_embedding_layers": False}
@@ -239,9 +245,9 @@ def _build(job: Job, start: Path | None) -> Any:
     """The model with what is trained of it, from the base or from the adapter at `start`."""
     model = _start_model(job, start if job.folded else None)
     if start and job.moved:
-        model = _without(model, start)
+        model = _without(model, start, job.base)
     if start and not job.folded:
-        return put_on(model, start, is_trainable=True)
+        return put_on(model, start, job.base, is_trainable=True)
     if job.full:
         return model.requires_grad_(True)
     fresh = LoraConfig(
@@ -254,9 +260,9 @@ def _build(job: Job, start: Path | None) -> Any:
     return fresh_on(model, fresh)
 
 
-def _without(model: Any, adapter: Path) -> Any:
+def _without(model: Any, adapter: Path, base: str) -> Any:
     """The model with the delta weights of an adapter taken from its own."""
-    with_it = put_on(model, adapter)
+    with_it = put_on(model, adapter, base)
     for module in with_it.modules():
         if isinstance(module, LoraLayer):
             module.scaling = {name: -scale for name, scale in module.scaling.items()}
@@ -270,7 +276,7 @@ def _start_model(job: Job, folded: Path | None) -> Any:
         return load_quantised(job.base, dtype, folded)
     on = torch.device("cpu") if job.train.shard else device()  # a base that is shared out need not fit one device
     model = load_model(job.base, dtype, on)
-    return put_on(model, folded).merge_and_unload() if folded else model
+    return put_on(model, folded, job.base).merge_and_unload() if folded else model
 
 
 def _copied(tree: Any, keep: bool) -> Any:

@@ -182,7 +182,7 @@ def test_from_factors_names_in_full_what_is_called_as_a_layer_of_another_kind(nu
     adapter = from_factors(numbered_base, deltas, 2, 2, shapes, seed=0)
     assert adapter.config.target_modules == set(modules)
     write_adapter(tmp_path, adapter)
-    put_on(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(numbered_base)), tmp_path)
+    put_on(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(numbered_base)), tmp_path, numbered_base)
 
 
 def test_names_of_a_fresh_adapters_layers_mean_layers_of_text_alone(tiny_base: str, seeing_base: str) -> None:
@@ -201,7 +201,7 @@ CONFIGS = {
     "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "bare parameters": ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters: it adapts expert layers"),
-    "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "token indices": ({"trainable_token_indices": [-1]}, "corrupt config: trainable_token_indices"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "pissa by fast svd": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -425,5 +425,5 @@ def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str
         return read(model, folder, torch_device="cpu")
 
     monkeypatch.setattr(PeftModel, "from_pretrained", note)
-    put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good)
+    put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good, tiny_base)
     assert asked == ["meta"]

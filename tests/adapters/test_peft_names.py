@@ -52,7 +52,7 @@ def test_layers_of_a_mixture_that_are_called_as_experts_were_take_their_factors(
     assert any(SHARED in module for module in adapter.modules)
     write_adapter(tmp_path, adapter)
     with torch.no_grad():
-        found = put_on(load(mixture_base), tmp_path)(IDS).logits
+        found = put_on(load(mixture_base), tmp_path, mixture_base)(IDS).logits
         assert (found - load(mixture_base)(IDS).logits).abs().max() > 0.01
     torch.testing.assert_close(found, by_hand(mixture_base, adapter), rtol=1e-4, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_an_adapter_of_which_a_part_is_left_out_is_refused(
     monkeypatch.setattr("pipeline.adapters.adapter.names_kept", nullcontext)
     write_adapter(tmp_path, adapter_on(mixture_base, (*MLP, "o_proj")))
     with pytest.raises(AdapterError, match=r"PEFT would leave out 6 of the adapter's 8 modules, such as model.layers.0.mlp.down"):
-        put_on(load(mixture_base), tmp_path)
+        put_on(load(mixture_base), tmp_path, mixture_base)
 
 
 def test_an_adapter_that_is_whole_is_not_refused(tiny_base: str) -> None:

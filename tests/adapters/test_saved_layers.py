@@ -1,22 +1,28 @@
-"""Embeddings and heads that PEFT saved beside LoRA: the base's own say nothing, trained ones are refused."""
+"""Layers that are saved whole beside LoRA: the base's own say nothing, of trained ones the change is read."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.adapter import for_engine, read_adapter
-from pipeline.adapters.catalogue import Inspector
+from pipeline.adapters.catalogue import Inspector, compare_adapters
 from pipeline.adapters.pool import Listed
-from pipeline.adapters.saved_layers import require_untrained
+from pipeline.adapters.saved_layers import about_saved, refused_by, trained_layers
+from pipeline.adapters.spectrum import families, sketch
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
-from pipeline.core.file_names import WEIGHTS_FILE
+from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.core.tables import INSPECTED
 from pipeline.model.base_model import linear_shapes, load_model
 
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
@@ -46,20 +52,104 @@ def grown(own: Tensor) -> Tensor:
     return torch.cat([own, torch.ones(3, own.shape[1])])
 
 
+def changes(folder: Path, base: str) -> dict[str, Tensor]:
+    return trained_layers(folder, read_declared(folder), base)
+
+
+def said(folder: Path, base: str) -> str | None:
+    return about_saved(read_declared(folder), changes(folder, base))
+
+
 @pytest.mark.parametrize("change", [lambda own: own, grown, lambda own: own[:-2]], ids=["same", "new rows", "fewer rows"])
 def test_the_bases_own_layers_are_left_out(change: Callable[[Tensor], Tensor], base: str, saved: Callable[..., Path]) -> None:
     folder = saved(change)
-    names = read_declared(folder).saved
-    assert set(names) == {EMBEDDING, HEAD}
-    assert require_untrained(folder, names, base) == "embed_tokens, lm_head beside it is the base's own and is left out"
+    assert set(read_declared(folder).saved) == {EMBEDDING, HEAD}
+    assert not changes(folder, base)
+    assert said(folder, base) == "embed_tokens, lm_head beside it is the base's own and is left out"
 
 
-def test_a_trained_layer_is_refused(base: str, saved: Callable[..., Path]) -> None:
-    folder = saved(lambda own: own + (torch.arange(len(own)) == 7)[:, None] * 0.01)
-    with pytest.raises(AdapterError, match=r"changes the embeddings or the output head \(.* is not the base's\)"):
-        require_untrained(folder, read_declared(folder).saved, base)
-    with pytest.raises(AdapterError, match="changes the embeddings"):
-        require_untrained(saved(lambda own: own[:, :5].contiguous()), (EMBEDDING,), base)
+@pytest.mark.parametrize("rows", [lambda own: own, grown, lambda own: own[:-2]], ids=["same", "new rows", "fewer rows"])
+def test_of_a_trained_layer_the_change_is_read(rows: Callable[[Tensor], Tensor], base: str, saved: Callable[..., Path]) -> None:
+    folder = saved(lambda own: rows(own + (torch.arange(len(own)) == 7)[:, None] * 0.01))
+    found = changes(folder, base)
+    assert found.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    own = load_model(base, torch.float32).get_input_embeddings().weight
+    expected = torch.zeros(own.shape)
+    expected[7] = 0.01
+    for change in found.values():
+        torch.testing.assert_close(change, expected, atol=1e-6, rtol=0)
+    assert said(folder, base) == "embed_tokens, lm_head beside it was trained, and is scored and merged whole"
+
+
+def test_a_layer_of_another_size_is_none_of_the_bases(base: str, saved: Callable[..., Path]) -> None:
+    folder = saved(lambda own: own[:, :5].contiguous())
+    with pytest.raises(AdapterError, match=r"it saves .* of shape \(\d+, 5\), which the base model does not have"):
+        changes(folder, base)
+
+
+WHOLE: list[tuple[dict[str, Any], set[str]]] = [
+    ({"modules_to_save": ["embed_tokens"]}, {"model.embed_tokens.weight"}),
+    ({"modules_to_save": ["lm_head"]}, {"lm_head.weight"}),
+    ({"modules_to_save": ["embed_tokens", "lm_head"]}, {"model.embed_tokens.weight", "lm_head.weight"}),
+    ({"modules_to_save": ["model.norm"]}, {"model.norm.weight"}),
+    ({"trainable_token_indices": [3, 5]}, {"model.embed_tokens.weight"}),
+    ({"trainable_token_indices": {"lm_head": [3, 5]}}, {"lm_head.weight"}),
+]
+"""Fields of a config, and the weights that PEFT then trains of an adapter's own."""
+
+
+@pytest.mark.parametrize(("fields", "weights"), WHOLE)
+def test_the_changes_are_those_that_peft_makes(
+    fields: dict[str, Any], weights: set[str], base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path / "a", base, whole=0.1, **fields)
+    found, model = changes(folder, base), load_model(base, torch.float32)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters(remove_duplicate=False)}
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    after = {name: weight.detach() - before[name] for name, weight in merged.named_parameters(remove_duplicate=False)}
+    rows_of_tied = model.config.tie_word_embeddings and isinstance(fields.get("trainable_token_indices"), list)
+    assert found.keys() == weights | ({"lm_head.weight"} if rows_of_tied else set())
+    for name, change in found.items():
+        assert change.any()
+        torch.testing.assert_close(change, after[name], atol=1e-6, rtol=0)
+
+
+def test_an_embedding_that_no_field_names_takes_along_the_head_that_is_tied_to_it(
+    base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    """PEFT puts it into the model's own layer."""
+    model = load_model(base, torch.float32)
+    folder = saved_as(
+        "model.embed_tokens.weight", model.get_input_embeddings().weight.detach() + 0.1, make_adapter(tmp_path, base)
+    )
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert changes(folder, base).keys() == {"model.embed_tokens.weight"} | tied
+
+
+def test_rows_of_new_tokens_say_nothing(base: str, tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
+    folder = make_adapter(tmp_path / "a", base, whole=0.1, trainable_token_indices=[3, 5])
+    known = len(load_model(base, torch.float32).get_input_embeddings().weight)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    for tokens, trained in (([known, known + 1], 0), ([known, 5], 1)):
+        (folder / CONFIG_FILE).write_text(json.dumps(config | {"trainable_token_indices": tokens}))
+        found = changes(folder, base)
+        assert [int(change.any(dim=1).sum()) for change in list(found.values())[:1]] == [trained] * bool(trained)
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"trainable_token_indices": [3]}))
+    with pytest.raises(AdapterError, match="has 2 rows, trainable_token_indices 1"):
+        changes(folder, base)
+
+
+def test_numbers_that_are_none_are_found(base: str, saved: Callable[..., Path]) -> None:
+    with pytest.raises(AdapterError, match="NaN or Inf"):
+        changes(saved(lambda own: own * float("nan")), base)
+
+
+def test_the_engine_that_cannot_score_them_says_which_one_can() -> None:
+    head, norm = {"lm_head.weight", "model.norm.weight"}, {"model.norm.weight"}
+    way_out = "which vLLM's LoRA cannot score; use search.engine: transformers"
+    assert refused_by("vllm", head) == f"changes the embeddings or the output head (lm_head), {way_out}"
+    assert refused_by("vllm", norm) == f"modules_to_save: it replaces whole layers (norm), {way_out}"
+    assert refused_by("vllm", ()) is refused_by("transformers", head) is None
 
 
 def saved_as(name: str, tensor: Tensor, folder: Path) -> Path:
@@ -77,25 +167,28 @@ def test_layers_of_all_kinds_are_known_by_all_their_names(
     own = load_model(base, torch.float32).get_submodule(layer).weight.detach()
     good = saved_as(f"{layer}{wrapped}.weight", own, make_adapter(tmp_path / "a", base))
     named = layer.rpartition(".")[2]
-    assert require_untrained(good, read_declared(good).saved, base) == f"{named} beside it is the base's own and is left out"
+    assert said(good, base) == f"{named} beside it is the base's own and is left out"
     trained = saved_as(f"{layer}{wrapped}.weight", own * 1.01, good)
-    with pytest.raises(AdapterError, match=rf"{named}\S*\.weight is not the base's"):
-        require_untrained(trained, read_declared(trained).saved, base)
+    if named == "q_proj":  # which has factors, too
+        with pytest.raises(AdapterError, match=rf"also adapts \(\S*{named}\S*\.weight is not the base's"):
+            changes(trained, base)
+    else:
+        torch.testing.assert_close(changes(trained, base)[f"{layer}.weight"], own * 1.01 - own)
 
 
 def test_a_norm_that_peft_saves_is_the_bases_own_until_it_is_trained(
     base: str, tmp_path: Path, make_adapter: Callable[..., Path]
 ) -> None:
     folder = make_adapter(tmp_path / "a", base, modules_to_save=["norm"])  # and all whose names end so
-    said = "input_layernorm, norm, post_attention_layernorm beside it is the base's own and is left out"
-    assert require_untrained(folder, read_declared(folder).saved, base) == said
+    others = "input_layernorm, post_attention_layernorm"
+    assert said(folder, base) == "input_layernorm, norm, post_attention_layernorm beside it is the base's own and is left out"
     saved_as("model.norm.weight", torch.full((128,), 1.5), folder)
-    with pytest.raises(AdapterError, match="modules_to_save: it replaces whole layers"):
-        require_untrained(folder, read_declared(folder).saved, base)
+    told = f"{others} beside it is the base's own and is left out; norm beside it was trained, and is scored and merged whole"
+    assert said(folder, base) == told
 
 
 def test_what_the_base_does_not_have_is_not_its_own(base: str, tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
-    whole, seeing = "modules_to_save: it replaces whole layers", "changes layers for pictures or sounds"
+    whole, seeing = "which the base model does not have", "changes layers for pictures or sounds"
     for name, size, reason in (
         ("score.weight", (2, 128), whole),
         ("model.norm.weight", (120,), whole),
@@ -104,7 +197,7 @@ def test_what_the_base_does_not_have_is_not_its_own(base: str, tmp_path: Path, m
     ):
         folder = saved_as(name, torch.ones(size), make_adapter(tmp_path / name, base))
         with pytest.raises(AdapterError, match=reason):
-            require_untrained(folder, read_declared(folder).saved, base)
+            changes(folder, base)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +208,17 @@ def test_of_a_model_that_sees_layers_are_known_by_each_of_their_names(
 ) -> None:
     own = load_model(seeing_base, torch.float32).get_input_embeddings().weight.detach()
     folder = saved_as(f"{name}.weight", own, make_adapter(tmp_path / "a", seeing_base))
-    assert require_untrained(folder, read_declared(folder).saved, seeing_base)
+    assert not changes(folder, seeing_base)
+    assert "own and is left out" in (said(folder, seeing_base) or "")
+    saved_as(f"{name}.weight", own + 0.1, folder)  # of a tied head
+    assert changes(folder, seeing_base).keys() == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_in_fewer_bits_are_the_bases_own(dtype: torch.dtype, base: str, saved: Callable[..., Path]) -> None:
     folder = saved(lambda own: own.to(dtype))
-    assert require_untrained(folder, read_declared(folder).saved, base)
-    with pytest.raises(AdapterError, match="is not the base's"):
-        require_untrained(saved(lambda own: (own * 1.01).to(dtype)), read_declared(folder).saved, base)
+    assert not changes(folder, base)
+    assert changes(saved(lambda own: (own * 1.01).to(dtype)), base)
 
 
 def test_engines_get_the_factors_alone(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -137,13 +232,28 @@ def test_engines_get_the_factors_alone(saved: Callable[..., Path], tmp_path: Pat
 
 
 def test_the_catalogue_says_so(base: str, saved: Callable[..., Path]) -> None:
-    folder, (shapes, head) = saved(grown), linear_shapes(base)
+    shapes, head = linear_shapes(base)
 
     class Here:
         def lease(self, uri: str) -> Any:
             return nullcontext(Path(uri))
 
     cache: Any = Here()
-    row = Inspector(base, shapes, head, None, 0).inspect(Listed("a", str(folder)), cache)
-    assert row["status"] == "ok"
+    row = Inspector(base, shapes, head, None, 0).inspect(Listed("a", str(saved(grown))), cache)
+    assert (row["status"], row["whole"]) == ("ok", [])
     assert "is the base's own and is left out" in row["warning"]
+    row = Inspector(base, shapes, head, None, 0).inspect(Listed("a", str(saved(lambda own: own + 0.1))), cache)
+    assert (row["status"], row["whole"]) == ("ok", ["lm_head.weight", "model.embed_tokens.weight"])
+    rows = pa.Table.from_pylist([row], schema=INSPECTED)
+    assert compare_adapters(rows, "transformers")["status"].to_pylist() == ["ok"]
+    refused = compare_adapters(rows, "vllm").to_pylist()[0]
+    assert refused["status"] == "set_aside"
+    assert refused["reason"].endswith("use search.engine: transformers")
+
+
+def test_adapters_that_differ_in_whole_layers_alone_are_no_duplicates(base: str, saved: Callable[..., Path]) -> None:
+    sketches = [
+        sketch(read_adapter(saved(change), base=base), 0) for change in (grown, lambda own: own + 0.1, lambda own: own * 2)
+    ]
+    first, _ = families(np.array(sketches))
+    assert first == [0, 1, 2]

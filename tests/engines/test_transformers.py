@@ -1,7 +1,9 @@
 """The oracle engine against PEFT done by hand, and what an adapter that fails leaves behind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -52,6 +54,33 @@ def test_scores_are_those_of_peft_by_hand(
     assert scores.schema == SCORES
     expected = [row for candidate in candidates for row in by_hand(tiny_base, candidate, samples)]
     assert scores.to_pylist() == expected
+
+
+WHOLE: list[dict[str, Any]] = [
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+    {"trainable_token_indices": list(range(0, 400, 3))},
+]
+
+
+@pytest.mark.parametrize("fields", WHOLE)
+@pytest.mark.parametrize("which", ["tiny_base", "untied_base"])
+def test_layers_that_an_adapter_saves_whole_are_scored_as_peft_has_them(
+    which: str,
+    fields: dict[str, Any],
+    engine_config: EngineConfig,
+    samples: pa.Table,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    """And the base after it is scored as before."""
+    base = str(request.getfixturevalue(which))
+    scorer = TransformersScorer(replace(engine_config, base=base))
+    alone, trained = Candidate(BASE_ID, None), Candidate("whole", make_adapter(tmp_path, base, whole=0.3, **fields))
+    before = scorer.score([alone], samples)
+    assert scorer.score([trained], samples).to_pylist() == by_hand(base, trained, samples)
+    assert scorer.score([alone], samples).equals(before)
 
 
 def test_an_adapter_leaves_no_trace_on_the_next_one(

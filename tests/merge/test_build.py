@@ -51,11 +51,11 @@ def test_nor_is_one_that_changes_while_it_is_read(
     folder, read = make_adapter(tmp_path / "a", tiny_base, rank=2), adapter.read_adapter
     known = Indexed(str(folder), hash_of(folder))
 
-    def read_and_change(folder: Path) -> adapter.Adapter:
-        found = read(folder)
+    def read_and_change(folder: Path, base: str) -> adapter.Adapter:
+        found = read(folder, base=base)
         make_adapter(folder, tiny_base, rank=2, seed=9)
         return found
 
     monkeypatch.setattr(adapter, "read_adapter", read_and_change)
     with pytest.raises(AdapterError, match="it changed since"):
-        adapter.read_indexed(known, tmp_path)
+        adapter.read_indexed(known, tmp_path, tiny_base)

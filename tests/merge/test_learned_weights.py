@@ -43,7 +43,8 @@ def merged_loss(
     base: str, donors: list[Path], weights: tuple[float, ...], samples: pa.Table, scratch: Path, by_module: Any = None
 ) -> float:
     recipe = Recipe(tuple(map(str, donors)), weights, "exact", 10, module_weights=by_module)
-    write_adapter(scratch, merge(recipe, [read_adapter(donor) for donor in donors], base, linear_shapes(base)[0]).adapter)
+    merged = merge(recipe, [read_adapter(donor, base=base) for donor in donors], base, linear_shapes(base)[0])
+    write_adapter(scratch, merged.adapter, base=base)
     return loss(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(scratch)).get_base_model(), samples)
 
 
@@ -68,6 +69,29 @@ def test_donors_added_by_hooks_compute_what_their_merge_computes(
             moved = tuple(w + step * (place == n) for n, w in enumerate(weights))
             ends.append(merged_loss(tiny_base, donors, moved, samples, tmp_path / f"{place}{step}"))
         assert float(weights_K.grad[place]) == pytest.approx((ends[1] - ends[0]) / 0.02, rel=0.05, abs=2e-3)
+
+
+def test_layers_that_donors_change_whole_are_weighted_too(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], random_samples: Callable[..., pa.Table]
+) -> None:
+    kinds: list[dict[str, Any]] = [{"modules_to_save": ["embed_tokens", "model.norm"]}, {"trainable_token_indices": [3, 5, 9]}]
+    whole = [make_adapter(tmp_path / str(seed), tiny_base, seed=seed, whole=0.2, **kind) for seed, kind in enumerate(kinds)]
+    samples, weights = random_samples([12, 20, 31]), (0.7, -0.2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(False)
+    weights_K = torch.tensor(weights, requires_grad=True)
+    modules = add_donors(model, [read_adapter(donor, base=tiny_base) for donor in whole], weights_K.expand(99, 2))
+    names = {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
+    assert names == {module for module in modules if module.endswith(".weight")}
+    assert loss(model, samples) == pytest.approx(merged_loss(tiny_base, whole, weights, samples, tmp_path / "m"), abs=1e-4)
+    for nll in learned_weights._losses(model, samples):
+        nll.backward()
+    assert weights_K.grad is not None
+    ends = [merged_loss(tiny_base, whole, (0.7 + step, -0.2), samples, tmp_path / f"{step}") for step in (-0.01, 0.01)]
+    assert float(weights_K.grad[0]) == pytest.approx((ends[1] - ends[0]) / 0.02, rel=0.05, abs=2e-3)
+    indexed = [Indexed(str(donor), hash_of(donor)) for donor in whole]
+    _, by_module = learn_weights(tiny_base, indexed, samples, by_module=True)
+    assert by_module is not None
+    assert by_module.keys() == set(modules)
 
 
 def test_what_a_layer_adds_with_lies_where_the_layer_is(

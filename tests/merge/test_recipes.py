@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import merge_utils
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.adapter import Adapter, read_adapter, write_adapter
-from pipeline.adapters.low_rank import Factors, ab_mean
+from pipeline.adapters.low_rank import DENSITY, Factors, ab_mean
 from pipeline.config import METHODS
 from pipeline.core.errors import AdapterError
 from pipeline.merge.recipes import FUNCTIONS, Merged, Recipe, merge, random_like
@@ -216,3 +217,90 @@ def test_a_merge_is_computed_on_its_device_and_comes_back(
 
 def test_every_method_that_a_config_knows_has_its_function() -> None:
     assert FUNCTIONS.keys() == METHODS.keys()
+
+
+WHOLE: list[dict[str, Any]] = [
+    {"modules_to_save": ["embed_tokens", "model.norm"]},
+    {"modules_to_save": ["embed_tokens", "lm_head"], "targets": "all-linear"},
+    {"trainable_token_indices": [3, 5, 7], "targets": ["down_proj"]},
+    {"targets": ["k_proj"]},
+]
+
+
+@pytest.fixture(params=["tiny_base", "untied_base"])
+def whole_donors(request: pytest.FixtureRequest, tmp_path: Path, make_adapter: Callable[..., Path]) -> tuple[str, list[Path]]:
+    """A base, and adapters of it that save layers whole, and one that does not."""
+    base = str(request.getfixturevalue(request.param))
+    kinds = enumerate(WHOLE)
+    return base, [make_adapter(tmp_path / f"donor-{n}", base, seed=n, std=0.2, whole=0.2, **kind) for n, kind in kinds]
+
+
+def changes_by_peft(base: str, folder: Path) -> dict[str, Tensor]:
+    """What an adapter changes in each weight of the base, as PEFT itself merges it."""
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).merge_and_unload().state_dict()
+    return {name: after[name] - weight for name, weight in before.items()}
+
+
+def logits_with_changes(base: str, changes: dict[str, Tensor]) -> Tensor:
+    """Of the base with a head of its own, and changes to all of its weights."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += changes[name]
+        return model(input_ids=ids()).logits
+
+
+@pytest.mark.parametrize("method", ["exact", "concat", "fold"])
+def test_layers_that_donors_save_whole_are_merged_as_the_dense_sum(
+    method: str, tmp_path: Path, whole_donors: tuple[str, list[Path]]
+) -> None:
+    base, folders = whole_donors
+    weights = (0.6, 0.3, -0.4, 0.5)
+    merged = merged_by(base, [read_adapter(folder, base=base) for folder in folders], method, 16, weights)
+    write_adapter(tmp_path / "mashup", merged.adapter, base=base)
+    found = [changes_by_peft(base, folder) for folder in folders]
+    total = {name: sum((w * one[name] for w, one in zip(weights, found, strict=True)), torch.zeros(())) for name in found[0]}
+    expected = logits_with_changes(base, total)
+    torch.testing.assert_close(logits_by_peft(base, tmp_path / "mashup"), expected, rtol=1e-3, atol=1e-3)
+    factors_alone = [read_adapter(folder) for folder in folders]
+    write_adapter(tmp_path / "alone", merged_by(base, factors_alone, method, 16, weights).adapter)
+    assert (logits_by_peft(base, tmp_path / "alone") - expected).abs().max() > 0.1
+    again = read_adapter(tmp_path / "mashup", base=base)
+    for name, change in merged.adapter.whole.items():
+        torch.testing.assert_close(again.whole[name], change, atol=1e-6, rtol=0)
+
+
+def test_other_methods_merge_whole_layers_as_they_do_delta_weights(whole_donors: tuple[str, list[Path]]) -> None:
+    base, folders = whole_donors
+    donors, name = [read_adapter(folder, base=base) for folder in folders[:2]], "model.embed_tokens.weight"
+    deltas = [donor.whole[name] for donor in donors]
+    assert torch.equal(
+        merged_by(base, donors, "ties", 4).adapter.whole[name], merge_utils.ties(deltas, torch.tensor([1.0, 1.0]), DENSITY)
+    )
+    dropped = merged_by(base, donors, "dare", 4).adapter.whole[name]
+    assert 0.2 < float((dropped == 0).float().mean()) < 0.3  # half of each, at random
+    alike = [donors[0], donors[0]]
+    torch.testing.assert_close(merged_by(base, alike, "ab_mean", 4).adapter.whole[name], deltas[0])
+
+
+def test_a_layer_that_one_donor_adapts_and_another_replaces_is_refused(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    folders = [
+        make_adapter(tmp_path / "a", tiny_base, whole=0.1, modules_to_save=["down_proj"]),
+        make_adapter(tmp_path / "b", tiny_base, targets="all-linear"),
+    ]
+    with pytest.raises(AdapterError, match=r"one donor adapts model\.layers\.0\.mlp\.down_proj and another replaces it whole"):
+        merged_by(tiny_base, [read_adapter(folder, base=tiny_base) for folder in folders], "exact", 8)
+
+
+def test_a_random_delta_has_random_whole_layers_of_the_same_norms(whole_donors: tuple[str, list[Path]]) -> None:
+    base, folders = whole_donors
+    adapter = read_adapter(folders[1], base=base)
+    drawn = random_like(adapter, base, linear_shapes(base)[0])
+    assert drawn.whole.keys() == adapter.whole.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, change in adapter.whole.items():
+        assert float(drawn.whole[name].norm()) == pytest.approx(float(change.norm()), rel=1e-4)
+        assert not torch.allclose(drawn.whole[name], change)

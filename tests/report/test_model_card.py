@@ -63,6 +63,13 @@ def test_no_base_name_breaks_out_of_the_front_matter(run_data: RunData, config: 
     assert yaml.safe_load(block[1]) == {**front_matter(card(run_data, config)), "base_model": base}
 
 
+def test_layers_that_a_mashup_replaces_whole_are_named(run_data: RunData, config: Config) -> None:
+    choice = run_data.documents["selection.json"]
+    assert "replaces whole" not in card(run_data, config)
+    text = model_card({**choice, "whole_layers": ["lm_head", "model.norm"]}, config, SAMPLES)
+    assert "- Layers that it replaces whole: lm_head, model.norm" in text.splitlines()
+
+
 def test_every_donor_is_named_with_its_hash_and_loss(run_data: RunData, config: Config) -> None:
     text = card(run_data, config)
     for donor in run_data.documents["selection.json"]["donors"]:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.config import TrainConfig
 from pipeline.core.errors import InputError
+from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.model.completion_loss import score_tokens
 from pipeline.train.arm import Arm, Job
-from pipeline.train.evaluate import Rows, as_metrics, evaluate, evaluate_on_test
+from pipeline.train.evaluate import Rows, as_metrics, causal, evaluate, evaluate_on_test
 from pipeline.train.loop import Finetuning
 from pipeline.train.quantised_base import load_quantised, require_bitsandbytes
 from pipeline.train.worker_model import Trainable
@@ -167,3 +169,18 @@ def test_who_lacks_bitsandbytes_is_told_how_to_get_it(quantize: Any, monkeypatch
     else:
         with pytest.raises(InputError, match=r"^install bitsandbytes to use train.quantize nf4: pip install '\.\[quantize\]'$"):
             require_bitsandbytes(TrainConfig(quantize=quantize))
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_layers_that_a_start_saves_whole_are_put_in(
+    folded: bool, job: Callable[..., Job], tiny_base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    """Also where the base's head is tied to the embedding that changes: it stays the base's."""
+    kind = {"targets": MODULES, "modules_to_save": ["embed_tokens", "model.norm"]}
+    folder = make_adapter(tmp_path / "whole", tiny_base, whole=0.2, **kind)
+    model, saved = causal(Trainable(quantised(job, tiny_base, folder, folded), 1).model), load_file(folder / WEIGHTS_FILE)
+    weights = {"model.embed_tokens": model.get_input_embeddings().weight, "model.norm": model.model.norm.weight}
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.detach(), saved[f"base_model.model.{name}.weight"], atol=1e-6, rtol=0)
+    head = AutoModelForCausalLM.from_pretrained(tiny_base).lm_head.weight
+    torch.testing.assert_close(model.get_output_embeddings().weight.detach(), head.detach())

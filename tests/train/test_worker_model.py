@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import distributed, nn
+from transformers import AutoModelForCausalLM
 
+from pipeline.adapters.adapter import read_adapter, write_adapter
 from pipeline.adapters.validation import read_declared
 from pipeline.core.storage import Folder
-from pipeline.model.completion_loss import collate
+from pipeline.model.completion_loss import collate, score_tokens
 from pipeline.model.layer_names import is_of_text
-from pipeline.train.arm import Job, Lora
+from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.evaluate import Rows
-from pipeline.train.worker_model import BUCKET, Trainable, _buckets
+from pipeline.train.worker_model import BUCKET, Trainable, _buckets, trained
 
 
 @pytest.fixture
@@ -80,3 +83,47 @@ def test_a_fresh_adapter_lies_on_layers_of_text_alone(job: Callable[..., Job], s
     assert all(is_of_text(name) for name in learning)
     trainable.save(tmp_path, trainable.trained(rank=0))
     assert not read_declared(tmp_path).other_senses
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+    """An adapter with layers that are saved whole, as a merge writes it."""
+    kind = {"targets": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["embed_tokens", "model.norm"]}
+    donor = make_adapter(tmp_path / "donor", tiny_base, std=0.2, whole=0.2, **kind)
+    write_adapter(tmp_path / "start", read_adapter(donor, base=tiny_base), base=tiny_base)
+    return tmp_path / "start"
+
+
+def by_peft(base: str, folder: Path) -> Any:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).get_base_model()
+
+
+@pytest.mark.parametrize(("method", "folded"), [("lora", False), ("lora", True), ("full", True)])
+def test_whole_layers_of_a_start_are_in_what_is_trained_and_in_what_that_leaves(
+    method: str, folded: bool, job: Callable[..., Job], data: Folder, start: Path, tiny_base: str, tmp_path: Path
+) -> None:
+    arm = replace(job(method=method), arm=Arm("mashup", 1e-3, 0), start=Folder.at(start), folded=folded)
+    trainable, batch = Trainable(arm, 1), Rows(data.read_table("validation.parquet")).widest(64)
+    expected, _ = score_tokens(by_peft(tiny_base, start), batch)
+    torch.testing.assert_close(trainable.score(batch)[0], expected, rtol=1e-3, atol=1e-3)
+    plain, _ = score_tokens(AutoModelForCausalLM.from_pretrained(tiny_base), batch)
+    assert (expected - plain).abs().max() > 0.1
+
+    trainable.loss(batch).backward()
+    with torch.no_grad():
+        for weight in trainable.weights:
+            weight -= 1e-3 * weight.grad
+    after = trainable.score(batch)[0]
+    assert (after - expected).abs().max() > 1e-4
+    trainable.save(tmp_path / "left", trainable.trained(rank=0))
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "left") if arm.full else by_peft(tiny_base, tmp_path / "left")
+    torch.testing.assert_close(score_tokens(left, batch)[0], after, rtol=1e-3, atol=1e-3)
+    again = trained(arm, Folder.at(tmp_path / "left"), 1)
+    torch.testing.assert_close(again.score(batch)[0], after, rtol=1e-3, atol=1e-3)
+
+
+def test_whole_layers_of_a_start_stay_as_they_are(job: Callable[..., Job], start: Path) -> None:
+    trainable = Trainable(replace(job(), arm=Arm("mashup", 1e-3, 0), start=Folder.at(start)), 1)
+    learning = [name for name, weight in trainable.model.named_parameters() if weight.requires_grad]
+    assert learning
+    assert all(".lora_" in name for name in learning)
