@@ -107,15 +107,6 @@ def test_those_that_may_be_among_the_best_enter_and_a_few_others(
     assert told["probes"] == probes
 
 
-def test_three_past_targets_are_enough(
-    run: Run, catalogue: pa.Table, drawn: pa.Table, truth: list[np.ndarray[Any, Any]], probed: list[list[str]]
-) -> None:
-    fill(run, drawn, truth, targets=3)
-    racing = chosen(run, catalogue, drawn)
-    assert {NAMES[n] for n in np.argsort(truth[-1])[:3]} <= set(racing)
-    assert len(racing) < N
-
-
 def test_a_search_that_is_taken_up_again_has_the_same_entrants(
     run: Run, catalogue: pa.Table, drawn: pa.Table, truth: list[np.ndarray[Any, Any]], probed: list[list[str]]
 ) -> None:
@@ -153,7 +144,7 @@ def test_where_too_little_is_known_everybody_enters(
         fill(run, drawn, truth)
         catalogue = catalogue.slice(0, past_targets.MIN_POOL - 1)
     elif known == "one target too few":
-        fill(run, drawn, truth, targets=2)
+        fill(run, drawn, truth, targets=TARGETS - 1)
     elif known == "less than half of the pool":
         fill(run, drawn, truth, names=NAMES[: N // 2 - 1])
     assert chosen(run, catalogue, drawn) == catalogue["adapter_id"].to_pylist()
