@@ -104,9 +104,6 @@ class Dispatcher:
         async with self._changed:
             self._add_engine(engine, startup)
             self._changed.notify_all()
-            opened = [*self._races.values()]
-        for one in opened:
-            await self._take_news(one)
 
     async def refuse(self, fault: Exception) -> None:
         """An engine has not proved itself, or cannot serve the base; it says why."""

@@ -2,8 +2,9 @@
 
 The score store knows most adapters' losses on the first samples of each past target. Some probes are scored on the first samples
 of the new one, and foretell the others' losses; then those that are the likeliest to be among the best, and so on until nobody
-else has a chance. All that were scored enter the race, and with them a share, drawn anew for each target, of the others: no
-adapter is hidden for ever, and the report tells how wrong the prediction was. Adapters without a past enter in any case.
+else has a chance, where errors that were seen to be larger or heavier-tailed than foretold let more in. All that were scored
+enter the race, and with them a share, drawn anew for each target, of the others: no adapter is hidden for ever, and the report
+tells how wrong the prediction was. Adapters without a past enter in any case.
 """
 
 import math
@@ -22,7 +23,7 @@ from pipeline.core.tables import BASE_ID
 from pipeline.engines.scorer import EngineConfig
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import Engines
-from pipeline.search.prediction import NOBODY, Floats, Indices, choose_probes, components, next_probes, predict
+from pipeline.search.prediction import NOBODY, Floats, Indices, choose_probes, components, judge_errors, next_probes, predict
 from pipeline.search.race import BASE, FIRST_RUNG, Schedule, finalists
 from pipeline.search.score_store import Known, ScoreStore
 from pipeline.search.scoring import make_work, race, store_of
@@ -31,8 +32,8 @@ MIN_POOL = 64
 """Adapters with a past, below which a race is cheap anyway."""
 
 MIN_SAMPLES = 8 * FIRST_RUNG
-"""Past samples on which most of the pool was scored: the first rungs of eight targets. With four targets one of the best
-three was lost in one sampled search of four."""
+"""Past samples on which most of the pool was scored: the first rungs of eight targets. With three or four, one of the best three
+was lost in up to three sampled searches of ten."""
 
 MOST_SAMPLES = 512
 """Past samples that are looked at: those on which the most adapters were scored."""
@@ -42,6 +43,9 @@ PROBE_SHARE, FEWEST_PROBES = 1 / 16, 16
 
 MOST_MISSING = 0.5
 """Of the past samples; an adapter that lacks more has no past to speak of."""
+
+RISK = 0.1
+"""Of a race whose entrants were chosen so: as of `Schedule`."""
 
 AUDITED = 0.02
 """Share of those that seem not to be among the best which race all the same."""
@@ -161,16 +165,19 @@ def probe(parts_NR: Floats, keep: int, score: Callable[[Indices], Floats], score
     what was foretold of each adapter before it was scored (NaN of the first probes)."""
     count = max(FEWEST_PROBES, round(PROBE_SHARE * len(parts_NR)))
     probes, losses, foretold = NOBODY, np.empty(0), np.full(len(parts_NR), np.nan)
+    errors, spread = np.empty(0), np.full(len(parts_NR), np.nan)
     batch = np.append(scored, choose_probes(parts_NR, count, scored))
     while len(batch):
         probes, losses = np.append(probes, batch), np.append(losses, score(batch))
         sound = np.isfinite(losses)
         if sound.sum() < FEWEST_PROBES / 2:  # the base's own loss may be no number, or the pool be gone: the race says so
             return np.arange(len(parts_NR)), foretold
+        error = (losses[-len(batch) :] - foretold[batch]) / spread[batch]
+        errors = np.append(errors, error[np.isfinite(error)])
         prediction = predict(parts_NR, probes[sound], losses[sound])
-        batch = next_probes(prediction, probes, losses[sound], keep, count)
+        batch = next_probes(prediction, probes, losses[sound], keep, count, judge_errors(errors))
         others = np.setdiff1d(np.arange(len(parts_NR)), probes)
-        foretold[others] = prediction.mean_N[others]
+        foretold[others], spread[others] = prediction.mean_N[others], prediction.std_N[others]
     return probes, foretold
 
 

@@ -31,12 +31,35 @@ FAR = 4.0
 """Spreads from the median, at which losses are cut off."""
 
 CHANCE = 0.001
-"""An adapter is left out if its chance to be among the best is smaller. On sampled losses, with 8 past targets: 0.001 left the
-same of the best three in the race as no prediction, 0.003 lost one in thirty, 0.02 one in eight."""
+"""An adapter is left out if its chance to be among the best is smaller, by errors as those that were seen (`Errors`). On sampled
+losses with 8 past targets, 0.003 lost one of the best three in some searches of every kind, 0.001 in none."""
+
+MOST_PEAKED = 3.0
+"""Excess kurtosis of errors that counts at most; so much has Student's t with 6 degrees of freedom."""
+
+ENOUGH = 16
+"""Errors, below which nothing is made of them."""
 
 SIGNALS = (0.1, 0.3, 1.0, 3.0, 10.0)
 NOISES = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Prior standard deviations that are tried, as multiples of the probes' own: of what the components explain, and of the rest."""
+
+
+class Errors(NamedTuple):
+    """How wrong foretold losses were of adapters that were scored afterwards, in foretold standard deviations: by how much these
+    were too small (1 at least), and the excess kurtosis, which is 0 of a normal distribution."""
+
+    scale: float = 1.0
+    peaked: float = 0.0
+
+    def quantile(self, chance: float) -> float:
+        """Standard deviations, as foretold, by which a loss falls below its mean with this chance, negative: the expansion of
+        Cornish and Fisher (1938) with a kurtosis."""
+        z = NormalDist().inv_cdf(chance)
+        return self.scale * (z + (z**3 - 3 * z) * self.peaked / 24)
+
+
+AS_FORETOLD = Errors()
 
 
 @dataclass(frozen=True)
@@ -123,15 +146,29 @@ def _features(parts_NR: Floats, signal: float) -> Floats:
     return np.column_stack([signal * parts_NR, np.ones(len(parts_NR))])
 
 
-def next_probes(prediction: Prediction, probes_P: Indices, loss_P: Floats, keep: int, count: int) -> Indices:
+def next_probes(
+    prediction: Prediction, probes_P: Indices, loss_P: Floats, keep: int, count: int, errors: Errors = AS_FORETOLD
+) -> Indices:
     """Of those that are not scored yet up to `count` with the best chance to be among the `keep` best, the best one first; where
     nobody's is CHANCE at least, none."""
     last = np.sort(loss_P)[min(keep, len(loss_P)) - 1]
     lead_N = (last - prediction.mean_N) / prediction.std_N
     lead_N[probes_P] = -np.inf
     order = np.argsort(-lead_N, kind="stable")[:count]
-    found: Indices = order[lead_N[order] > NormalDist().inv_cdf(CHANCE)]
+    found: Indices = order[lead_N[order] > errors.quantile(CHANCE)]
     return found
+
+
+def judge_errors(error_E: Floats) -> Errors:
+    """What errors, in foretold standard deviations, tell of those to come. Scale and kurtosis are reduced by their own standard
+    errors, as a few errors may be large or seem peaked by chance."""
+    if len(error_E) < ENOUGH:
+        return AS_FORETOLD
+    centred_E = error_E - error_E.mean()
+    kurtosis = np.mean(centred_E**4) / np.mean(centred_E**2) ** 2 - 3 if centred_E.any() else 0.0
+    peaked = float(np.clip(kurtosis - math.sqrt(24 / len(error_E)), 0, MOST_PEAKED))
+    scale = math.sqrt(np.mean(error_E**2)) * (1 - 1 / math.sqrt(2 * len(error_E)))
+    return Errors(max(1.0, scale), peaked)
 
 
 def _standardized(values_NM: Floats) -> Floats:

@@ -13,12 +13,15 @@ Shapes: N candidates, M some of them, S samples in the order in which they are s
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.search.odds import may_be_best
 
 BASE = 0
 """The candidate that is the base model: it is measured on every sample and competes with nobody."""
@@ -41,6 +44,9 @@ CONFIDENCE = 0.99
 PRIOR_SAMPLES = 4
 """Weight of the typical variance beside a candidate's own."""
 
+BEST = 5
+"""Whoever may be as good as the last of so many goes on, where a schedule has a risk."""
+
 FEWER = 0.8
 """Early promotion is looked at again once the missing scores have fallen to this share of those at the last look."""
 
@@ -51,12 +57,14 @@ Indices = NDArray[np.int64]
 @dataclass(frozen=True)
 class Schedule:
     """The rungs (samples seen at the end of each, rising), the adapter-samples that the race may use (None: no limit), the
-    one-sided confidence with which a candidate is out (1: none ever is), and how many go through to the end at least."""
+    one-sided confidence with which a candidate is out (1: none ever is), how many go through to the end at least, and how many
+    of the best may be expected to be lost at the end of a rung (`odds.may_be_best`; 0: this rule is not asked)."""
 
     rungs: tuple[int, ...]
     budget: float | None
     confidence: float
     keep: int = KEEP
+    risk: float = 0.0
 
 
 def finalists(n_candidates: int) -> int:
@@ -65,13 +73,19 @@ def finalists(n_candidates: int) -> int:
 
 
 def make_schedule(
-    n_candidates: int, n_search: int, n_holdout: int, share: float | None, confidence: float = CONFIDENCE
+    n_candidates: int,
+    n_search: int,
+    n_holdout: int,
+    share: float | None,
+    confidence: float = CONFIDENCE,
+    risk: float = 0.0,
 ) -> Schedule:
-    """Rungs of 4, 8, 16, ... samples up to the search split, and the hold-out split as the last.
+    """Rungs of 4, 8, 16, ... samples up to the search split, and the hold-out split as the last. With a risk, rungs of 6, 12, ...
+    lie between: who is unlikely to be among the best is dropped the sooner.
 
     Args:
         share: adapter-samples allowed, as a share of scoring every candidate on every sample; None: no limit.
-        confidence: as in `Schedule`.
+        confidence, risk: as in `Schedule`.
     """
     n_samples = n_search + n_holdout
     keep = finalists(n_candidates)
@@ -79,8 +93,10 @@ def make_schedule(
         return Schedule((n_samples,), None, 1.0)
     first = FIRST_RUNG if share is None else int(np.clip(share * n_samples / 3, 2, FIRST_RUNG))
     doubling = [first * 2**power for power in range(n_search) if first * 2**power < n_search]
+    between = [3 * end // 2 for end in doubling if risk and 3 * end // 2 < n_search]
     budget = None if share is None else max(share * n_candidates, SMALL_POOL * keep) * n_samples
-    return Schedule((*doubling, n_search, n_samples), budget, confidence, keep)
+    rungs = (*sorted({*doubling, *between}), n_search, n_samples)
+    return Schedule(rungs, budget, confidence, keep, risk)
 
 
 def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confidence: float) -> NDArray[np.bool_]:
@@ -101,6 +117,12 @@ def surely_above(nll_MS: Floats, reference_S: Floats, tokens_S: Floats, confiden
         bound_M = mean_M - NormalDist().inv_cdf(confidence) * np.sqrt(shrunk_M)
     above: NDArray[np.bool_] = ~(bound_M <= 0)
     return above
+
+
+def fair_batch(waiting: int, engines: int, most: int) -> int:
+    """How many of those that wait an engine takes: `most`, and towards the end of a rung no more than its share, so that all
+    engines come to the end of it at about the same time (guided self-scheduling: Polychronopoulos and Kuck, 1987)."""
+    return max(1, min(most, math.ceil(waiting / max(1, engines))))
 
 
 class Race:
@@ -153,6 +175,11 @@ class Race:
         """Candidates of the open rung that lack scores."""
         return len(self._lacking)
 
+    @property
+    def waiting(self) -> int:
+        """Candidates that can be taken, as far as that is known."""
+        return len(self._pending)
+
     def seen_N(self) -> Indices:
         """Samples that count for each candidate: those of the rungs that it entered."""
         ends: Indices = np.array([0, *self.schedule.rungs])[self.rungs_N]
@@ -174,22 +201,28 @@ class Race:
         self._taken.update(taken)
         return taken, samples
 
-    def exchange(self, taken: Sequence[int], samples: Indices, preference: Callable[[int], float]) -> list[int]:
-        """Give some of those that were taken back for others that wait, lack the same samples and are preferred to them. Gives
-        who is taken now, as many."""
+    def exchange(
+        self, taken: Sequence[int], samples: Indices, held: Iterable[int], preference: Callable[[int], float]
+    ) -> list[int]:
+        """Give some of those that were taken back for others of `held` that wait, lack the same samples and are preferred to
+        them. Gives who is taken now, as many."""
         asked = {candidate: preference(candidate) for candidate in taken}
         least = min(asked.values())
-        better = {one: value for one in self._pending if one != BASE and (value := preference(one)) > least}
+        better = {one: value for one in held if self._is_free(one) and (value := preference(one)) > least}
         coming = islice(
             (one for one in sorted(better, key=better.__getitem__, reverse=True) if self._waits_for(one, samples)), len(taken)
         )
         offered = asked | {one: better[one] for one in coming}
         now = sorted(offered, key=offered.__getitem__, reverse=True)[: len(taken)]  # of equals, who was taken stays
         for one in set(now) - asked.keys():
-            self._pending.remove(one)
+            with suppress(ValueError):  # who was given back early waits in no row
+                self._pending.remove(one)
         self._taken.update(now)
         self.give_back(one for one in taken if one not in now)
         return now
+
+    def _is_free(self, candidate: int) -> bool:
+        return candidate != BASE and candidate not in self._taken and (candidate in self._lacking or candidate in self._early)
 
     def _waits_for(self, candidate: int, samples: Indices) -> bool:
         return self._waits(candidate) and np.array_equal(self._lacks(candidate), samples)
@@ -302,15 +335,26 @@ class Race:
             return best
         end = self.schedule.rungs[self.rung]
         losses_MS, reference_S = self.nll_NS[best, :end], self.nll_NS[best[keep - 1], :end]
-        above = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.schedule.confidence)
-        return best[~above | (np.arange(len(best)) < keep)]
+        out = surely_above(losses_MS, reference_S, self.tokens_S[:end], self.schedule.confidence)
+        out |= self._unlikely(best, end)
+        return best[~out | (np.arange(len(best)) < keep)]
+
+    def _unlikely(self, candidates: Indices, end: int) -> NDArray[np.bool_]:
+        """Who is not likely enough to be among the best, where the schedule has a risk. Differences are per token."""
+        unlikely = np.zeros(len(candidates), bool)
+        difference_MS = (self.nll_NS[candidates, :end] - self.nll_NS[candidates[0], :end]) / self.tokens_S[:end]
+        sound = np.isfinite(difference_MS).all(axis=1)
+        if self.schedule.risk and sound.sum() > self.schedule.keep and end > 1:
+            unlikely[sound] = ~may_be_best(difference_MS[sound].astype(np.float64), BEST, self.schedule.risk)
+        return unlikely
 
     def _sure(self) -> list[int]:
         """Who goes on whatever the missing scores turn out to be, and is not yet at it."""
         if self.over or self.rung + 1 == len(self.schedule.rungs) or self.outstanding > FEWER * self._looked_at:
             return []
         self._looked_at = self.outstanding
-        certain = (self.schedule.keep if math.isinf(self._left()) else self._quota()) - self.outstanding
+        few = math.isinf(self._left()) or self.schedule.risk  # who is likely enough is not known before all scores are
+        certain = (self.schedule.keep if few else self._quota()) - self.outstanding
         end = self.schedule.rungs[self.rung + 1]
         ranked = self._not_out(self._ranked()[: max(0, certain)]).tolist()
         return [c for c in ranked if c not in self._taken and len(self._unknown(c, end))]

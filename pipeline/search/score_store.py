@@ -37,6 +37,11 @@ AT_ONCE = 32
 READ_ATTEMPTS = 5
 
 
+def new_name() -> str:
+    """Of a file that nobody else writes."""
+    return f"{uuid.uuid4().hex}.parquet"
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of N candidates on S samples. In `nll_NS`, NaN: no score; infinity: a loss that was no number. In `hits_NS`,
@@ -57,10 +62,15 @@ class ScoreStore:
     def at(cls, uri: str, fingerprint: str, engine: str, dtype: str) -> "ScoreStore":
         return cls(Folder.at(uri).sub(f"v{SCORING_VERSION}-{fingerprint}-{engine}-{dtype}"))
 
-    def write(self, scores: pa.Table, hashes: Mapping[str, str]) -> str:
-        """Keep scores of schema SCORES; `hashes`: adapter_id -> adapter_hash. Gives the name of their file."""
+    def write(self, scores: pa.Table, hashes: Mapping[str, str], name: str | None = None) -> str:
+        """Keep scores of schema SCORES. Gives the name of their file.
+
+        Args:
+            hashes: adapter_id -> adapter_hash.
+            name: as of `new_name`; None: a new one.
+        """
+        name = name or new_name()
         column = pa.array([hashes[adapter] for adapter in scores["adapter_id"].to_pylist()], pa.string())
-        name = f"{uuid.uuid4().hex}.parquet"
         self.folder.write_table(name, scores.append_column("adapter_hash", column).cast(STORED))
         return name
 
@@ -133,7 +143,7 @@ class ScoreStore:
         values = [name for name in STORED.names if name not in KEY]
         rows = table.group_by(KEY, use_threads=False).aggregate([(name, "first") for name in values])
         merged = rows.rename_columns([name.removesuffix("_first") for name in rows.column_names])
-        self.folder.write_table(f"{uuid.uuid4().hex}.parquet", merged.select(STORED.names).cast(STORED))
+        self.folder.write_table(new_name(), merged.select(STORED.names).cast(STORED))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(self.folder.delete, names))
 
@@ -194,7 +204,7 @@ def record_failures(folder: Folder, failures: dict[str, str]) -> None:
     """Keep why adapters could not be scored: adapter_id -> reason."""
     if failures:
         rows = pa.table([list(failures), list(failures.values())], schema=SCORING_FAILURES)
-        folder.write_table(f"{uuid.uuid4().hex}.parquet", rows)
+        folder.write_table(new_name(), rows)
 
 
 def forget_failures(folder: Folder, reason: str) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import is_transient, one_line
 from pipeline.core.storage import Folder
-from pipeline.search.score_store import ScoreStore, record_failures
+from pipeline.search.score_store import ScoreStore, new_name, record_failures
 
 PERIOD = 1.0
 """Seconds between two files."""
@@ -50,7 +50,7 @@ class ScoreWriter:
         self.written = 0
         """Scores that are in the store for good."""
         self.files: set[str] = set()
-        """Names of the files that were written."""
+        """Names of the files that were written, or are about to be."""
         self._store, self._hashes, self._failures = store, hashes, failures
         self._waiting, self._under_way = _Waiting([], {}), False
         self._error: Exception | None = None
@@ -131,7 +131,8 @@ class ScoreWriter:
     def _write(self, batch: _Waiting) -> None:
         if batch.scores:
             scores = pa.concat_tables(batch.scores)
-            self.files.add(self._store.write(scores, self._hashes))
+            self.files.add(name := new_name())  # before it is there: whoever lists the store meanwhile need not read it
+            self._store.write(scores, self._hashes, name)
             batch.scores.clear()  # else they were written again with the failures
             self.written += len(scores)
         record_failures(self._failures, batch.failures)

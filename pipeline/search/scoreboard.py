@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,7 @@ from pipeline.core.storage import Folder
 from pipeline.core.tables import CANDIDATES
 from pipeline.engines.scorer import Loaded
 from pipeline.search.batch import Batch, Report
-from pipeline.search.race import BASE, Race, Schedule
+from pipeline.search.race import BASE, Race, Schedule, fair_batch
 from pipeline.search.score_store import ScoreStore, read_failures
 
 MAX_DEATHS = 3
@@ -105,11 +105,20 @@ class HeldBy:
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[str, int]] = {}
+        self._adapters: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._time = itertools.count()
 
     def note(self, engine: str, adapters: Iterable[str]) -> None:
         """An engine begins to score adapters, by their hashes."""
-        self._last |= dict.fromkeys(adapters, (engine, next(self._time)))
+        now = engine, next(self._time)
+        for one in adapters:
+            self._adapters[self._last.get(one, now)[0]].pop(one, None)
+            self._adapters[engine][one] = None
+            self._last[one] = now
+
+    def adapters(self, engine: str) -> list[str]:
+        """Those that this engine scored last, by their hashes."""
+        return [*self._adapters[engine]]
 
     def recency(self, engine: str, adapter: str) -> int:
         """The larger, the more recently this engine has begun to score the adapter; -1: another did later, or nobody."""
@@ -179,7 +188,7 @@ class Scoreboard:
         self._tell.startup += startup
 
     def next_batch(self, count: int) -> Batch | None:
-        """Work for an engine, up to `count` adapters; None: there is none at present."""
+        """Work for an engine, up to `count` adapters, and no more than its share; None: there is none at present."""
         if self.is_over:
             return None
         if time.monotonic() > self._first_rung_ends:
@@ -187,7 +196,8 @@ class Scoreboard:
         head = self.race.head()
         # What an engine died of is found by trying one at a time; the base keeps to itself.
         suspect = head is not None and self._deaths[head] > 0
-        candidates, samples = self.race.take(1 if suspect or head == BASE else count)
+        fair = fair_batch(self.race.waiting, self._tell.engines, count)
+        candidates, samples = self.race.take(1 if suspect or head == BASE else fair)
         if not candidates:
             return None
         number = uuid.uuid4().hex
@@ -214,7 +224,8 @@ class Scoreboard:
         # What was taken back meanwhile is others' by now, and none of it may count as this engine's.
         if not (lease.alone or lease.given_back or BASE in lease.candidates):
             recency = lambda row: self._held.recency(engine, self._hashes[row])  # noqa: E731
-            lease.candidates = self.race.exchange(lease.candidates, np.array(lease.samples, np.int64), recency)
+            held = (row for one in self._held.adapters(engine) for row in self._rows_of_hash.get(one, ()))
+            lease.candidates = self.race.exchange(lease.candidates, np.array(lease.samples, np.int64), held, recency)
         self._drop_late(lease)
         rows = [row for row in lease.candidates if self._lacks(row, lease.samples)]
         if not rows:

@@ -67,12 +67,12 @@ def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder)
     return Work(with_base(adapters), samples, store_of(run), failures, run.ledger.running or "search")
 
 
-def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder) -> tuple[Work, Schedule]:
-    """The race that the search runs: the base and these adapters on these samples, within the budget."""
+def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder, risk: float = 0.0) -> tuple[Work, Schedule]:
+    """The race that the search runs: the base and these adapters on these samples, within the budget; `risk` as of `Schedule`."""
     work = make_work(run, in_order(run, catalogue, drawn), drawn, failures)
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
     level = budget.confidence or CONFIDENCE
-    return work, make_schedule(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level)
+    return work, make_schedule(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level, risk)
 
 
 def largest_rank(run: Run, catalogue: pa.Table, merged: int = 0) -> int:

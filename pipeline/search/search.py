@@ -17,7 +17,7 @@ from pipeline.run_folder import Run
 from pipeline.search.contamination import find_contamination
 from pipeline.search.engine_pool import Engines
 from pipeline.search.leaderboard import build_leaderboard, score_table, unsound
-from pipeline.search.past_targets import choose_entrants, record_outcome
+from pipeline.search.past_targets import RISK, choose_entrants, record_outcome
 from pipeline.search.score_store import Known, forget_failures, read_failures
 from pipeline.search.scoring import (
     Contest,
@@ -101,7 +101,8 @@ def _begin(
     score_outliers(run, engines, outliers, drawn, failures, details)
     engine = make_engine(run, catalogue, largest_rank(run, usual, merged_rank(usual["rank"].to_pylist())))
     racing = choose_entrants(run, engines, engine, catalogue, drawn, failures, details)
-    work, schedule = prepare_race(run, racing, drawn, failures)
+    foretold = len(racing) < len(catalogue)
+    work, schedule = prepare_race(run, racing, drawn, failures, RISK if foretold else 0.0)
     return _Begun(Contest(run, work, schedule, details, run.config.search.budget.seconds), engine)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from store_server import StoreServer
 
 from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
@@ -30,7 +31,7 @@ def work(tmp_path: Path) -> Callable[..., Work]:
         columns = [["base", *names], [None, *names], [f"hash-{name}" for name in ("base", *names)]]
         candidates = candidates_table(*columns)
         samples = pa.table({"sample_id": [f"s{n}" for n in range(4)], "completion_mask": [[False, True, True]] * 4})
-        scores = ScoreStore.at(str(tmp_path / store), "base", "vllm", "float32")
+        scores = ScoreStore.at(store if "://" in store else str(tmp_path / store), "base", "vllm", "float32")
         return Work(candidates, samples, scores, Folder.at(tmp_path / "failures"))
 
     return make
@@ -266,6 +267,41 @@ def test_a_store_that_does_not_answer_stops_nothing_before_the_end(
         assert (found.over, found.adapter_samples) == (True, 20)
 
     asyncio.run(scenario())
+
+
+def test_a_race_of_a_thousand_adapters_asks_the_store_for_nothing_of_its_own(
+    work: Callable[..., Work],
+    report: Callable[[Batch], Report],
+    bucket: str,
+    store_server: StoreServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While it is open: a listing now and then, and a request a file of scores; none of these files is read."""
+    monkeypatch.setattr(dispatcher_module, "NEWS", 0.2)
+    asked: list[str] = []
+
+    async def scenario() -> int:
+        dispatcher, thousand = Dispatcher(), work(1000, f"{bucket}/store")
+        await dispatcher.open([1], (thousand, EVERYTHING, None, 50))
+        store_server.requests.clear()
+        for engine in map(str, range(64)):
+            await dispatcher.engine_up(engine, 0.0)
+        while batch := await next_batch(dispatcher):
+            await dispatcher.begin("1", batch.race, batch.number)
+            await dispatcher.report(report(batch))
+            await asyncio.sleep(0.05)
+        assert (await progress(dispatcher, 1)).adapter_samples == 4 * 1001
+        asked.extend(store_server.requests)
+        await dispatcher.close()
+        return len(thousand.store.files())
+
+    files = asyncio.run(scenario())
+    listings = [request for request in asked if "list-type=2" in request]
+    writes = [request for request in asked if request.startswith("PUT ")]
+    assert listings
+    assert len(writes) == files
+    assert len(asked) == len(listings) + files
+    assert len(asked) < 100  # of 1,001 adapters in more than 60 batches, with 64 engines
 
 
 def test_whoever_waits_for_a_race_is_told_at_its_end(work: Callable[..., Work], report: Callable[[Batch], Report]) -> None:

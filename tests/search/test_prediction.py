@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.search.prediction import Prediction, choose_probes, components, next_probes, predict
+from pipeline.search.prediction import (
+    AS_FORETOLD,
+    ENOUGH,
+    Errors,
+    Prediction,
+    choose_probes,
+    components,
+    judge_errors,
+    next_probes,
+    predict,
+)
 
 Floats = NDArray[np.float64]
 
@@ -78,3 +88,32 @@ def test_alike_adapters_are_foretold_alike() -> None:
     foretold = predict(parts, choose_probes(parts, 4), np.zeros(4))
     assert np.ptp(foretold.mean_N) == pytest.approx(0)
     assert len(next_probes(foretold, np.arange(4), np.zeros(4), 8, 20)) == 16
+
+
+def test_errors_that_are_as_foretold_change_nothing() -> None:
+    errors = judge_errors(np.random.default_rng(0).standard_normal(400))
+    assert errors.scale == pytest.approx(1.0, abs=0.1)
+    assert errors.peaked < 0.3
+    assert judge_errors(np.full(ENOUGH - 1, 9.0)) == AS_FORETOLD  # too few
+    assert AS_FORETOLD.quantile(0.01) == pytest.approx(-2.326, abs=1e-3)
+
+
+def test_errors_that_are_larger_or_heavier_tailed_than_foretold_let_more_in() -> None:
+    generator = np.random.default_rng(0)
+    large, heavy = judge_errors(2 * generator.standard_normal(400)), judge_errors(generator.standard_t(3, 400) / 3**0.5)
+    assert large.scale == pytest.approx(2.0, rel=0.1)
+    assert heavy.peaked > 1
+    foretold = Prediction(np.append(np.zeros(8), np.linspace(1, 20, 40)), np.ones(48))
+    let_in = [len(next_probes(foretold, np.arange(8), np.zeros(8), 8, 48, errors)) for errors in (AS_FORETOLD, large, heavy)]
+    assert let_in[0] < let_in[2]
+    assert let_in[0] < let_in[1]
+
+
+def test_the_quantile_is_that_of_heavy_tails() -> None:
+    """As of draws of Student's t with 10 degrees of freedom, whose excess kurtosis is 1."""
+    draws = np.random.default_rng(0).standard_t(10, 10**6) * (8 / 10) ** 0.5
+    assert Errors(1.0, 1.0).quantile(0.003) == pytest.approx(np.quantile(draws, 0.003), rel=0.1)
+
+
+def test_equal_errors_have_no_tails() -> None:
+    assert judge_errors(np.full(50, 0.5)) == AS_FORETOLD

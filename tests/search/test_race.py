@@ -17,6 +17,7 @@ from pipeline.search.race import (
     Floats,
     Race,
     Schedule,
+    fair_batch,
     finalists,
     make_schedule,
     surely_above,
@@ -177,6 +178,21 @@ def test_work_that_came_to_nothing_is_given_out_before_other_work() -> None:
     assert second == [3, 4, 5]
 
 
+def test_those_that_are_preferred_are_taken_in_place_of_others_and_nobody_else_is_looked_at() -> None:
+    race, looked_at = next(drops()), list[int]()
+    taken, samples = race.take(4)
+    race.report(1, samples, [1.0] * len(samples))
+
+    def preference(candidate: int) -> float:
+        looked_at.append(candidate)
+        return 1.0 if candidate in (20, 25) else -1.0
+
+    now = race.exchange(taken[2:], samples, [1, 2, 20, 25, BASE], preference)  # 1 is done, 2 is taken
+    assert sorted(now) == [20, 25]
+    assert set(looked_at) == {2, 3, 20, 25}
+    assert race.take(2)[0] == [2, 3]  # given back
+
+
 def test_who_is_set_aside_stops_nothing() -> None:
     nll, tokens = losses(4, 30)
     race = Race(make_schedule(30, N_SEARCH, N_HOLDOUT, 0.5), tokens, empty(nll))
@@ -209,6 +225,59 @@ def test_when_time_is_over_who_was_not_reached_is_left_out() -> None:
     finish(race, nll)
     assert (race.seen_N()[1:30] == S).sum() == KEEP == finalists(50)
     assert race.drop_pending() == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), workers=st.integers(1, 40))
+def test_a_race_with_a_risk_depends_on_the_scores_alone(seed: int, workers: int) -> None:
+    nll, tokens = losses(seed, 120)
+    schedule = make_schedule(120, N_SEARCH, N_HOLDOUT, 0.3, risk=0.1)
+    one, many = Race(schedule, tokens, empty(nll)), Race(schedule, tokens, empty(nll))
+    finish(one, nll)
+    scored = finish(many, nll, np.random.default_rng(seed), workers)
+    assert one.seen_N().tolist() == many.seen_N().tolist()
+    assert max(scored.values()) == 1
+
+
+def test_a_risk_saves_scores_and_keeps_the_best() -> None:
+    used, lost = [0, 0], 0
+    for seed in range(20):
+        nll, tokens = losses(seed, 200)
+        schedules = [make_schedule(200, N_SEARCH, N_HOLDOUT, 0.5, risk=risk) for risk in (0.0, 0.1)]
+        plain, risky = (Race(schedule, tokens, empty(nll)) for schedule in schedules)
+        used[0] += len(finish(plain, nll))
+        used[1] += len(finish(risky, nll))
+        lost += len(best(nll, tokens, 3) - set(np.flatnonzero(risky.seen_N() == S).tolist()))
+        assert (risky.seen_N()[1:] == S).sum() >= KEEP
+    assert used[1] < 0.9 * used[0]
+    assert lost <= 3
+
+
+def test_a_loss_that_is_no_number_stops_no_race_with_a_risk() -> None:
+    nll, tokens = losses(5, 60)
+    nll[7], nll[9] = np.nan, np.inf
+    schedule = make_schedule(60, N_SEARCH, N_HOLDOUT, 0.4, risk=0.1)
+    race = Race(schedule, tokens, empty(nll))
+    finish(race, nll)
+    assert race.seen_N()[7] == race.seen_N()[9] == schedule.rungs[0]
+    assert (race.seen_N() == S).sum() >= KEEP
+
+
+def test_towards_the_end_of_a_rung_engines_share_what_waits() -> None:
+    assert [fair_batch(waiting, 1, 32) for waiting in (100, 20, 0)] == [32, 20, 1]
+    assert [fair_batch(waiting, 8, 32) for waiting in (1000, 100, 8, 3)] == [32, 13, 1, 1]
+    assert fair_batch(100, 0, 32) == 32  # no engine is up yet
+
+
+def test_who_waits_is_counted() -> None:
+    race = next(drops())
+    race.take(3)
+    assert race.waiting == 27
+
+
+def test_with_a_risk_rungs_are_closer() -> None:
+    assert make_schedule(200, 24, 8, 0.5).rungs == (4, 8, 16, 24, 32)
+    assert make_schedule(200, 24, 8, 0.5, risk=0.1).rungs == (4, 6, 8, 12, 16, 24, 32)
 
 
 def test_a_bound_is_on_the_paired_difference() -> None:

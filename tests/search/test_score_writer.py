@@ -133,3 +133,19 @@ def test_a_failure_that_could_not_be_written_does_not_write_the_scores_again(
     writer.flush(10)
     assert len(times) == 2
     assert len(stored(store)) == 100
+
+
+def test_the_name_of_a_file_is_known_before_it_is_there(
+    store: ScoreStore, writer: ScoreWriter, scores: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a race would read its own scores where it lists the store in between."""
+    known, right = [], Folder.write_table
+
+    def write(folder: Folder, name: str, *asked: Any) -> None:
+        known.append(name in writer.files)
+        right(folder, name, *asked)
+
+    monkeypatch.setattr(Folder, "write_table", write)
+    writer.add(scores, {})
+    writer.flush(10)
+    assert known == [True]

@@ -14,7 +14,7 @@ from pipeline.search import scoreboard as board_module
 from pipeline.search.batch import Batch, Report, candidates_table
 from pipeline.search.race import Schedule
 from pipeline.search.score_store import ScoreStore, record_failures
-from pipeline.search.scoreboard import Scoreboard, Work
+from pipeline.search.scoreboard import HeldBy, Scoreboard, Work
 
 EVERYTHING = Schedule((4,), None, 1.0)
 
@@ -90,6 +90,22 @@ def test_the_base_goes_alone_and_adapters_in_batches(tmp_path: Path) -> None:
     assert (progress.engines, progress.startup) == (1, 2.5)
     assert progress.seen == [4, 4, 4, 4]
     assert board.batches_out == 0
+
+
+def test_an_adapter_is_held_by_who_scored_it_last() -> None:
+    held = HeldBy()
+    held.note("one", ["a", "b"])
+    held.note("other", ["b", "c"])
+    assert [held.adapters(engine) for engine in ("one", "other", "third")] == [["a"], ["b", "c"], []]
+    assert held.recency("one", "b") == -1
+    assert held.recency("other", "b") > held.recency("one", "a")
+
+
+def test_the_last_adapters_of_a_rung_are_shared_among_the_engines(tmp_path: Path) -> None:
+    board = Scoreboard(work_on(tmp_path, [*"abcdefghij"]), EVERYTHING)
+    board.engine_up(4, 2.5)
+    sizes = [len(names(batch)) for batch in iter(lambda: board.next_batch(8), None)]
+    assert sizes == [1, 3, 2, 2, 1, 1, 1]  # the base alone
 
 
 def test_a_batch_carries_the_adapters_and_the_samples_that_they_lack(tmp_path: Path) -> None:
