@@ -30,7 +30,8 @@ from pipeline.plan.estimate import compare_with_plan, estimate_before_search, wr
 from pipeline.report.finetuned_card import write_finetuned_card
 from pipeline.report.page import write_report
 from pipeline.run_folder import Run
-from pipeline.search.engine_pool import Engines, require_engine, warm_up
+from pipeline.search.early_engine import begin_early
+from pipeline.search.engine_pool import Engines, require_engine
 from pipeline.search.search import search, search_key, search_together
 from pipeline.train import tracking
 from pipeline.train.comparison import compare_starts, train_one
@@ -69,7 +70,7 @@ def find_start(config: Config) -> dict[str, Any]:
 def _to_the_merge(run: Run) -> None:
     engines = Engines(run.config.search)
     with engines.kept():
-        index(run, meanwhile=lambda: warm_up(run.config.search))
+        index(run, meanwhile=partial(begin_early, run, engines, partial(largest_merge, config=run.config.merge)))
         _samples(run)
         search_and_merge(run, engines)
 

@@ -38,7 +38,7 @@ def config(tiny_base: str, make_adapter: Any, write_jsonl: Any, tmp_path: Path) 
 def mashup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     # Ray's log handlers keep the standard error of the test that started Ray, which is closed by now.
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.setattr("pipeline.run.warm_up", lambda search: None)  # no engine is come to
+    monkeypatch.setattr("pipeline.run.begin_early", lambda *given: None)  # no engine is come to
 
     def call(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["mashup", *arguments])

@@ -58,9 +58,9 @@ MAX_NORM = 1e15
 MAX_ROUNDING = 0.1
 """By how much of its norm a delta weight may change in bfloat16; honest ones lose some 0.003."""
 
-ADAPTERS_PER_TASK, MAX_TASKS = 8, 256
+ADAPTERS_PER_TASK, MAX_TASKS = 16, 256
 """A task checks so many adapters, and more in a large pool: Ray Data keeps a record of each task in the driver's memory. It keeps
-the rows of so many as soon as it has them."""
+the rows of so many as soon as it has them. To import what a check needs takes a process as long as to check some twenty."""
 
 
 def build_catalogue(

@@ -1,7 +1,7 @@
 """The stage `index`: a pool of adapters -> catalogue.parquet."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import peft
 import pyarrow as pa
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.adapters.catalogue import CHECKS, build_catalogue, valid_adapters
 from pipeline.adapters.kept_rows import KEPT, KeptRows
-from pipeline.adapters.pool import A_CHECKPOINT, look_at
+from pipeline.adapters.pool import A_CHECKPOINT, Listed, look_at
 from pipeline.core.base_ref import name_of
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
@@ -27,11 +27,11 @@ MAX_KINDS = 8
 """That are told after an index."""
 
 
-def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
+def index(run: Run, meanwhile: Callable[[Sequence[Listed]], None] = lambda found: None) -> None:
     """Check every adapter of the pool; of those that were checked before, and are as they were, the rows are kept.
 
     Args:
-        meanwhile: called when the check begins, to prepare what comes after it.
+        meanwhile: called with what the pool lists when the check begins, to prepare what comes after it.
     """
     config = run.config
     linear_shapes(config.base)  # an unknown base is said before anything starts
@@ -40,7 +40,7 @@ def index(run: Run, meanwhile: Callable[[], None] = lambda: None) -> None:
     if run.ready("index", key):
         return
     run.progress.say(f"checking {len(pool.found)} adapters of {config.pool} against {name_of(config.base)}")
-    meanwhile()
+    meanwhile(pool.found)
     with run.ledger.perform("index", key) as details:
         factored = run.folder.sub("factored").uri
         checked = lambda n, total: run.progress.count(n, total, "adapters checked")  # noqa: E731

@@ -52,6 +52,11 @@ def connect() -> float:
     return time.perf_counter() - started
 
 
+def is_own() -> bool:
+    """Whether the cluster at hand is one that this process started, and nobody else works in it."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
 def set_data_context() -> None:
     """How Ray Data works for us: without a word, and reading Parquet by the tasks that read everything else. Ray's newer reader
     begins each read with 32 actors for the files' footers, each a process of its own."""

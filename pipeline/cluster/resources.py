@@ -84,12 +84,16 @@ def live_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def share_of_node() -> tuple[float, float]:
+def share_of_node(cpus: float | None = None) -> tuple[float, float]:
     """The share of this node that this worker was given, by GPUs or where it has none by CPUs, and the node's memory in bytes as
-    Ray counts it. For a Ray worker."""
+    Ray counts it. For a Ray worker.
+
+    Args:
+        cpus: those that it computes with, where Ray was told of others.
+    """
     here = ray.get_runtime_context()
     [node] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here.get_node_id()]
-    mine = here.get_assigned_resources()
+    mine = here.get_assigned_resources() if cpus is None else {"CPU": cpus}
     kind = "GPU" if mine.get("GPU") else "CPU"
     return mine.get(kind, 0.0) / node.get(kind, 1.0), node.get("memory", 0.0)
 

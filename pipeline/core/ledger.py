@@ -3,7 +3,8 @@
 A stage is done for a key, the digest of everything that its result depends on. The same key again: its result is kept.
 Another key: what it left is removed and it runs anew, and the stages after it are open again. Seconds add up over the
 attempts of one key, so that a run which was interrupted is honest about its cost; of an attempt that is killed, what passed
-since its last `beat` is lost.
+since its last `beat` is lost. `spans` are the attempts themselves, each from when to when in seconds since 1970: what ran after
+what, and with how long a break.
 
 Where the one file cannot be read, as a disk or a person damaged it, the other is used. A stage counts as done only if its output
 files are there, whole. Both files are written before the results of a stage are removed, so that neither names those of another
@@ -80,8 +81,10 @@ class Ledger:
         return float(self.records.get(stage, {}).get("seconds", 0.0))
 
     def note(self, name: str, seconds: float) -> None:
-        """Add time that was spent outside of the stages."""
-        self.records[name] = {"key": "", "done": True, "seconds": self.seconds(name) + seconds, "details": {}}
+        """Add time that was spent outside of the stages, and ends now."""
+        spans = [*self.records.get(name, {}).get("spans", ()), [_now() - round(seconds, 2), _now()]]
+        spent = self.seconds(name) + seconds
+        self.records[name] = {"key": "", "done": True, "seconds": spent, "details": {}, "spans": spans}
         self._save()
 
     @contextmanager
@@ -98,6 +101,7 @@ class Ledger:
             self._run.delete(name)
         # Only now: who is killed before has removed a part, and what is left must not pass for work on this key.
         self.records[stage] = record
+        record.setdefault("spans", []).append([_now(), _now()])
         self._running = (stage, time.perf_counter(), record["seconds"])
         self._save()
         try:
@@ -115,6 +119,7 @@ class Ledger:
             return
         stage, started, before = self._running
         seconds = self.records[stage]["seconds"] = before + time.perf_counter() - started
+        self.records[stage]["spans"][-1][1] = _now()
         self._write()
         self._tell(stage, seconds)
 
@@ -138,6 +143,10 @@ class Ledger:
 
     def _back_up(self) -> None:
         self._run.write_json(BACKUP, self.records)
+
+
+def _now() -> float:
+    return round(time.time(), 2)
 
 
 def _read(run: Folder, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:

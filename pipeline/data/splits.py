@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ray.data import ExecutionResources
 
 from pipeline.config import BY_CHOICES, ROLES, Config
 from pipeline.core.errors import InputError, is_transient, one_line
@@ -39,6 +40,10 @@ MAX_PROBLEMS = 10
 
 UNORDERED = "tokenised"
 """Folder of the shards, for as long as they are needed."""
+
+ONE_PROCESS = 4 << 20
+"""Bytes of a target that one process reads: a second one takes as long to import what it needs, and the CPU from what goes on
+beside it."""
 
 Counts = dict[str, dict[str, int]]
 """How many rows of a role were used, and how many passed over for which reason."""
@@ -177,6 +182,8 @@ def _tokenised(paths: dict[str, str], config: Config, folder: Folder) -> pa.Tabl
         for role, path in paths.items()
     ]
     shards = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+    if sum(size for path in paths.values() for _, size, _ in Folder.at(path).state()) <= ONE_PROCESS:
+        shards.context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=1)
     reports = shards.iter_batches(batch_format="pyarrow", batch_size=None)
     try:
         tables = [report.select(SHARDS.names).cast(SHARDS) for report in reports if report.num_rows]

@@ -57,6 +57,15 @@ class EngineConfig:
     disk_bytes: int | None = None
     """Adapters of object stores on the node's disk; None: what the worker finds to be free."""
 
+    def serves(self, asked: "EngineConfig") -> bool:
+        """Whether an engine of this config can hold what is asked of one."""
+        return (
+            replace(self, max_rank=asked.max_rank, max_tokens=asked.max_tokens, target_modules=asked.target_modules) == asked
+            and self.max_rank >= asked.max_rank
+            and self.max_tokens >= asked.max_tokens
+            and set(self.target_modules) >= set(asked.target_modules)
+        )
+
 
 @dataclass
 class Loaded:

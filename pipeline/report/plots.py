@@ -264,15 +264,19 @@ def _draw_leaderboard(figure: Figure, rows: Sequence[Mapping[str, Any]], donors:
 
 def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     axes = figure.subplots()
-    bars, seconds = range(len(stages)), [float(stage["seconds"]) for stage in stages.values()]
-    colours = [BASE_COLOUR if name == "compare" else MASHUP_COLOUR for name in stages]
-    axes.barh(bars, seconds, color=colours, height=0.62)
+    bars, spans = range(len(stages)), timeline(stages)
+    for bar, (name, mine) in zip(bars, spans.items(), strict=True):
+        lefts, widths = [left for left, _ in mine], [width for _, width in mine]
+        axes.barh([bar] * len(mine), widths, left=lefts, color=BASE_COLOUR if name == "compare" else MASHUP_COLOUR, height=0.62)
+        end = mine[-1][0] + mine[-1][1], bar
+        label = duration(float(stages[name]["seconds"]))
+        axes.annotate(label, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=11)
     starting = [start_up(stage) for stage in stages.values()]
-    axes.barh(bars, starting, color="none", edgecolor=INK, hatch="////", linewidth=0, height=0.62)
-    for bar, value in zip(bars, seconds, strict=True):
-        axes.annotate(duration(value), (value, bar), xytext=(5, 0), textcoords="offset points", va="center", fontsize=11)
+    begun = [mine[0][0] for mine in spans.values()]
+    axes.barh(bars, starting, left=begun, color="none", edgecolor=INK, hatch="////", linewidth=0, height=0.62)
     axes.set_yticks(bars, list(stages))
-    axes.set(xlabel="seconds", ylim=(len(stages) - 0.4, -0.6), xlim=(0, 1.25 * max([1.0, *seconds])))
+    last = max(left + width for mine in spans.values() for left, width in mine)
+    axes.set(xlabel="seconds, breaks left out", ylim=(len(stages) - 0.4, -0.6), xlim=(0, 1.25 * max(1.0, last)))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     _legend(figure, [(MASHUP_COLOUR, "donors: find, score, merge"), (BASE_COLOUR, "train and test")], any(starting))
@@ -292,6 +296,20 @@ def _draw_pays(figure: Figure, parity: Mapping[str, Any]) -> None:
     axes.axvline(here / size, color=NEUTRAL, linestyle="--", linewidth=1.2, label="this run")
     axes.set(xlabel=f"training from the base, {unit}", ylabel=f"time to parity, {unit}", xlim=(0, None), ylim=(0, None))
     legend_above(figure, axes)
+
+
+def timeline(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """When each stage ran: for each attempt the seconds before it, those in which nothing ran left out, and those that it took.
+    Stages of run folders that do not say when are put one behind the other."""
+    if not all(stage.get("spans") for stage in stages.values()):
+        seconds = [float(stage["seconds"]) for stage in stages.values()]
+        return {name: [(sum(seconds[:place]), seconds[place])] for place, name in enumerate(stages)}
+    spans = sorted((began, end) for stage in stages.values() for began, end in stage["spans"])
+    idle, last, shift = 0.0, spans[0][0], dict[float, float]()
+    for began, end in spans:
+        idle += max(0.0, began - last)
+        last, shift[began] = max(last, end), spans[0][0] + idle
+    return {name: [(began - shift[began], end - began) for began, end in stage["spans"]] for name, stage in stages.items()}
 
 
 def start_up(stage: Mapping[str, Any]) -> float:

@@ -47,7 +47,8 @@ class ScoringActor:
     patience = 600.0
     """Seconds that a batch may take beyond ten times what it should."""
 
-    def __init__(self, engine: str, config: EngineConfig, dispatcher: Any) -> None:
+    def __init__(self, engine: str, config: EngineConfig, dispatcher: Any, cpus: float | None) -> None:
+        """`cpus`: those that it computes with, where it has no GPU."""
         started = time.perf_counter()
         self.dispatcher = dispatcher
         self.adapters, self.indexed = AdapterCache(max_bytes=config.disk_bytes), IndexedAdapters()
@@ -60,7 +61,7 @@ class ScoringActor:
         if work is None:
             raise RuntimeError("the search ended before this engine started")
         if config.kept_bytes is None:
-            share, memory = share_of_node()
+            share, memory = share_of_node(cpus)
             config = replace(config, kept_bytes=round(KEPT_SHARE * share * memory))
         self.scorer = self._start(engine, config, work)
         self.token_seconds = 0.01  # of the last batch; what a slow machine needs, until there was one

@@ -58,7 +58,8 @@ class Dispatcher:
     def __init__(self) -> None:
         self._races: dict[int, _OpenRace] = {}
         self._following: list[asyncio.Task[None]] = []
-        self._engines = set[str]()
+        self._engines, self._startup = set[str](), 0.0
+        self._expected: Work | None = None
         self._held, self._given = HeldBy(), 0
         self._fault: Exception | None = None
         self._closed = False
@@ -77,9 +78,16 @@ class Dispatcher:
         opened = await asyncio.gather(*opening)
         if self._engines:
             for one in opened:
-                one.board.engine_up(len(self._engines), 0.0)
+                one.board.engine_up(len(self._engines), self._startup)
+            self._startup = 0.0
         await self._change_to(opened)
         self._following = [asyncio.create_task(self._follow_store(one)) for one in opened]  # asyncio itself keeps no task alive
+
+    async def expect(self, work: Work) -> None:
+        """There will be a race: an engine that starts before it is open proves itself on these samples."""
+        async with self._changed:
+            self._expected = work
+            self._changed.notify_all()
 
     async def next_batch(self) -> pa.Table | None:
         """The next block of the stream; waits until there is one. None: the stream ends."""
@@ -94,10 +102,13 @@ class Dispatcher:
         return None
 
     async def work(self) -> Work | None:
-        """What an engine that starts is to be proved on; waits for a race. None: there is none to come."""
+        """What an engine that starts is to be proved on; waits for a race, or until one is expected. None: there is none to
+        come."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._races or self._closed)
-            return None if self._closed or not self._races else next(iter(self._races.values())).board.work
+            await self._changed.wait_for(lambda: self._races or self._expected or self._closed)
+            if self._closed:
+                return None
+            return next((one.board.work for one in self._races.values()), self._expected)
 
     async def engine_up(self, engine: str, startup: float) -> None:
         """An engine can score; it took so many seconds to start."""
@@ -158,6 +169,8 @@ class Dispatcher:
 
     def _add_engine(self, engine: str, startup: float) -> None:
         self._engines.add(engine)
+        if not self._races:
+            self._startup += startup  # which the first race is told
         for one in self._races.values():
             one.board.engine_up(len(self._engines), startup)
 

@@ -19,24 +19,20 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy
 from ray.data.context import AutoscalingConfig
-from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.resources import MOST_AHEAD, Resources, describe, require, worker_env, worker_resources, workers_at_once
 from pipeline.config import SearchConfig
 from pipeline.core.errors import InputError
-from pipeline.engines.scorer import EngineConfig, import_scorer
+from pipeline.engines.scorer import EngineConfig
 from pipeline.model.base_model import cpu_dtype, fast_dtype, linear_shapes
 from pipeline.search.actor import ScoringActor
+from pipeline.search.batch_source import BatchSource
 from pipeline.search.dispatcher import IN_FLIGHT, Dispatcher
 from pipeline.search.race import Schedule
 from pipeline.search.scoreboard import RaceProgress, Work
@@ -134,21 +130,6 @@ def score_stream(
     return Engines(search).race(work, engine, schedule, seconds)
 
 
-def warm_up(search: SearchConfig) -> None:
-    """Let a worker import what an engine needs while something else is done: Ray starts the engine in the process that has it.
-
-    On CPUs alone; what is imported where no GPU was given sees none later.
-    """
-    resources = scoring_resources(search)
-    if not resources.gpus:
-        ray.remote(_import_engine).options(num_cpus=0, max_retries=0, runtime_env=worker_env(resources)).remote(search.engine)
-
-
-def _import_engine(engine: str) -> None:
-    with suppress(RuntimeError):  # who starts it says so
-        import_scorer(engine)
-
-
 Asked = tuple[Work, Schedule, float | None]
 """A race: what it scores, by which schedule, and the seconds that it may take, engine start apart, in place of the schedule's
 budget."""
@@ -184,7 +165,7 @@ class Engines:
             InputError: no node of the cluster can hold an engine, or the engine cannot serve the base.
             EngineFaultError: an engine does not give the losses that plain transformers and PEFT give.
         """
-        if self._running and (self._running.done() or not _serves(self._engine, engine)):
+        if self._running and (self._running.done() or not (self._engine and self._engine.serves(engine))):
             self.close()
         self._dispatcher = self._dispatcher or _on_this_node(Dispatcher).remote()
         opened = {self._races + n: ray.put((*one, engine.adapters_per_batch)) for n, one in enumerate(asked, 1)}
@@ -201,12 +182,26 @@ class Engines:
             if not self.keeping:
                 self.close()
 
+    def begin(self, engine: EngineConfig, work: Work) -> None:
+        """Start an engine before there is a race for it, alone on this machine: Ray is not told of its CPUs, else nothing else
+        could work meanwhile. What goes wrong with it the first race is told.
+
+        Args:
+            work: with samples that it is to prove itself on, and no candidates.
+        """
+        self._dispatcher = self._dispatcher or _on_this_node(Dispatcher).remote()
+        self._dispatcher.expect.remote(work)  # not waited for, as its process may only just start: engines ask for it
+        self._run(engine, _stream(engine, self._search, self._dispatcher, 1, alone=True))
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Within, the engines that a race started stay up for the next one; who kept them before keeps them still."""
         before, self.keeping = self.keeping, True
         try:
             yield
+        except BaseException:
+            self._idle = False  # who has failed does not wait for an engine to start or to end
+            raise
         finally:
             self.keeping = before
             if not before:
@@ -260,35 +255,15 @@ class Engines:
         """See to it that there are engines, which run until `_running` ends; what fails in their stream is raised here."""
         if not self._running:
             require_engine(self._search)
-            self._engine, stream = engine, _stream(engine, self._search, self._dispatcher, candidates)
-            pool = ThreadPoolExecutor(max_workers=1)
-            self._running = pool.submit(_drain, stream)
-            pool.shutdown(wait=False)  # who is interrupted goes on to take the dispatcher away, which ends the stream
+            self._run(engine, _stream(engine, self._search, self._dispatcher, candidates))
         elif self._running.done():
             self._running.result()
             raise RuntimeError("all engines ended before the race did")
 
-
-class BatchSource(Datasource):
-    """Gives what the dispatcher hands out, a block of one row each, until the stream is to end."""
-
-    def __init__(self, dispatcher: Any) -> None:
-        super().__init__()
-        self._dispatcher = dispatcher
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task, which goes on for as long as the stream does."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_blocks, self._dispatcher), unknown)]
-
-
-def _blocks(dispatcher: Any) -> Iterator[pa.Table]:
-    with suppress(RayActorError):  # the driver took it away: all is over
-        while (block := ray.get(dispatcher.next_batch.remote())) is not None:
-            yield block
+    def _run(self, engine: EngineConfig, stream: ray.data.Dataset) -> None:
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._engine, self._running = engine, pool.submit(_drain, stream)
+        pool.shutdown(wait=False)  # who is interrupted goes on to take the dispatcher away, which ends the stream
 
 
 def _drain(stream: ray.data.Dataset) -> int:
@@ -296,8 +271,10 @@ def _drain(stream: ray.data.Dataset) -> int:
     return sum(1 for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
 
-def _stream(engine: EngineConfig, search: SearchConfig, dispatcher: Any, candidates: int) -> ray.data.Dataset:
-    """Batches of work through a pool of engines, for so many candidates."""
+def _stream(
+    engine: EngineConfig, search: SearchConfig, dispatcher: Any, candidates: int, alone: bool = False
+) -> ray.data.Dataset:
+    """Batches of work through a pool of engines, for so many candidates. `alone`: as of `Engines.begin`."""
     resources = scoring_resources(search)
     most = math.ceil(candidates / engine.adapters_per_batch) if search.actors == "auto" else search.actors
     # At least, as Ray Data lets go what goes beyond the nodes that are up; an actor that waits is what the autoscaler sees.
@@ -313,13 +290,13 @@ def _stream(engine: EngineConfig, search: SearchConfig, dispatcher: Any, candida
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=least,
-            max_size=max(least, most),
+            max_size=least if alone else max(least, most),
             max_tasks_in_flight_per_actor=IN_FLIGHT,
             max_concurrent_calls_per_actor=IN_FLIGHT,
             enable_true_multi_threading=True,
         ),
-        fn_constructor_args=(search.engine, engine, dispatcher),
-        num_cpus=resources.cpus,
+        fn_constructor_args=(search.engine, engine, dispatcher, None if resources.gpus else resources.cpus),
+        num_cpus=0 if alone else resources.cpus,
         num_gpus=resources.gpus,
         runtime_env=worker_env(resources),
     )
@@ -337,14 +314,3 @@ def _here() -> dict[str, Any]:
 
 def _on_this_node(actor: type) -> Any:
     return ray.remote(actor).options(**_here(), max_restarts=-1, max_task_retries=-1)
-
-
-def _serves(up: EngineConfig | None, asked: EngineConfig) -> bool:
-    """Whether an engine that is up can hold what is asked of one."""
-    return (
-        up is not None
-        and replace(up, max_rank=asked.max_rank, max_tokens=asked.max_tokens, target_modules=asked.target_modules) == asked
-        and up.max_rank >= asked.max_rank
-        and up.max_tokens >= asked.max_tokens
-        and set(up.target_modules) >= set(asked.target_modules)
-    )

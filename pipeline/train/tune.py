@@ -62,6 +62,7 @@ def _tune(jobs: Sequence[Job], storage: Folder, callbacks: list[tune.Callback]) 
         param_space={"arm": tune.grid_search([_about(job) for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=arms_at_once(train, len(jobs)),
+            reuse_actors=True,  # of arms that run one after the other one process waits for all
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),

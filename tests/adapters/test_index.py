@@ -24,7 +24,7 @@ def test_a_pool_is_checked_once_and_again_where_it_changed(
     run, checks = run_on(tiny_base, tmp_path), list[str]()
     make_adapter(tmp_path / "pool/one", tiny_base)
     for _ in range(2):
-        index(run, meanwhile=lambda: checks.append("checked"))
+        index(run, meanwhile=lambda found: checks.append("checked"))
     assert checks == ["checked"]
     assert run.folder.read_table("catalogue.parquet")["adapter_id"].to_pylist() == ["one"]
     make_adapter(tmp_path / "pool/two", tiny_base, rank=2)

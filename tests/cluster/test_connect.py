@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline.cluster.connect import TOKEN_HINT, connect, require_answer
+from pipeline.cluster.connect import TOKEN_HINT, connect, is_own, require_answer
 from pipeline.core.errors import InputError
 
 
@@ -102,3 +102,10 @@ def test_ray_is_started_again_where_the_machine_was_too_busy(monkeypatch: pytest
     else:
         connect()
     assert [call["address"] for call in calls] == ["local"] * starts
+
+
+def test_a_cluster_is_the_runs_own_unless_its_address_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert is_own()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert not is_own()

@@ -170,6 +170,16 @@ def test_a_failed_attempt_is_not_done_and_keeps_its_work_and_its_time(tmp_path: 
     with second.perform("search", "a"):
         assert folder.exists("scores/one")
     assert second.seconds("search") > spent > 0
+    (began, failed), (again, end) = ledger(tmp_path).records["search"]["spans"]
+    assert began <= failed <= again <= end
+
+
+def test_what_is_spent_outside_of_the_stages_is_told_with_its_time(tmp_path: Path) -> None:
+    this = ledger(tmp_path)
+    this.note("ray", 3.0)
+    this.note("ray", 2.0)
+    assert this.seconds("ray") == 5.0
+    assert [end - began for began, end in ledger(tmp_path).records["ray"]["spans"]] == pytest.approx([3, 2], abs=0.1)
 
 
 def test_another_key_removes_what_was_left_and_starts_the_clock_anew(tmp_path: Path) -> None:

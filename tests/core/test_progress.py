@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from nodes import descendants, kill
 
-from pipeline.core.progress import Progress, got_on, standstill
+from pipeline.core.progress import Progress, got_on, quiet_libraries, standstill
 
 
 def test_a_counter_says_its_first_and_its_last_step_and_little_between(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,3 +104,10 @@ time.sleep(60)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == code
     assert "Exception ignored" not in done.stderr
+
+
+def test_threads_do_not_spin_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
+        quiet_libraries()
+        assert os.environ["OMP_WAIT_POLICY"] == expected

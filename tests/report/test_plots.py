@@ -133,3 +133,20 @@ def test_the_time_plot_writes_each_stage_and_its_time(every_plot: list[str]) -> 
 def _comparison(rows: list[tuple[str, int, float | None]]) -> pa.Table:
     values = [{"init": init, "lr": 1e-4, "seed": seed, "step": 0, "eval_nll": loss} for init, seed, loss in rows]
     return pa.Table.from_pylist(values, schema=COMPARISON)
+
+
+def test_stages_stand_where_they_ran_and_breaks_are_left_out() -> None:
+    """Of a run that was interrupted in its search and taken up again a day later."""
+
+    def stage(seconds: float, *spans: list[float]) -> dict[str, object]:
+        return {"seconds": seconds, "details": {}, "spans": [*spans]}
+
+    day = 86_400.0
+    stages = {
+        "index": stage(8, [100, 108]),
+        "search": stage(25, [109, 119], [day, day + 15]),
+        "merge": stage(5, [day + 15, day + 20]),
+    }
+    assert plots.timeline(stages) == {"index": [(0, 8)], "search": [(8, 10), (18, 15)], "merge": [(33, 5)]}
+    old = {"index": {"seconds": 8, "details": {}}, "search": {"seconds": 25, "details": {}}}
+    assert plots.timeline(old) == {"index": [(0, 8)], "search": [(8, 25)]}

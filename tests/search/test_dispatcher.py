@@ -317,6 +317,25 @@ def test_whoever_waits_for_a_race_is_told_at_its_end(work: Callable[..., Work], 
     asyncio.run(scenario())
 
 
+def test_an_engine_may_be_up_before_the_first_race_which_is_told_what_it_took(
+    work: Callable[..., Work], report: Callable[[Batch], Report]
+) -> None:
+    async def scenario() -> None:
+        dispatcher, expected, asked = Dispatcher(), work(0), work(1)
+        await dispatcher.expect(expected)
+        assert await dispatcher.work() is expected
+        await dispatcher.engine_up("one", 2.0)
+        assert await next_batch(dispatcher) is None
+        for race, startup in ((1, 2.0), (2, 0.0)):
+            await dispatcher.open([race], (asked, EVERYTHING, None, 2))
+            assert await dispatcher.work() is asked
+            await finish(dispatcher, report)
+            found = await progress(dispatcher, race)
+            assert (found.over, found.engines, found.startup) == (True, 1, startup)
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_refuses_is_told_of(work: Callable[..., Work]) -> None:
     fault = InputError("it cannot serve the base")
 

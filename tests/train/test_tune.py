@@ -1,6 +1,7 @@
 """Arms side by side: which of them are trained. How one is trained: tests/train/test_ray_train.py and test_tracking.py."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,22 @@ def test_an_arm_is_steered_from_the_head_and_may_have_all_cpus(
     head = next(node["NodeID"] for node in ray.nodes() if tune.HEAD in node["Resources"])
     assert outcome["node"] == head
     assert "CPU" not in outcome["asked"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_arms_that_run_one_after_the_other_are_steered_by_one_process(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
+        name = trial["arm"]["name"]
+        storage.write_json(f"{name}/result.json", {"process": os.getpid(), "name": name, "checkpoint": f"{name}/best"})
+
+    monkeypatch.setattr(tune, "require_workers", lambda train: None)
+    monkeypatch.setattr(tune, "arms_at_once", lambda train, arms: 1)
+    monkeypatch.setattr(tune, "_drive", drive)
+    outcomes = tune.train_arms(jobs, Folder.at(tmp_path), print, "run")
+    assert [outcome["name"] for outcome in outcomes] == [job.name for job in jobs]
+    assert len({outcome["process"] for outcome in outcomes}) == 1
 
 
 def test_arms_that_cannot_be_quantised_are_not_begun(
