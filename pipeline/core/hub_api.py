@@ -46,5 +46,6 @@ def pinned_data(path: str) -> str:
         raise InputError(f"{path}: a data set of the Hub is hf://datasets/ORG/NAME[@REVISION][/FOLDER][?split=NAME]")
     repo, revision = place.repo, place.revision
     if not place.is_pinned:
-        revision = answer(path, lambda api: api.dataset_info(repo, revision=revision)).sha
+        name = path if place.folder else f"{path} (nor is {path.removeprefix(HUB_DATA)} there on this machine)"
+        revision = answer(name, lambda api: api.dataset_info(repo, revision=revision)).sha
     return HUB_DATA + place._replace(revision=revision).uri.removeprefix(HUB) + mark + options

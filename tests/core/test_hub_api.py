@@ -39,7 +39,10 @@ def test_a_data_set_that_is_written_otherwise_is_an_input_error(path: str) -> No
 
 @pytest.mark.usefixtures("hub")
 def test_what_the_hub_refuses_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"hf://datasets/org/none: the Hub says no \(404.*HF_TOKEN one that may read it"):
+    with pytest.raises(
+        InputError,
+        match=r"org/none \(nor is org/none there on this machine\): the Hub says no \(404.*HF_TOKEN one that may read it",
+    ):
         pinned_data("hf://datasets/org/none")
 
 

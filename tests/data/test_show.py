@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from hub import COMMIT, this_process_asks
 
 from pipeline.config import CompareConfig, Config
 from pipeline.core.errors import InputError
@@ -64,3 +65,11 @@ def test_a_harmed_file_is_an_input_error(tmp_path: Path, config_for: Callable[..
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
         list(show_rows(config_for(tmp_path / "t.parquet"), 1))
+
+
+@pytest.mark.parametrize("asked", ["?split=train_sft", f"@{COMMIT}?split=train_sft"])
+def test_a_data_set_of_the_hub_is_shown_by_its_bare_id(asked: str, config_for: Callable[..., Config]) -> None:
+    files = {name: json.dumps(row).encode() for name, row in zip(("train_sft.jsonl", "train_gen.jsonl"), ROWS, strict=False)}
+    with this_process_asks({"datasets/org/talk": files}):
+        [shown] = show_rows(config_for(f"org/talk{asked}"), 9)
+    assert learned(shown) == ["It is 0."]
