@@ -10,6 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
+from pipeline.core.stats import best_init
 from pipeline.run_folder import Run
 from pipeline.train.arm import SECONDS_FILE, Arm, Job, Lora, copy_weights, row_ids
 from pipeline.train.curves import chosen_arms, compare_arms, spread, with_overhead
@@ -110,7 +111,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
     for init, arm in result["inits"].items():
         if run.folder.exists(made := f"starts/{init}/{SECONDS_FILE}"):
             arm["start_seconds"] = run.folder.read_json(made)
-    best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
+    best = result["inits"][best_init(result["inits"])]
     copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
     return {
         "verdict": choice["verdict"],
