@@ -1,9 +1,10 @@
 """Requests of the Hugging Face Hub that are made for something that a user named."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pipeline.core.errors import InputError, first_line
@@ -30,6 +31,17 @@ def answer(name: str, ask: Callable[[HfApi], T], may: str = "read it") -> T:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         why = f"the Hub says no ({first_line(error)})"
         raise InputError(f"{name}: {why}; is the name right, and HF_TOKEN one that may {may}?") from error
+
+
+def commit_of(repo: str, revision: str | None, file: str) -> str:
+    """What a revision of a model's repository means today, by one of its files. The Hub's cache, which is asked where there is
+    no network, has the file in a folder that is called by the commit.
+
+    Raises:
+        HubBusyError: the Hub does not answer.
+        OSError, ValueError: as `hf_hub_download`, where it says no.
+    """
+    return Path(from_hub(lambda: hf_hub_download(repo, file, revision=revision)).removesuffix(file)).name
 
 
 def pinned_data(path: str) -> str:
