@@ -61,6 +61,19 @@ def test_every_form_is_shown_without_ray(form: str, tmp_path: Path, config_for: 
     assert [learned(row) for row in show_rows(config_for(tmp_path / form), 2)] == [["It is 0."], ["It is 1."]]
 
 
+@pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])
+def test_as_many_rows_are_shown_as_are_asked_for(form: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(260)]
+    if form == "t.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / form)
+    elif form == "t.csv":
+        (tmp_path / form).write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    else:
+        Dataset.from_list(rows).save_to_disk(tmp_path / form)
+    shown = list(show_rows(config_for(tmp_path / form), 250))
+    assert [learned(row) for row in shown] == [[f"It is {n}."] for n in range(250)]
+
+
 def test_a_harmed_file_is_an_input_error(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
