@@ -11,4 +11,4 @@ WORKDIR /home/ray/mashup-learning
 COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users pipeline pipeline
 COPY --chown=ray:users jobs jobs
-RUN pip install --no-cache-dir '.[gpu,track]'
+RUN pip install --no-cache-dir '.[gpu,quantize,track]'

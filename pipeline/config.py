@@ -14,6 +14,7 @@ from pydantic import Field, GetJsonSchemaHandler, ValidationInfo, field_validato
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from pipeline.core.hub import data_place
 from pipeline.core.settings import Section, checked, read_yaml, with_settings
 from pipeline.core.storage import lies_in
 
@@ -104,6 +105,11 @@ class TargetConfig(Section):
     def paths(self) -> dict[str, str]:
         """The splits that are given, by their role."""
         return {role: path for role in ROLES if (path := getattr(self, role)) is not None}
+
+    @field_validator(*ROLES)
+    @classmethod
+    def data_of_the_hub(cls, value: str | None) -> str | None:
+        return value and data_place(value)
 
     @field_validator("columns")
     @classmethod

@@ -87,7 +87,7 @@ def test_workers_have_one_accelerator_come_and_go_and_the_head_does_not(cluster:
 def test_nodes_get_this_source_and_the_ray_that_it_names(cluster: dict[str, Any]) -> None:
     """Ray's defaults for AWS would install a nightly Ray beside it."""
     commands = " ".join(cluster["head_setup_commands"] + cluster["worker_setup_commands"])
-    assert "mashup-learning[gpu,track]" in commands
+    assert "mashup-learning[gpu,quantize,track]" in commands
     assert "wheels" not in commands
     assert all((ROOT / source).exists() for source in cluster["file_mounts"].values() if not source.startswith("~"))
 

@@ -17,7 +17,7 @@ from pipeline.core.file_names import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 SMALL = ["search.samples=24", "search.engine=transformers", "search.cpus_per_actor=1", "search.actors=1"]
 SHORT = [
-    "target.test=hf://datasets/me/held",
+    "target.test=me/held",
     "train.steps=6",
     "train.batch_size=8",
     "train.learning_rates=[5e-3]",

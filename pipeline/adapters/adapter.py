@@ -266,7 +266,7 @@ def target_names(modules: Collection[str], base: str, shapes: Shapes) -> list[st
     """Leaf names where they name just these of the base's modules, else the full paths: altup_projections.0 is called what each
     first layer of a list is, and an encoder for pictures may have a module q_proj with a linear layer inside."""
     leaves = {module.rpartition(".")[2] for module in modules}
-    covered = {name for name in shapes if not leaves.isdisjoint(name.split("."))}
+    covered = {name for name in shapes if name.rpartition(".")[2] in leaves}  # PEFT also looks at what is no linear layer
     return sorted(leaves) if covered == set(modules) and leaves.isdisjoint(names_of_others(base)) else sorted(modules)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from pipeline.adapters.peft_names import refuses
 from pipeline.adapters.pool import LOOKED_AT, Listed, look_at
 from pipeline.adapters.saved_layers import about_saved, refused_by
 from pipeline.adapters.spectrum import NEAR_DIRECTION, SAME_SIZE, families, outliers, sketch, spectrum
+from pipeline.adapters.uncalled_part import what_is_left_out, without_uncalled
 from pipeline.adapters.validation import (
     Declared,
     as_called,
@@ -46,6 +47,7 @@ from pipeline.core.node_folder import temporary_folder
 from pipeline.core.storage import Folder, without_secret
 from pipeline.core.tables import BASE_ID, CATALOGUE, INSPECTED, require
 from pipeline.model.base_model import QUANTISED_NAME, Shapes, linear_shapes, model_type
+from pipeline.model.uncalled_layers import uncalled_layers
 
 CHECKS = 6
 """To be raised by a change of what is checked in an adapter or found in it, spectrum and sketch included: what was kept is void
@@ -89,7 +91,13 @@ def build_catalogue(
     parts = [kept.of(found) if kept else KEPT.empty_table()]
     known = set(parts[0]["adapter_id"].to_pylist())
     left = pa.Table.from_pylist([one._asdict() for one in found if one.adapter_id not in known], schema=LOOKED_AT)
-    given: dict[str, Any] = {"factored": factored, "base": base, "shapes": shapes, "head": head}
+    given: dict[str, Any] = {
+        "factored": factored,
+        "base": base,
+        "shapes": shapes,
+        "head": head,
+        "uncalled": uncalled_layers(base),
+    }
     given |= {"salt": kept.salt if kept else secrets.randbits(62), "blocks": kept and kept.blocks}
     if known:
         count(len(known), len(found))
@@ -135,10 +143,17 @@ def indexed_by_id(catalogue: pa.Table) -> dict[str, Indexed]:
 
 
 def inspect_batch(
-    batch: pa.Table, factored: str | None, base: str, shapes: Shapes, head: str | None, salt: int, blocks: Blocks | None = None
+    batch: pa.Table,
+    factored: str | None,
+    base: str,
+    shapes: Shapes,
+    head: str | None,
+    salt: int,
+    uncalled: Collection[str] = (),
+    blocks: Blocks | None = None,
 ) -> pa.Table:
     """Rows of schema KEPT of a batch of schema LOOKED_AT; they are put into `blocks` as they are found."""
-    inspector = Inspector(base, shapes, head, factored, salt)
+    inspector = Inspector(base, shapes, head, factored, salt, frozenset(uncalled))
     listed, rows = [Listed(**row) for row in batch.to_pylist()], list[dict[str, Any]]()
     limit = min(largest_adapter(shapes), MAX_ADAPTER_BYTES)
     with closing(AdapterCache(max_adapter_bytes=limit, check=inspector.refuse)) as cache:
@@ -172,6 +187,8 @@ class Inspector:
     factored: str | None
     salt: int
     """See `spectrum.sketch`."""
+    uncalled: frozenset[str] = frozenset()
+    """Of `shapes` those that no adapter acts on: `model/uncalled_layers.py`."""
 
     @cached_property
     def model_type(self) -> str:
@@ -207,14 +224,15 @@ class Inspector:
                     return row | self._factor(listed.adapter_id, folder)
                 declared = read_declared(folder)
                 beginnings = called_otherwise(declared, self.shapes)
-                adapter = read_adapter(folder, as_called(self.shapes, beginnings), self.head, self.base)
-                self._require_accepted(adapter.modules)
+                read = read_adapter(folder, as_called(self.shapes, beginnings), self.head, self.base)
+                self._require_accepted(read.modules)
+                adapter = without_uncalled(read, as_called(dict.fromkeys(self.uncalled, (0, 0)), beginnings), self.model_type)
                 warnings = [_begun_otherwise(beginnings), _other_base(adapter, self.base), _of_newer_peft(unknown_fields(folder))]
-                warnings += [about_saved(declared, adapter.whole), _of_other_senses(declared)]
+                warnings += [about_saved(declared, adapter.whole), _of_other_senses(declared), what_is_left_out(read, adapter)]
                 row["warning"] = "; ".join(filter(None, warnings)) or None
-                if beginnings:  # what it is made into goes with this run
+                if beginnings or adapter is not read:  # what it is made into goes with this run
                     listed = listed._replace(state=None)
-                    return row | self._renamed(listed.adapter_id, adapter, beginnings)
+                    return row | self._rewritten(listed.adapter_id, adapter, beginnings or ("", ""))
                 row |= _describe(folder / WEIGHTS_FILE, adapter) | self._looks(adapter)
                 pa.Table.from_pylist([row], schema=INSPECTED)  # a value of another type would stop the whole batch
         except AdapterError as error:
@@ -241,11 +259,12 @@ class Inspector:
         """Make a full checkpoint into an adapter, which the row is then of."""
         if self.factored is None:
             raise AdapterError("a full checkpoint, and there is no folder to factor it into")
-        accepted = {module: shape for module, shape in self.shapes.items() if not refuses(self.model_type, module)}
+        acted_on = {module: shape for module, shape in self.shapes.items() if module not in self.uncalled}
+        accepted = {module: shape for module, shape in acted_on.items() if not refuses(self.model_type, module)}
         found = factor_checkpoint(folder, self.base, accepted, self.head)
         return self._written(adapter_id, found.adapter) | {"warning": found.describe()}
 
-    def _renamed(self, adapter_id: str, adapter: Adapter, beginnings: tuple[str, str]) -> dict[str, Any]:
+    def _rewritten(self, adapter_id: str, adapter: Adapter, beginnings: tuple[str, str]) -> dict[str, Any]:
         """Write an adapter with the base's names for its layers, for engines and merges, and give what the row then is of."""
         theirs, ours = beginnings
         same = plain(adapter)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from huggingface_hub import hf_hub_download
 from pyarrow import fs
 
 from pipeline.adapters.hub_pool import adapters_on_hub
 from pipeline.core.errors import MAX_REASON, InputError, for_display, is_transient
 from pipeline.core.file_names import CONFIG_FILE, FILES, INDEX_FILE, PICKLES, WEIGHTS_FILE
-from pipeline.core.hub import HUB, Place, from_hub
+from pipeline.core.hub import HUB, Place
+from pipeline.core.hub_api import commit_of
 from pipeline.core.ledger import digest
 from pipeline.core.storage import MAX_PATH, NO_SECRET, Folder, has_secret, is_path, is_text, without_secret
 
@@ -200,7 +200,7 @@ def _look_at_one(one: Listed) -> tuple[Listed, Any]:
         return one, None
     try:
         if place := one.uri.startswith(HUB) and Place.of(one.uri):
-            commit = _commit(place)
+            commit = place.revision if place.is_pinned else commit_of(place.repo, place.revision, place.file(CONFIG_FILE))
             return one._replace(uri=place._replace(revision=commit).uri, state=commit), commit
         folder = Folder.at(one.uri)
         found = folder.files.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
@@ -211,14 +211,6 @@ def _look_at_one(one: Listed) -> tuple[Listed, Any]:
     wanted = (info for info in found if info.base_name in READ or info.base_name.endswith(".safetensors"))
     state = sorted((info.base_name, info.size, info.mtime_ns) for info in wanted)
     return one._replace(state=files_state(found, folder.is_local)), state
-
-
-def _commit(place: Place) -> str | None:
-    """What a revision means today. The Hub's cache, which is asked where there is no network, calls a folder by it."""
-    if place.is_pinned:
-        return place.revision
-    name = place.file(CONFIG_FILE)
-    return Path(from_hub(lambda: hf_hub_download(place.repo, name, revision=place.revision)).removesuffix(name)).name
 
 
 def files_state(infos: Iterable[fs.FileInfo], local: bool) -> str | None:

@@ -8,10 +8,9 @@ s3://bucket/base                    a folder of an object store; a run pins the 
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from pipeline.core.errors import InputError, unknown_base
-from pipeline.core.hub import COMMIT, HubBusyError, from_hub
+from pipeline.core.hub import COMMIT, HubBusyError
+from pipeline.core.hub_api import commit_of
 from pipeline.core.ledger import digest
 from pipeline.core.storage import Folder
 
@@ -48,12 +47,11 @@ def pinned(base: str) -> str:
     if looks_local(name) or Path(base).is_dir() or (version and COMMIT.fullmatch(version)):
         return base
     try:
-        file = from_hub(lambda: hf_hub_download(name, "config.json", revision=version))
+        return f"{name}@{commit_of(name, version, 'config.json')}"
     except HubBusyError:
         raise
     except (OSError, ValueError) as error:
         raise unknown_base(base, error) from error
-    return f"{name}@{Path(file).parent.name}"  # in the Hub's cache the folder of a file is called by the commit
 
 
 def looks_local(base: str) -> bool:

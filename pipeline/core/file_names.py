@@ -1,4 +1,4 @@
-"""The files of an adapter, and of a full checkpoint, as PEFT and transformers name them."""
+"""The files of an adapter, and of a full checkpoint, as PEFT and transformers name them; and what names of data end in."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -11,3 +11,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Ends of names; such files are never opened."""
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+GZIP_SUFFIX = ".gz"
+"""May follow the suffix of a text file."""

@@ -1,10 +1,13 @@
 """The Hugging Face Hub: how places there are written, which of its errors are transient, and requests that are made again."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
+
+from pipeline.core.file_names import DATA_SUFFIXES, GZIP_SUFFIX
 
 T = TypeVar("T")
 
@@ -24,6 +27,8 @@ XET = ("CAS Client Error", "error sending request")
 HUB, HUB_DATA = "hf://", "hf://datasets/"
 COMMIT = re.compile("[0-9a-f]{40}")
 PLACE = re.compile(r"(?P<repo>[^/@?]+/[^/@?]+)(@(?P<revision>[^/?]+))?(/(?P<folder>[^?]*))?")
+DATA_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@[^/?\s]+)?(\?split=[^?]*)?", re.ASCII)
+"""`ORG/NAME[@REVISION][?split=NAME]`."""
 
 
 class Place(NamedTuple):
@@ -55,6 +60,15 @@ class Place(NamedTuple):
     def file(self, name: str) -> str:
         """The path of one of its files in the repository."""
         return f"{self.folder}/{name}" if self.folder else name
+
+
+def data_place(path: str) -> str:
+    """A target's path; the bare id of a data set of the Hub, `ORG/NAME[@REVISION][?split=NAME]`, behind hf://datasets/. What is
+    there on this machine under that name is meant before that, and so is what is called as a file of data."""
+    found = DATA_ID.fullmatch(path)
+    if not found or os.path.lexists(path) or found["name"].lower().removesuffix(GZIP_SUFFIX).endswith(DATA_SUFFIXES):
+        return path
+    return HUB_DATA + path
 
 
 class HubBusyError(OSError):

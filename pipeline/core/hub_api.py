@@ -1,9 +1,10 @@
 """Requests of the Hugging Face Hub that are made for something that a user named."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pipeline.core.errors import InputError, first_line
@@ -32,6 +33,17 @@ def answer(name: str, ask: Callable[[HfApi], T], may: str = "read it") -> T:
         raise InputError(f"{name}: {why}; is the name right, and HF_TOKEN one that may {may}?") from error
 
 
+def commit_of(repo: str, revision: str | None, file: str) -> str:
+    """What a revision of a model's repository means today, by one of its files. The Hub's cache, which is asked where there is
+    no network, has the file in a folder that is called by the commit.
+
+    Raises:
+        HubBusyError: the Hub does not answer.
+        OSError, ValueError: as `hf_hub_download`, where it says no.
+    """
+    return Path(from_hub(lambda: hf_hub_download(repo, file, revision=revision)).removesuffix(file)).name
+
+
 def pinned_data(path: str) -> str:
     """A target's path, with the commit that there is now where it is of the Hub: all who read it then read the same.
 
@@ -46,5 +58,6 @@ def pinned_data(path: str) -> str:
         raise InputError(f"{path}: a data set of the Hub is hf://datasets/ORG/NAME[@REVISION][/FOLDER][?split=NAME]")
     repo, revision = place.repo, place.revision
     if not place.is_pinned:
-        revision = answer(path, lambda api: api.dataset_info(repo, revision=revision)).sha
+        name = path if place.folder else f"{path} (nor is {path.removeprefix(HUB_DATA)} there on this machine)"
+        revision = answer(name, lambda api: api.dataset_info(repo, revision=revision)).sha
     return HUB_DATA + place._replace(revision=revision).uri.removeprefix(HUB) + mark + options

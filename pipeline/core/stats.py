@@ -4,8 +4,9 @@ All losses are in nats a completion token: sums of -log p and of tokens are kept
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,3 +62,12 @@ def steps_to_parity(steps: Sequence[float], losses: Sequence[float], target: flo
 def interpolate(steps: Sequence[float], values: Sequence[float], at: float) -> float:
     """Value of a curve at a step between two evaluations, linearly interpolated."""
     return float(np.interp(at, steps, values))
+
+
+def best_init(inits: Mapping[str, Mapping[str, Any]]) -> str:
+    """The start whose finetuned weights a run keeps: that of the lowest validation NLL, the first of several.
+
+    Args:
+        inits: by name, as in summary.json.
+    """
+    return min(inits, key=lambda init: float(inits[init]["validation_nll_best"]))

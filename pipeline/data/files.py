@@ -11,21 +11,14 @@ from typing import Literal
 from urllib.parse import parse_qs
 
 from pipeline.core.errors import InputError
+from pipeline.core.file_names import DATA_SUFFIXES, GZIP_SUFFIX
 from pipeline.core.hub import HUB_DATA
 from pipeline.core.storage import Folder
 
 Form = Literal["datasets", "parquet", "lines", "csv"]
 
-SUFFIXES: dict[str, Form] = {
-    ".jsonl": "lines",
-    ".ndjson": "lines",
-    ".json": "lines",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-GZIP = ".gz"
-"""May follow the suffix of a text file."""
+FORMS: tuple[Form, ...] = ("lines", "lines", "lines", "csv", "csv", "parquet")
+"""Of files by the suffixes in DATA_SUFFIXES."""
 
 ABOUT = ("dataset_infos.json", "package.json", "README.json", "_SUCCESS")
 """Files beside the data that tell of it."""
@@ -74,13 +67,13 @@ def source_of(path: str, role: str) -> Source:
 
 def form_of(name: str) -> Form | None:
     """The form of a file by its name."""
-    lower = name.lower().removesuffix(GZIP)
-    return next((form for suffix, form in SUFFIXES.items() if lower.endswith(suffix)), None)
+    lower = name.lower().removesuffix(GZIP_SUFFIX)
+    return next((form for suffix, form in zip(DATA_SUFFIXES, FORMS, strict=True) if lower.endswith(suffix)), None)
 
 
 def is_packed(name: str) -> bool:
     """Whether a file is compressed by gzip, by its name."""
-    return name.lower().endswith(GZIP)
+    return name.lower().endswith(GZIP_SUFFIX)
 
 
 def split_named(name: str) -> str | None:

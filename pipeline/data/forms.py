@@ -34,6 +34,7 @@ ROLES = {
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
+    "tool_response": "tool",
     "ipython": "tool",
 }
 """Names of roles that mean another; others are left to the chat template."""
@@ -41,14 +42,17 @@ ROLES = {
 PLAIN_ROLES = ("system", "developer", "user", "assistant", "tool")
 """That may also be written in capitals."""
 
-CALLS = "function_call"
-"""A role of LLaMA-Factory's: the assistant calls a tool."""
+CALLS = ("function_call", "tool_call")
+"""Roles of LLaMA-Factory's and of ms-swift's: the assistant calls a tool, or several."""
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Columns that hold a list of messages."""
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message for what the model thinks before it answers."""
+
+LEARNED = ("train", "training", "trainable", "loss", "loss_mask", "weight")
+"""Fields of a message by which axolotl, ms-swift, verl, AgentInstruct and OpenAI say whether it is learned."""
 
 FORMS = "messages, conversations, prompt and completion, prompt and chosen, instruction and output, or text"
 
@@ -213,7 +217,7 @@ def _message(turn: Any) -> Message:
     if not isinstance(role, str):
         raise RowError("a message without text or role")
     content = _text_of(content)
-    if role.lower() == CALLS:
+    if role.lower() in CALLS:
         return _calls(kept, content)
     if content is None and not kept.get("tool_calls"):
         raise RowError("a message without text or role")
@@ -236,12 +240,14 @@ def _plain_role(role: str) -> str:
 
 
 def _calls(kept: Message, content: str | None) -> Message:
-    """Of the role CALLS, whose text is the call."""
-    call = _parsed(content)
-    if not isinstance(call, dict) or "name" not in call:
+    """Of one of the roles CALLS, whose text is the call, or a list of calls."""
+    found = _parsed(content)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError("a call of a tool that is not JSON with its name")
-    function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    return {**kept, "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    called = [{"type": "function", "function": function} for function in functions]
+    return {**kept, "role": "assistant", "content": "", "tool_calls": called}
 
 
 def _text_of(content: Any) -> str | None:
@@ -258,8 +264,8 @@ def _text_of(content: Any) -> str | None:
 
 
 def is_learned(turn: Message) -> bool:
-    """Whether a message does not say that it is context alone, as axolotl's `train` and OpenAI's `weight` do."""
-    return turn.get("train") is not False and turn.get("weight") != 0
+    """Whether a message does not say that it is context alone; no and 0 say so, which are equal."""
+    return not any(turn.get(name) in (False, "false", "False") for name in LEARNED)
 
 
 def _to_the_last_answer(found: Conversation) -> Conversation:

@@ -100,12 +100,15 @@ def first_rows(path: str, role: str, columns: Sequence[str] = ()) -> Iterator[by
 
 def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -> Iterator[pa.Table]:
     if source.form == "datasets":
-        yield from _as_json(wanted, _load_saved(path, role).with_format("arrow")[:FIRST])
+        saved = _load_saved(path, role).with_format("arrow")
+        for start in range(0, len(saved), FIRST):
+            yield from _as_json(wanted, saved[start : start + FIRST])
     elif source.form == "lines":
         yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
     else:
         for batch in _batches(source, source.names[0], wanted):
-            yield from _as_json(wanted, pa.Table.from_batches([batch.slice(0, FIRST)]))
+            for start in range(0, len(batch), FIRST):
+                yield from _as_json(wanted, pa.Table.from_batches([batch.slice(start, FIRST)]))
 
 
 def unreadable(path: str, role: str, columns: Sequence[str] = ()) -> str | None:

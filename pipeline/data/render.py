@@ -40,6 +40,12 @@ THINK = re.compile(r"<think>\s*$")
 LAST_THOUGHTS = "thoughts before the last answer"
 """That a template leaves out, as told of a row."""
 
+SHOWN = ("system", "user", "tool")
+"""Roles that most templates know: what is said in these is looked for in the text, before the template is asked."""
+
+MAX_ROLE = 20
+"""Characters of a role that are told."""
+
 MAX_PROBLEM = 200
 """Characters of a reason to pass a row over."""
 
@@ -88,9 +94,26 @@ def render(said: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Turns 
         raise RowError("the chat template changes the completion's text")
     template = tokenizer.get_chat_template(tools=said.options.get("tools"))  # of several that a base may have
     left_out = [name for name in said.options if not re.search(rf"\b{re.escape(name)}\b", template)]
+    left_out += [f"a message of role {role[:MAX_ROLE]!r}" for role in _unshown(text, messages, apply)]
     if _lacks_its_thoughts(text, messages[answers[-1]]):
         left_out.append(LAST_THOUGHTS)
     return Rendered(text, found, sorted(left_out))
+
+
+def _unshown(text: str, messages: Sequence[Message], apply: Callable[[Sequence[Message]], str]) -> set[str]:
+    """Roles of messages, other than the assistant's, that the template leaves out: many show those alone that they know."""
+    roles = set[str]()
+    for n, turn in enumerate(messages):
+        said = turn["content"].strip()
+        if turn["role"] == "assistant" or not said or (turn["role"] in SHOWN and said in text):
+            continue
+        try:
+            shown = apply([*messages[:n], {**turn, "content": f"{OPEN}0{SHUT}"}, *messages[n + 1 :]])
+        except RowError:  # it wants other words there, so that it reads them
+            continue
+        if not STAND_IN.search(shown):
+            roles.add(turn["role"])
+    return roles
 
 
 def _with_text_arguments(messages: list[Message]) -> list[Message]:

@@ -131,8 +131,7 @@ def target_paths(config: Config) -> dict[str, str]:
     folders = {role: Folder.at(path) for role, path in paths.items()}
     for role, folder in folders.items():
         if not _exists(folder, role):
-            on_hub = f"; if it is a data set of the Hub: hf://datasets/{paths[role]}" if paths[role].count("/") == 1 else ""
-            raise InputError(f"{paths[role]}: no such file or folder (target.{role}){on_hub}")
+            raise InputError(f"{paths[role]}: no such file or folder (target.{role})")
         if not any(size for _, size, _ in folder.state()):
             raise InputError(f"{paths[role]}: the data set is empty, or no file (target.{role})")
     files = {role: _files(paths[role], role) for role in paths}

@@ -44,7 +44,7 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
         InputError: the base model is not known.
     """
     _require_whole(base)
-    model = _skeleton(base)
+    model = skeleton(base)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in layers.items() if module is head), None)
@@ -54,7 +54,7 @@ def linear_shapes(base: str) -> tuple[Shapes, str | None]:
 @lru_cache(maxsize=4)
 def names_of_others(base: str) -> frozenset[str]:
     """Last parts of the paths of all modules that are no linear layers, such as the 0 of model.layers.0."""
-    others = (name for name, module in _skeleton(base).named_modules() if not isinstance(module, nn.Linear))
+    others = (name for name, module in skeleton(base).named_modules() if not isinstance(module, nn.Linear))
     return frozenset(name.rpartition(".")[2] for name in others)
 
 
@@ -79,7 +79,7 @@ def _require_whole(base: str) -> None:
 
 def count_parameters(base: str) -> int:
     """How many weights the base model has, from its config alone."""
-    return sum(weights.numel() for weights in _skeleton(base).parameters())
+    return sum(weights.numel() for weights in skeleton(base).parameters())
 
 
 def vocabulary(base: str) -> int:
@@ -315,7 +315,7 @@ def _fetched(base: str, weights: bool) -> Path:
     return folder
 
 
-def _skeleton(base: str) -> Any:
+def skeleton(base: str) -> Any:
     """The base model without values for its weights."""
     config = _from_pretrained(AutoConfig, base)
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # transformers builds one, which sees the tokens to be told

@@ -26,6 +26,7 @@ from pipeline.search.race import Indices, make_schedule
 from pipeline.search.scoring import by_rank, in_order, make_engine, make_work, race, rates_of, servable
 from pipeline.train.arm import Arm, Lora
 from pipeline.train.batches import row_numbers
+from pipeline.train.metric import is_task
 from pipeline.train.ray_train import fit, training_kind
 from pipeline.train.starts import make_jobs, probed_training, shapes_of
 
@@ -68,6 +69,16 @@ def keep_training_rates(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
 def merging_kind(config: Config, named: bool = True) -> str:
     """What measured seconds of merging, beside scoring the merges, hold for; `named` as of `resources.describe`."""
     return f"merging, {digest(config.merge.model_dump(), probed_training(config))}, {scoring_kind(config.search, named)}"
+
+
+def measuring_kind(config: Config, named: bool = True) -> str:
+    """What measured seconds of `compare.metric` hold for; `named` as of `resources.describe`."""
+    return f"measuring {config.compare.metric}, {training_kind(config.train, named)}"
+
+
+def metric_rows(run: Run) -> int:
+    """Rows that the metric is measured on; a task of lm-eval has its own, however many, and counts as one."""
+    return 1 if is_task(run.config.compare.metric) else len(run.folder.read_table("data/test.parquet", ["sample_id"]))
 
 
 def trained_lengths(rows: Parts, train: TrainConfig, seed: int) -> Indices:

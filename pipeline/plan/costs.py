@@ -32,13 +32,16 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Training:
-    """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end."""
+    """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end, which
+    `tested` arms take, with the rows that a metric of the user's is measured on."""
 
     arms: int
     at_once: int
     tokens: float
     evaluation_tokens: int
     test_tokens: int
+    tested: int = 0
+    metric_rows: int = 0
 
 
 def left_to_score(race: Race) -> int:
@@ -102,6 +105,11 @@ def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:
     evaluated = rates["evaluation_tokens_per_second"]
     arm = rates["start_seconds"] + work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
     return math.ceil(work.arms / work.at_once) * arm + work.test_tokens / evaluated
+
+
+def measuring_seconds(work: Training, rates: Mapping[str, float]) -> float:
+    """Measuring a metric of the user's, as far as earlier runs did."""
+    return work.tested * work.metric_rows * rates.get("seconds_per_row", 0.0)
 
 
 def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ measured it on workers of this kind.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.data.splits import split_of
 from pipeline.engines.scorer import EngineConfig
 from pipeline.merge.selection import largest_merge, most_recipes
 from pipeline.model.base_model import count_parameters, fast_dtype
-from pipeline.plan.calibrate import keep_training_rates, lengths_of, merging_kind, trained_lengths
+from pipeline.plan.calibrate import keep_training_rates, lengths_of, measuring_kind, merging_kind, metric_rows, trained_lengths
 from pipeline.plan.costs import (
     Scoring,
     Training,
@@ -31,6 +32,7 @@ from pipeline.plan.costs import (
     knows_scoring,
     left_to_score,
     loads_at_most,
+    measuring_seconds,
     scoring_seconds,
     total,
     training_seconds,
@@ -83,12 +85,20 @@ def compare_with_plan(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any
     if "race_seconds" in merging["details"]:
         seconds = max(0.0, merging["seconds"] - merging["details"]["race_seconds"])
         rates_of(run).keep(merging_kind(run.config), {"seconds": seconds}, asked=merging_kind(run.config, named=False))
+    _keep_measuring(run, run.ledger.records["compare"]["details"])
     plan = _plan_of(run)
     if plan is None:
         return {}
     found = against(plan, run.ledger.records)
     run.folder.write_json(PLAN_FILE, plan | {"truth": found})
     return {"estimate": found}
+
+
+def _keep_measuring(run: Run, details: Mapping[str, Any]) -> None:
+    """Keep what `compare.metric` took, by the details of the comparison."""
+    if arms := details.get("metric_arms"):
+        measured = {"seconds_per_row": details["metric_seconds"] / (arms * metric_rows(run))}
+        rates_of(run).keep(measuring_kind(run.config), measured, asked=measuring_kind(run.config, named=False))
 
 
 def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
@@ -156,6 +166,8 @@ def _training(run: Run, merged: bool, valid: pa.Table, rates: dict[str, float]) 
         tokens=float(np.mean([arm_tokens(trained_lengths(rows, train, seed), train, seed, tokens) for seed in train.seeds])),
         evaluation_tokens=int((train.evaluations + 1) * validation.sum()),
         test_tokens=int(tested * test.sum()),
+        tested=tested,
+        metric_rows=metric_rows(run) if config.compare.metric else 0,
     )
 
 
@@ -165,11 +177,12 @@ def _time(
     """Seconds, GPU-hours and hours of CPU threads of each stage and of all."""
     config, scoring = run.config, rates.recent(scoring_kind(run.config.search))
     merging = rates.recent(merging_kind(config)).get("seconds", 0.0) if merge.tokens else 0.0
-    scored = scoring_seconds(merge, scoring)
+    scored, arms = scoring_seconds(merge, scoring), training_seconds(training, trained)
+    measuring = measuring_seconds(training, rates.recent(measuring_kind(config)))
     seconds = {
         "search": scoring_seconds(search, scoring),
         "merge": None if scored is None else scored + merging,
-        "compare": training_seconds(training, trained),
+        "compare": None if arms is None else arms + measuring,
     }
     one_engine, one_worker = _resources(run)
     workers = {
@@ -182,15 +195,16 @@ def _time(
         "stages": stages,
         "total": {name: total([stage[name] for stage in stages.values()]) for name in ("seconds", "gpu_hours", "thread_hours")},
         "rates": {scoring_kind(config.search): scoring, training_kind(config.train): trained},
-        "notes": _notes(run, merging, merge),
+        "notes": _notes(run, merge.tokens and not merging, training.tested * training.metric_rows and not measuring),
     }
 
 
-def _notes(run: Run, merging: float, merge: Scoring) -> list[str]:
+def _notes(run: Run, merging_is_left_out: Any, metric_is_left_out: Any) -> list[str]:
     """What the estimate leaves out, or takes too high."""
     config = run.config
     notes = {
-        "merging includes scoring the merges, not building them: no earlier run measured that": merge.tokens and not merging,
+        "merging includes scoring the merges, not building them: no earlier run measured that": merging_is_left_out,
+        f"compare leaves out compare.metric {config.compare.metric}: no earlier run measured that": metric_is_left_out,
         "arms may end early: train.patience": config.train.patience,
         "it is assumed that the autoscaler brings all nodes that are asked for": may_grow(),
     }

@@ -15,10 +15,9 @@ from pipeline.adapters.fetch import fetch_adapter
 from pipeline.core.base_ref import name_of
 from pipeline.core.ledger import digest
 from pipeline.core.node_folder import temporary_folder
-from pipeline.core.stats import mean_per_token
+from pipeline.core.stats import best_init, mean_per_token
 from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
-from pipeline.report.finetuned_card import best_init
 from pipeline.run_folder import Run
 from pipeline.search.batch import candidates_table
 from pipeline.search.engine_pool import Engines
@@ -68,7 +67,7 @@ def publish_finetuned(run: Run, published: Folder, key: str) -> Json:
     Args:
         key: as of `training_key`.
     """
-    now, start = datetime.now(UTC), best_init(run.folder.read_json("summary.json"))
+    now, start = datetime.now(UTC), best_init(run.folder.read_json("summary.json")["inits"])
     uri = _copy(run.folder, "finetuned", "summary.json", published.sub(f"{_version(now, key)}-finetuned"))
     found = {"uri": uri, "start": start, "key": key, "time": _written(now)}
     published.write_json(CURRENT, published.read_json(CURRENT) | {"finetuned": found})

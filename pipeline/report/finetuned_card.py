@@ -6,6 +6,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.adapters.licences import front_matter
 from pipeline.config import Config
+from pipeline.core.stats import best_init
 from pipeline.report.model_card import (
     base_on_hub,
     data_name,
@@ -33,7 +34,7 @@ def finetuned_card(summary: Json, selection: Json, config: Config) -> str:
     Args:
         summary, selection: as in summary.json and selection.json.
     """
-    base, init = base_on_hub(config.base, selection["donors"]), best_init(summary)
+    base, init = base_on_hub(config.base, selection["donors"]), best_init(summary["inits"])
     donors = selection["donors"] if init == "mashup" else []
     is_adapter = config.train.method == "lora"
     parts = [
@@ -46,11 +47,6 @@ def finetuned_card(summary: Json, selection: Json, config: Config) -> str:
         "## Use\n\n" + (usage(base) if is_adapter else _usage_of_model()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def best_init(summary: Json) -> str:
-    """The start whose finetuned weights a run keeps."""
-    return min(summary["inits"], key=lambda init: float(summary["inits"][init]["validation_nll_best"]))
 
 
 def _front(base: str, donors: list[Json], is_adapter: bool, config: Config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stage `compare`: the base against the mashup -> train/, comparison.parquet, summary.json and finetuned/; with
 `compare.metric` also metric_rows.parquet."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
+from pipeline.core.stats import best_init
 from pipeline.run_folder import Run
 from pipeline.train.arm import SECONDS_FILE, Arm, Job, Lora, copy_weights, row_ids
 from pipeline.train.curves import chosen_arms, compare_arms, spread, with_overhead
@@ -46,21 +48,24 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
         outcomes = train_arms(jobs, trained, _said_and_timed(run), run.folder.uri, config.track)
         curves, result = compare_arms(jobs, outcomes, trained)
         if metric:
-            _measure(run, metric, jobs[0], outcomes, result)
+            details |= _measure(run, metric, jobs[0], outcomes, result)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
         run.check()
         run.folder.write_table("comparison.parquet", curves)
         run.folder.write_json("summary.json", _summary(run, choice, result) | compare_with_plan(run, outcomes))
 
 
-def _measure(run: Run, metric: str, job: Job, outcomes: list[Outcome], result: dict[str, Any]) -> None:
-    """Add the metric to the result of each init, and write its rows."""
+def _measure(run: Run, metric: str, job: Job, outcomes: list[Outcome], result: dict[str, Any]) -> dict[str, float]:
+    """Add the metric to the result of each init, and write its rows; gives how long that took, and for how many arms."""
+    started = time.perf_counter()
     found = measure(metric, job, chosen_arms(outcomes), run.folder.sub("train"))
+    spent = {"metric_seconds": time.perf_counter() - started, "metric_arms": found.answered}
     result["metric"] = metric
     for init, means in found.means.items():
         result["inits"][init]["test_metric"] = spread(means)
     run.check()
     run.folder.write_table("metric_rows.parquet", found.rows)
+    return spent
 
 
 def train_one(run: Run, lora: Lora, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:
@@ -106,7 +111,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
     for init, arm in result["inits"].items():
         if run.folder.exists(made := f"starts/{init}/{SECONDS_FILE}"):
             arm["start_seconds"] = run.folder.read_json(made)
-    best = min(result["inits"].values(), key=lambda init: init["validation_nll_best"])
+    best = result["inits"][best_init(result["inits"])]
     copy_weights(run.folder.sub(*best["checkpoint"].split("/")), run.folder.sub("finetuned"))
     return {
         "verdict": choice["verdict"],

@@ -38,10 +38,12 @@ Arms = Mapping[str, Sequence[Outcome]]
 
 
 class Measured(NamedTuple):
-    """Mean scores of each init's arms, in their order; and of the rows what METRIC_ROWS says."""
+    """Mean scores of each init's arms, in their order; of the rows what METRIC_ROWS says; and of how many arms answers were made
+    now, the others' being kept from before."""
 
     means: dict[str, list[float]]
     rows: pa.Table
+    answered: int
 
 
 def check(metric: str | None) -> None:
@@ -102,12 +104,12 @@ def measure(metric: str, job: Job, arms: Arms, storage: Folder) -> Measured:
         InputError: the function fails, or gives something else than one finite number a row.
     """
     all_arms = [arm for chosen in arms.values() for arm in chosen]
-    answers = _answers(metric, job, all_arms, storage)
+    answers, made = _answers(metric, job, all_arms, storage)
     file = f"scores-{metric_key(metric, job.data)}.json"
     scored = {name: _with_scores(metric, found, storage.sub(name), file) for name, found in answers.items()}
     means = {init: [fmean(scored[arm["name"]]["score"].to_pylist()) for arm in chosen] for init, chosen in arms.items()}
     by_seed = {(init, arm["seed"]): scored[arm["name"]] for init, chosen in arms.items() for arm in chosen}
-    return Measured(means, _rows(by_seed))
+    return Measured(means, _rows(by_seed), made)
 
 
 def _require_choices(rows: pa.Table, metric: str) -> None:
@@ -134,12 +136,13 @@ def _answers_key(metric: str, data: Folder) -> str:
     return digest(metric if by_choices else "written", rows.to_pylist())
 
 
-def _answers(metric: str, job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, pa.Table]:
-    """What each arm answers, schema ANSWERS, by its name; those that are not there yet are made."""
+def _answers(metric: str, job: Job, arms: Sequence[Outcome], storage: Folder) -> tuple[dict[str, pa.Table], int]:
+    """What each arm answers, schema ANSWERS, by its name; those that are not there yet are made, and counted."""
     file = f"answers-{_answers_key(metric, job.data)}.parquet"
-    for name, found in _answered(metric, job, checkpoints_without(file, arms, storage), storage):
+    missing = checkpoints_without(file, arms, storage)
+    for name, found in _answered(metric, job, missing, storage):
         storage.write_table(f"{name}/{file}", found)
-    return {arm["name"]: storage.read_table(f"{arm['name']}/{file}") for arm in arms}
+    return {arm["name"]: storage.read_table(f"{arm['name']}/{file}") for arm in arms}, len(missing)
 
 
 def _answered(metric: str, job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, pa.Table]]:

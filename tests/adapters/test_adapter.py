@@ -155,11 +155,25 @@ def test_from_factors_names_modules_in_full_where_leaf_names_would_name_more(
     assert list(deltas_by_peft(tmp_path, tiny_base)) == [Q0]
 
 
-def test_from_factors_names_modules_in_full_where_a_leaf_name_is_on_the_way_to_another(tiny_base: str) -> None:
+def test_from_factors_names_modules_in_full_where_a_leaf_name_is_on_the_way_to_another(tmp_path: Path) -> None:
     """As in Gemma 4's encoder for pictures, whose q_proj is a module with a linear layer inside, for which PEFT has no code."""
-    shapes = {Q0: (8, 8), "vision_tower.layers.0.self_attn.q_proj.linear": (8, 8)}
-    delta = {Q0: Factors(torch.ones(1, 8), torch.ones(8, 1))}
-    assert from_factors(tiny_base, delta, 1, 1, shapes, seed=0).config.target_modules == {Q0}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 16,
+    }
+    seeing = sizes | {"num_hidden_layers": 1, "patch_size": 14}
+    config = AutoConfig.for_model("gemma4", text_config=sizes | text, vision_config=seeing, audio_config=None)
+    config.save_pretrained(tmp_path)
+    shapes, _ = linear_shapes(str(tmp_path))
+    assert any(name.endswith("q_proj.linear") for name in shapes)
+    named = [name for name in shapes if name.endswith("q_proj")]
+    delta = {name: Factors(torch.ones(1, shapes[name][1]), torch.ones(shapes[name][0], 1)) for name in named}
+    assert len(named) == 2
+    assert from_factors(str(tmp_path), delta, 1, 1, shapes, seed=0).config.target_modules == set(named)
 
 
 @pytest.fixture

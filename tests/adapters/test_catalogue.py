@@ -27,6 +27,7 @@ from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CATALOGUE
 from pipeline.model.base_model import linear_shapes
+from pipeline.model.uncalled_layers import uncalled_layers
 
 Make = Callable[..., Path]
 
@@ -43,7 +44,7 @@ def inspected(base: str, pool: str | Path) -> dict[str, dict[str, Any]]:
 def inspected_table(base: str, pool: str | Path) -> pa.Table:
     shapes, head = linear_shapes(base)
     listed = pa.Table.from_pylist([one._asdict() for one in look_at(str(pool)).found], schema=LOOKED_AT)
-    return inspect_batch(listed, f"{pool}-factored", base, shapes, head, salt=0)
+    return inspect_batch(listed, f"{pool}-factored", base, shapes, head, salt=0, uncalled=uncalled_layers(base))
 
 
 def test_a_full_finetune_is_a_donor_by_its_factored_change(tmp_path: Path, tiny_base: str, make_adapter: Make) -> None:

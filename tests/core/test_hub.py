@@ -11,7 +11,7 @@ from hub import COMMIT, serve_hub
 
 from pipeline.core import hub
 from pipeline.core.errors import is_transient
-from pipeline.core.hub import HubBusyError, from_hub, is_busy
+from pipeline.core.hub import HubBusyError, data_place, from_hub, is_busy
 
 
 class TransportError(Exception):
@@ -131,3 +131,29 @@ def test_a_hub_that_limits_all_requests_is_no_verdict_on_the_base(pinned_at: Cal
     with serve_hub({"org/base": {"config.json": b"{}"}}, refused=10**6) as (endpoint, _):
         (found,) = pinned_at(endpoint, "org/base")
     assert found.startswith("HubBusyError True the Hub does not answer, or limits requests")
+
+
+IDS = ("org/talk", "org/talk-v2.5", "org/talk@main", f"org/talk@{COMMIT}", "org/talk?split=train_sft", "org/talk@v1?split=dev")
+PATHS = (
+    "org/talk.jsonl",
+    "org/t.CSV.gz",
+    "talk",
+    "./org/talk",
+    "/org/talk",
+    "~/talk",
+    "a/b/c",
+    "s3://org/talk",
+    "hf://datasets/org/x",
+)
+
+
+def test_the_bare_id_of_a_data_set_is_a_place_on_the_hub() -> None:
+    assert [data_place(name) for name in IDS] == [f"hf://datasets/{name}" for name in IDS]
+    assert [data_place(path) for path in PATHS] == [*PATHS]
+
+
+def test_what_is_on_this_machine_under_that_name_is_meant_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org/talk").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert data_place("org/talk") == "org/talk"
+    assert data_place("org/other") == "hf://datasets/org/other"

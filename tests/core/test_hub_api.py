@@ -1,13 +1,15 @@
 """What the Hub is asked for something that a user named, and what is said where it refuses."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import COMMIT, this_process_asks
+from huggingface_hub import constants
 
 from pipeline.core.errors import InputError
-from pipeline.core.hub_api import answer, pinned_data
+from pipeline.core.hub_api import answer, commit_of, pinned_data
 
 
 @pytest.fixture
@@ -39,7 +41,10 @@ def test_a_data_set_that_is_written_otherwise_is_an_input_error(path: str) -> No
 
 @pytest.mark.usefixtures("hub")
 def test_what_the_hub_refuses_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"hf://datasets/org/none: the Hub says no \(404.*HF_TOKEN one that may read it"):
+    with pytest.raises(
+        InputError,
+        match=r"org/none \(nor is org/none there on this machine\): the Hub says no \(404.*HF_TOKEN one that may read it",
+    ):
         pinned_data("hf://datasets/org/none")
 
 
@@ -49,3 +54,12 @@ def test_a_hub_that_is_not_to_be_asked_is_named_as_such() -> None:
 
     with pytest.raises(InputError, match="org/model: the Hub is not asked, as HF_HUB_OFFLINE is set"):
         answer("org/model", ask)
+
+
+def test_what_a_revision_means_is_told_by_any_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with this_process_asks({"org/model": {"config.json": b"{}", "a/b/config.json": b"{}"}}):
+        assert commit_of("org/model", None, "config.json") == commit_of("org/model", "main", "a/b/config.json") == COMMIT
+    assert commit_of("org/model", "main", "config.json") == COMMIT  # from the cache
+    with pytest.raises(OSError, match="find the requested files"):
+        commit_of("org/model", "main", "none.json")

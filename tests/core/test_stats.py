@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.stats import interpolate, mean_per_token, steps_to_parity
+from pipeline.core.stats import best_init, interpolate, mean_per_token, steps_to_parity
 
 
 def test_mean_per_token_weighs_samples_by_their_tokens() -> None:
@@ -73,3 +73,8 @@ def test_the_curve_has_the_target_value_at_parity_and_lies_above_it_before(losse
 
 def test_interpolation_is_linear_between_evaluations() -> None:
     assert interpolate([0, 10], [4.0, 2.0], 2.5) == 3.5
+
+
+def test_the_start_that_is_kept_is_the_one_of_the_lowest_validation_loss() -> None:
+    inits = {name: {"validation_nll_best": nll} for name, nll in {"base": 1.5, "mashup": 1.25, "paper": 1.25}.items()}
+    assert best_init(inits) == "mashup"

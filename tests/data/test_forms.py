@@ -87,6 +87,10 @@ def test_calls_of_tools_need_no_text() -> None:
     expected = [PAIR[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}, PAIR[1]]
     assert conversation({"messages": native}).messages == expected
     assert conversation({"conversations": factory}).messages == expected
+    swift = [PAIR[0], {"role": "tool_call", "content": factory[1]["value"]}, {"role": "tool_response", "content": "3"}, PAIR[1]]
+    assert conversation({"messages": swift}).messages == expected
+    twice = [factory[0], {"from": "function_call", "value": f"[{factory[1]['value']}, {factory[1]['value']}]"}, *factory[2:]]
+    assert conversation({"conversations": twice}).messages == [PAIR[0], {**expected[1], "tool_calls": [call] * 2}, *expected[2:]]
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"role": "user"}', '[{"a": 1}]', "[not JSON", "[]", "{}"])
@@ -124,6 +128,7 @@ def test_a_text_is_bare() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, r"parts that are no text \(image\)"),
         ({"messages": PAIR, "chat_template_kwargs": "loud"}, "chat_template_kwargs that are no object"),
         ({"conversations": [SHAREGPT[0], {"from": "function_call", "value": "add"}]}, "a call of a tool that is not JSON"),
+        ({"conversations": [SHAREGPT[0], {"from": "function_call", "value": "[1]"}]}, "a call of a tool that is not JSON"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "a history that is no list of pairs"),
         ({"instruction": "a", "output": 5}, "without text or role"),
     ],

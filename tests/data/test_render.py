@@ -79,7 +79,7 @@ def test_of_thoughts_that_the_template_leaves_out_the_answer_counts(answers: Cal
     assert answers(LAST_THOUGHTS, chat("?", thought(), "?", ANSWER)) == [ANSWER, ANSWER]
 
 
-@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"loss": False}, {"trainable": 0}, {"training": "false"}])
 def test_a_turn_that_is_not_to_be_learned_is_context(mark: dict[str, Any], answers: Callable[..., list[str]]) -> None:
     context = {"role": "assistant", "content": "a", **mark}
     learned = {"role": "assistant", "content": "b", "train": True, "weight": 1}
@@ -89,6 +89,34 @@ def test_a_turn_that_is_not_to_be_learned_is_context(mark: dict[str, Any], answe
         assert answers(template, chat("?", learned, "?", context), turns="last") == ["b"]
         with pytest.raises(ValueError, match="none of its answers is to be learned"):
             answers(template, chat("?", context))
+
+
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') or (m.role == 'system' and loop.first) %}"
+    "{{ '[' + m.role + ']' + m.content + '[end]' }}{% elif m.role == 'tool' %}{{ '[tool]' + m.content | tojson + '[end]' }}"
+    "{% endif %}{% endfor %}"
+)
+"""Passes over what is of another role, as those of Qwen do."""
+
+
+@pytest.mark.parametrize(
+    ("role", "said", "left_out"),
+    [
+        ("developer", "Be brief.", ["a message of role 'developer'"]),
+        ("critic", "It is 3.", ["a message of role 'critic'"]),  # which is also said elsewhere
+        ("system", "Be brief.", ["a message of role 'system'"]),
+        ("tool", '{"sum": "3"}', []),
+        ("user", "Go on.", []),
+    ],
+)
+def test_messages_that_the_template_leaves_out_are_told(role: str, said: str, left_out: list[str], tiny_base: str) -> None:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_base)
+    row = {"messages": [*chat("1 and 2?")["messages"], {"role": role, "content": said}, {"role": "assistant", "content": ANSWER}]}
+    for template, expected in ((KNOWN_ROLES, left_out), (CHATML, [])):
+        tokenizer.chat_template = template
+        found = render(conversation(row), tokenizer)
+        assert found.left_out == expected
+        assert [found.text[start:end] for start, end in found.answers] == [ANSWER]
 
 
 THOUGHTLESS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from hub import COMMIT, this_process_asks
 
 from pipeline.config import CompareConfig, Config
 from pipeline.core.errors import InputError
@@ -60,7 +61,28 @@ def test_every_form_is_shown_without_ray(form: str, tmp_path: Path, config_for: 
     assert [learned(row) for row in show_rows(config_for(tmp_path / form), 2)] == [["It is 0."], ["It is 1."]]
 
 
+@pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])
+def test_as_many_rows_are_shown_as_are_asked_for(form: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(260)]
+    if form == "t.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / form)
+    elif form == "t.csv":
+        (tmp_path / form).write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    else:
+        Dataset.from_list(rows).save_to_disk(tmp_path / form)
+    shown = list(show_rows(config_for(tmp_path / form), 250))
+    assert [learned(row) for row in shown] == [[f"It is {n}."] for n in range(250)]
+
+
 def test_a_harmed_file_is_an_input_error(tmp_path: Path, config_for: Callable[..., Config]) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
         list(show_rows(config_for(tmp_path / "t.parquet"), 1))
+
+
+@pytest.mark.parametrize("asked", ["?split=train_sft", f"@{COMMIT}?split=train_sft"])
+def test_a_data_set_of_the_hub_is_shown_by_its_bare_id(asked: str, config_for: Callable[..., Config]) -> None:
+    files = {name: json.dumps(row).encode() for name, row in zip(("train_sft.jsonl", "train_gen.jsonl"), ROWS, strict=False)}
+    with this_process_asks({"datasets/org/talk": files}):
+        [shown] = show_rows(config_for(f"org/talk{asked}"), 9)
+    assert learned(shown) == ["It is 0."]

@@ -17,6 +17,7 @@ from pipeline.plan.costs import (
     hours,
     left_to_score,
     loads_at_most,
+    measuring_seconds,
     scoring_seconds,
     total,
     training_rates,
@@ -110,6 +111,12 @@ def test_arms_train_side_by_side_and_are_tested_at_the_end() -> None:
     assert training_seconds(work, RATES) == 3 * (10 + 20 + 2) + 3
     assert training_seconds(work, {}) is None
     assert training_seconds(Training(0, 0, 1000, 400, 0), {}) == 0
+
+
+def test_a_metric_is_measured_on_each_row_for_each_arm_that_is_tested() -> None:
+    work = Training(arms=5, at_once=2, tokens=1000, evaluation_tokens=400, test_tokens=600, tested=2, metric_rows=50)
+    assert measuring_seconds(work, {"seconds_per_row": 0.25}) == 25
+    assert measuring_seconds(work, {}) == 0
 
 
 def test_the_tokens_of_an_arm_are_those_of_its_batches_padded_by_each_worker() -> None:

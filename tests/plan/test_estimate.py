@@ -24,6 +24,8 @@ from pipeline.search.batch import candidates_table
 from pipeline.search.race import Race, make_schedule
 from pipeline.search.scoreboard import Work
 
+METRIC_NOTE = "compare leaves out compare.metric exact_match: no earlier run measured that"
+
 WORDS = ["fox", "dog", "river", "hotel", "review", "France", "Paris", "number"]
 
 
@@ -43,7 +45,7 @@ def config(tiny_base: str, make_adapter: Callable[..., Path], write_jsonl: Any, 
             "target": {"train": write_jsonl(tmp_path / "train.jsonl", rows)},
             "search": {"samples": 16, "engine": "transformers", "adapters_per_batch": 2, "cpus_per_actor": 1},
             "train": train,
-            "compare": {"inits": ["base"]},
+            "compare": {"inits": ["base"], "metric": "exact_match"},
         },
         "test",
     )
@@ -108,6 +110,7 @@ def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(
     assert plan["load_bytes"]["search"] == sum(weights)
     assert all(stage["seconds"] > 0 and stage["gpu_hours"] == 0 for stage in plan["stages"].values())
     assert plan["total"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"].values()))
+    assert METRIC_NOTE in plan["notes"]
 
     summary = run_all(config)
     estimate = summary["estimate"]
@@ -123,7 +126,10 @@ def test_a_plan_then_the_run_then_a_plan_that_finds_it_done(
 
     (run / "plan.json").unlink()
     estimate_before_search(Run(config))  # as a search would: every rate is known by now
-    assert json.loads((run / "plan.json").read_text())["total"]["seconds"] > 0
+    known = json.loads((run / "plan.json").read_text())
+    assert known["total"]["seconds"] > 0
+    assert METRIC_NOTE not in known["notes"]
+    assert known["stages"]["compare"]["seconds"] > stages["compare"]["details"]["metric_seconds"]
 
     again = plan_run(config)
     assert again["adapter_samples"] == {"all": 48, "in_store": 48, "at_most": 0}

@@ -37,7 +37,7 @@ def test_what_a_metric_finds_stands_beside_the_test_figures(run: Run, monkeypatc
 
     def measure(metric: str, job: Any, arms: Any, storage: Folder) -> Measured:
         asked.append((metric, job, {init: [arm["name"] for arm in chosen] for init, chosen in arms.items()}, storage.uri))
-        return Measured({"base": [0.25, 0.75], "mashup": [1.0]}, rows)
+        return Measured({"base": [0.25, 0.75], "mashup": [1.0]}, rows, answered=2)
 
     monkeypatch.setattr(comparison, "measure", measure)
     curve = {"curve": [{"step": 0, "eval_nll": 1.0}], "diverged_at": None, "lr": 1e-3}
@@ -46,7 +46,9 @@ def test_what_a_metric_finds_stands_beside_the_test_figures(run: Run, monkeypatc
         for init, seed in (("base", 0), ("base", 1), ("mashup", 0))
     ]
     result: dict[str, Any] = {"inits": {"base": {"lr": 1e-3}, "mashup": {"lr": 1e-3}}}
-    comparison._measure(run, "own:f1", "job", arms, result)  # type: ignore[arg-type]
+    spent = comparison._measure(run, "own:f1", "job", arms, result)  # type: ignore[arg-type]
+    assert spent["metric_arms"] == 2
+    assert spent["metric_seconds"] >= 0
     assert asked == [("own:f1", "job", {"base": ["base-0", "base-1"], "mashup": ["mashup-0"]}, run.folder.sub("train").uri)]
     assert result["metric"] == "own:f1"
     assert result["inits"]["base"]["test_metric"] == {"mean": 0.5, "spread": pytest.approx(0.125**0.5)}

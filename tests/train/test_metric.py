@@ -157,7 +157,8 @@ def measured(
 
 
 def test_means_are_of_each_arm_and_rows_of_base_and_mashup_by_seed(measured: Callable[..., Any]) -> None:
-    found, _ = measured("exact_match")
+    found, asked = measured("exact_match")
+    assert found.answered == len(asked) == 5
     assert found.means == {"base": [1.0, 0.0], "mashup": [0.0, 0.0], "paper": [0.0]}
     assert found.rows.schema == METRIC_ROWS
     first = found.rows.to_pylist()[0]
