@@ -5,7 +5,9 @@
     python -m benchmarks.study --base google/gemma-3-1b-it --tasks FOLDER --settings benchmarks/paper_full.yaml
     python -m benchmarks.paper --lots-of-loras FILE                        # writes a list file: the adapters for Mistral-7B
 
-Each row asks for the letter of the right choice. The wording is ours; test is the published validation split, as in the paper.
+Each row asks for the letter or number of the right choice, by the labels that the paper's code has: 0 and 1 in WinoGrande, 1 to
+3 in SocialIQA, a to e in MathQA, those of the data set itself where it has some, and capital letters elsewhere. The wording is
+ours; the file beside train.jsonl is the published validation split, which the paper reports on.
 """
 
 import json
@@ -24,15 +26,22 @@ PARQUET = "refs/convert/parquet"
 LOTS_OF_LORAS, MISTRAL = "Lots-of-LoRAs", "Mistral-7B-Instruct-v0.2"
 
 
-def ask(question: str, choices: Sequence[str], right: int) -> Row:
-    letters = "ABCDEFGH"[: len(choices)]
-    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return {"prompt": f"{question}\n{listed}\nAnswer with the letter alone.", "completion": letters[right]}
+def ask(question: str, choices: Sequence[str], right: int, labels: Sequence[str] = "ABCDE") -> Row:
+    """A question with its choices, each behind its label; `right`: the place of the right one."""
+    labels = labels[: len(choices)]
+    listed = "\n".join(f"{label}. {choice}" for label, choice in zip(labels, choices, strict=True))
+    kind = "number" if labels[0].isdigit() else "letter"
+    return {"prompt": f"{question}\n{listed}\nAnswer with the {kind} alone.", "completion": labels[right]}
 
 
 def labelled(question: str) -> Callable[[Any], Row]:
     """ARC, CommonsenseQA and OpenBookQA: choices with labels of their own."""
-    return lambda row: ask(row[question], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
+
+    def make(row: Any) -> Row:
+        labels = row["choices"]["label"]
+        return ask(row[question], row["choices"]["text"], labels.index(row["answerKey"]), labels)
+
+    return make
 
 
 def math_qa(row: Any) -> Row:
@@ -42,7 +51,7 @@ def math_qa(row: Any) -> Row:
     for letter in "bcde":
         choice, _, parts = parts.partition(f" , {letter} )")
         choices.append(choice.strip())
-    return ask(row["Problem"], [*choices, parts.strip()], "abcde".index(row["correct"]))
+    return ask(row["Problem"], [*choices, parts.strip()], "abcde".index(row["correct"]), "abcde")
 
 
 DATA_SETS: dict[str, tuple[dict[str, Any], Callable[[Any], Row]]] = {
@@ -61,12 +70,14 @@ DATA_SETS: dict[str, tuple[dict[str, Any], Callable[[Any], Row]]] = {
     "social_iqa": (
         {"path": "allenai/social_i_qa", "revision": PARQUET},
         lambda row: ask(
-            f"{row['context']} {row['question']}", [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1
+            f"{row['context']} {row['question']}", [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1, "123"
         ),
     ),
     "winogrande": (
         {"path": "allenai/winogrande", "name": "winogrande_xl", "revision": PARQUET},
-        lambda row: ask(f"What fills the blank? {row['sentence']}", [row["option1"], row["option2"]], int(row["answer"]) - 1),
+        lambda row: ask(
+            f"What fills the blank? {row['sentence']}", [row["option1"], row["option2"]], int(row["answer"]) - 1, "01"
+        ),
     ),
 }
 

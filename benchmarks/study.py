@@ -4,46 +4,52 @@
     python -m benchmarks.study [--quick] --base BASE --pool FOLDER --tasks FOLDER [--tasks ...]
     python -m benchmarks.study [--quick] --base BASE --tasks FOLDER [--settings FILE]      # donors are trained first
 
-Each folder of tasks holds <task>/train.jsonl and, as test split, <task>/test.jsonl or validation.jsonl. Without a pool, a donor
-is trained from the base on each task with a seed of its own. For each task, adapters of the pool that are named like it (or like
-it with -<seed> behind) are left out; `mashup run` does the rest, in <work>/<task>. A second call goes on where the first was
-interrupted; with more seeds or learning rates it trains only what is new. `study.yaml` has the settings.
+Each folder of tasks holds <task>/train.jsonl and <task>/test.jsonl or validation.jsonl. Without a pool, a donor is trained from
+the base on each task with a seed of its own. For each task, adapters of the pool that are named like it (or like it with -<seed>
+behind) are left out; `mashup run` does the rest, in <work>/<task>. `study.yaml` has the settings; besides those of a run:
 
-Means over tasks; a task where the verdict is to start from the base counts as no difference, one without parity as nothing saved:
-    steps_saved                    share of the base run's steps that the mashup did without until parity
-    seconds_saved                  the same of its training seconds, all overhead counted (negative: it took longer)
-    exact_match, token_accuracy    mashup minus base on the test split, in points; `over_paper`: minus the paper's start
-    p                              two-sided, by flipping the signs of the tasks' differences in all ways
+    donor, epochs    the shape of donors, and how long they and the arms train in place of train.steps
+    families         patterns of names: an adapter that matches the task's own pattern is kin
+    reported         test (by default), or validation: the file beside train.jsonl is then the validation split, as in the paper
+
+Each task's arms are appended to <results>/arms.csv when it is done (`benchmarks/study_arms.py`), to be committed. What stands
+there for the same settings, base, pool and data is not run again, on whatever machine, so that a call goes on where another
+ended; `python -m benchmarks.tables` makes the tables and figures from it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
-from itertools import product
+from fnmatch import fnmatchcase
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
-import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import typer
 import yaml
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
+from benchmarks.over_tasks import over_tasks
+from benchmarks.study_arms import FILE, StudyArm, add_arms, lacking, read_arms
+from benchmarks.tables import METRICS, RESULTS, current, differences, saved, tasks_of, write_tables
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
 from pipeline.cluster.connect import connect
 from pipeline.config import Config, build_config
+from pipeline.core.base_ref import name_of
 from pipeline.core.errors import InputError
 from pipeline.core.ledger import digest
 from pipeline.core.parts import Parts
 from pipeline.core.storage import Folder
-from pipeline.data.splits import take_samples
-from pipeline.report.plots import COLOURS, MARKERS, OTHER_COLOUR, read_curves
+from pipeline.data.splits import split_of, take_samples
+from pipeline.model.base_model import fingerprint
 from pipeline.run import run_all
 from pipeline.train.arm import Arm, Job, Lora, copy_weights
 from pipeline.train.tune import train_arms
+
+VERSION = 1
+"""Of results, to be raised by a change of the method or of a default that changes what arms come to: those of an older version
+are not gone on from."""
 
 SETTINGS = Path(__file__).parent / "study.yaml"
 QUICK = {
@@ -52,12 +58,17 @@ QUICK = {
     "compare": {"inits": ["base", "mashup", "paper"]},
     "target": {"validation_rows": 16, "test_rows": 50},
 }
+MACHINE_KEYS = {
+    "search": ("actors", "cpus_per_actor", "gpus_per_actor", "adapters_per_batch", "memory_cache_gb", "disk_cache_gb", "store"),
+    "train": ("seeds", "workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "tokens_per_pass"),
+    "compare": ("inits",),
+}
+"""Settings that do not change what an arm comes to, and those that the table's rows tell apart."""
+
 TRAINING_FILE = "training.json"
 """Written last into a donor's folder: how it was trained."""
 
 DEMO_ROWS = {"train": 400, "test": 200}
-MAX_FLIPS = 12
-"""Tasks up to which all flips of sign are tried; beyond, a seeded draw of as many."""
 
 Row = dict[str, Any]
 
@@ -71,98 +82,194 @@ def main(
     settings: Annotated[
         Path, typer.Option(help="What each run is asked, and the donors' shape and number of epochs.")
     ] = SETTINGS,
-    work: Annotated[Path, typer.Option(help="Folder of the runs, and of the table and the curves.")] = Path(".cache/study"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path(".cache/study"),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the table; by default benchmarks/results/<settings>, with --quick in --work.")
+    ] = None,
 ) -> None:
     """Run the study; the last line is a JSON object."""
-    asked = yaml.safe_load(settings.read_text())
-    donor, epochs = asked.pop("donor"), asked.pop("epochs", None)
+    asked: Row = yaml.safe_load(settings.read_text())
     if quick:
-        asked = {name: asked.get(name, {}) | QUICK.get(name, {}) for name in asked | QUICK}
+        asked = asked | {name: asked.get(name, {}) | given for name, given in QUICK.items()}
         asked["train"]["learning_rates"] = asked["train"]["learning_rates"][-1:]
-    asked["base"] = base or str(base_model())
     work = work.resolve()
-    targets = _targets(tasks) if tasks else _demo_targets(work)
-    configs = {name: _config(asked, epochs, work / name, target) for name, target in targets.items()}
-    if not pool:
-        pool = _train_donors(configs, Lora(**donor), work) if tasks else "examples/pool"
-    rows: list[Row] = []
-    for name in [name for name in configs if not only or name in only][: 2 if quick else None]:
-        config = configs[name].model_copy(update={"pool": str(Path(pool).resolve()), "exclude": _own(name)})
-        rows.append(_row(name, config, run_all(config)))
-        typer.echo(f"so far: {json.dumps(rows[-1])}", err=True)
-        (work / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
-    _draw(work, rows).savefig(work / "study.png", dpi=110)
-    print(_table(rows))
-    print(json.dumps(conclude(rows)))
+    results = results or (work / "results" if quick else RESULTS / settings.stem)
+    targets = _targets(tasks, asked.get("reported", "test")) if tasks else _demo_targets(work)
+    study = Study(asked, base or str(base_model()), pool or ("" if tasks else "examples/pool"), targets, work)
+    names = [name for name in targets if not only or name in only][: 2 if quick else None]
+    for name in names:
+        if study.run(name, results / FILE):
+            typer.echo(f"{name} is in {results / FILE}", err=True)
+    print(write_tables(results))
+    print(json.dumps(conclude(results / FILE, names)))
 
 
-def conclude(rows: Sequence[Row]) -> Row:
-    """What the tasks say together."""
-    found: Row = {
-        "tasks": len(rows),
-        "mashups": sum(row["verdict"] == "mashup" for row in rows),
-        "parity_reached": sum(row["steps_saved"] is not None for row in rows),
-        "steps_saved": round(fmean(row["steps_saved"] or 0.0 for row in rows), 3),
-        "seconds_saved": round(fmean(row["seconds_saved"] for row in rows), 3),
+class Study:
+    """What is asked of all tasks, with the pool once it is there."""
+
+    def __init__(self, asked: Row, base: str, pool: str, targets: dict[str, Row], work: Path) -> None:
+        """
+        Args:
+            pool: empty: donors are trained on the tasks.
+        """
+        self.asked, self.pool, self.targets, self.work = {**asked, "base": base}, pool, targets, work
+        self.donor, self.families = Lora(**asked["donor"]), asked.get("families", [])
+        run_keys = {key: value for key, value in self.asked.items() if key not in ("donor", "families", "reported")}
+        self.configs = {name: _config(run_keys, work / name, target) for name, target in targets.items()}
+        self._pool_digest = (
+            _pool_digest(pool) if pool else digest(asked["donor"], [_files_digest(one) for one in targets.values()])
+        )
+
+    def run(self, task: str, file: Path) -> bool:
+        """Run what the table lacks of a task and add it. Gives whether anything lacked."""
+        config = self.configs[task]
+        wanted = {
+            "base": _short(config.base),
+            "task": task,
+            "settings": settings_digest(self.asked),
+            "inputs": self._inputs(task),
+        }
+        missing = lacking(read_arms(file), wanted, config.compare.inits, config.train.seeds)
+        for inits, seeds in missing.items():
+            update = {
+                "pool": self._pool(),
+                "exclude": _own(task),
+                "compare": config.compare.model_copy(update={"inits": inits}),
+                "train": config.train.model_copy(update={"seeds": tuple(seeds)}),
+            }
+            one = config.model_copy(update=update)
+            summary = run_all(one)
+            add_arms(file, arms_of(one, summary, {**wanted, "kin": self._has_kin(task, one)}))
+        return bool(missing)
+
+    def _inputs(self, task: str) -> str:
+        return digest(fingerprint(self.configs[task].base), self._pool_digest, _files_digest(self.targets[task]))
+
+    def _pool(self) -> str:
+        """Where the donors are; those that are trained on the tasks are trained now, where they are not yet."""
+        pool = self.pool or self._train_donors()
+        return str(Path(pool).resolve()) if Path(pool).exists() else pool
+
+    def _has_kin(self, task: str, config: Config) -> bool:
+        """Whether an adapter that may be a donor is of the task's family."""
+        catalogue = Folder.at(config.run).read_table("catalogue.parquet")
+        names = catalogue.filter(pc.equal(catalogue["status"], "ok"))["adapter_id"].to_pylist()
+        patterns = [pattern for pattern in self.families if fnmatchcase(task, pattern)]
+        return any(fnmatchcase(Path(name).name, pattern) for name in names for pattern in patterns)
+
+    def _train_donors(self) -> str:
+        """A pool of one donor a task, trained from the base like the arms of a comparison; validation picks its learning rate."""
+        connect()
+        for seed, (task, config) in enumerate(self.configs.items(), start=1000):
+            donor, place = Folder.at(self.work / "pool" / task), Folder.at(self.work / "donors" / task)
+            if donor.exists(TRAINING_FILE):
+                continue
+            if not place.exists("data/test.parquet"):
+                for split, table in take_samples(config).training.items():
+                    place.write_table(f"data/{split}.parquet", table)
+            key = digest(config.base, config.train.model_dump(), self.donor)[:8]
+            arms = [Arm("base", rate, seed) for rate in config.train.learning_rates]
+            jobs = [Job(arm, config.base, self.donor, config.train, place.sub("data"), place, key) for arm in arms]
+            outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True), place.uri)
+            best = min(outcomes, key=lambda outcome: min(point["eval_nll"] for point in outcome["curve"]))
+            copy_weights(place.sub("train", *best["checkpoint"].split("/")), donor)
+            donor.write_json(TRAINING_FILE, {"task": task, "lr": best["lr"], "seed": seed, "best_step": best["best_step"]})
+        return str(self.work / "pool")
+
+
+def settings_digest(asked: Row) -> str:
+    """Digest of what all tasks are asked alike, and that changes what an arm comes to."""
+    kept = {key: value for key, value in asked.items() if key not in ("base", "families")}
+    for section, names in MACHINE_KEYS.items():
+        kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in names}
+    return digest(VERSION, kept)[:8]
+
+
+def arms_of(config: Config, summary: Row, named: Row) -> list[StudyArm]:
+    """The rows of a run that is done: each arm, and without a rate each start that was asked for and that there is not.
+
+    Args:
+        named: base, task, settings, inputs and kin.
+    """
+    folder = Folder.at(config.run)
+    shared = named | {
+        "verdict": summary["verdict"],
+        "recipe": summary["recipe"] or "",
+        "donors": " ".join(summary["donors"]),
+        "overhead_seconds": summary["overhead_seconds"]["total"],
+        "charged_seconds": charged_seconds(folder),
+        "test_rows": len(Parts(folder, "data/test.parquet")),
+        "machine": ", ".join(map(str, yaml.safe_load(folder.read_text("config.yaml"))["machine"].values())),
     }
-    for rival in ("base", "paper"):
-        pairs = [(row["inits"].get("mashup", row["inits"]["base"]), row["inits"].get(rival)) for row in rows]
-        for metric in ("exact_match", "token_accuracy"):
-            differences = [100 * (ours[metric] - theirs[metric]) for ours, theirs in pairs if theirs]
-            if differences:
-                name = metric if rival == "base" else f"{metric}_over_{rival}"
-                found |= {name: round(fmean(differences), 2), f"{name}_p": round(sign_flips(differences), 3)}
-    return found | {"worse_than_base": [row["task"] for row in rows if row["worse"]]}
+    curves: dict[tuple[str, float, int], list[Row]] = {}
+    for row in folder.read_table("comparison.parquet").to_pylist():
+        curves.setdefault((row["init"], row["lr"], row["seed"]), []).append(row)
+    arms = [
+        StudyArm(init=init, lr=lr, seed=seed, **shared, **_measured(init, lr, seed, rows, summary))
+        for (init, lr, seed), rows in curves.items()
+    ]
+    there = {(arm.init, arm.seed) for arm in arms}
+    absent = [(init, seed) for seed in config.train.seeds for init in config.compare.inits if (init, seed) not in there]
+    return arms + [StudyArm(init=init, seed=seed, **shared) for init, seed in absent]
 
 
-def sign_flips(differences: Sequence[float]) -> float:
-    """Two-sided p of the mean of paired differences under flips of their signs (Fisher's permutation test)."""
-    values, n = np.array(differences), len(differences)
-    if n <= MAX_FLIPS:
-        signs = np.array(list(product((1, -1), repeat=n)))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), (2**MAX_FLIPS, n))
-    return float((np.abs(signs @ values) >= abs(values.sum()) - 1e-9).mean())
+def charged_seconds(folder: Folder) -> float | None:
+    """What the paper charges for finding donors: the shortest evaluation of a single donor on the search sample, and the merge.
+
+    Donors share engines and batches here, so that one donor's evaluation is the engine's start and its share of the time spent
+    scoring; of the merge stage the scoring of merges is left out. None: every score was there.
+    """
+    stages = folder.read_json("stages.json")
+    search, merge = stages["search"]["details"], stages["merge"]
+    if not search.get("adapter_samples"):
+        return None
+    samples = len(split_of(folder.read_table("samples.parquet"), "search"))
+    scoring = search["scoring_seconds"] / search["adapter_samples"] * samples
+    merging = merge["seconds"] - merge["details"].get("race_seconds", 0.0)
+    return float(search["engine_start_seconds"] + scoring + max(0.0, merging))
 
 
-def _config(asked: Row, epochs: float | None, run: Path, target: Row) -> Config:
+def conclude(file: Path, names: Sequence[str]) -> Row:
+    """What the tasks of a table say together, of those that are named, on every base."""
+    tasks = [task for task in tasks_of(current(read_arms(file))[0]) if task.name in names]
+    steps = [task.of("mashup") for task in tasks]
+    found: Row = {
+        "tasks": len({task.name for task in tasks}),
+        "without_kin": len({task.name for task in tasks if not task.kin}),
+        "mashups": sum(task.verdict == "mashup" for task in tasks),
+        "parity_reached": sum(one is not None and one.parity is not None for one in steps),
+    }
+    for name, values in {"steps_saved": saved(tasks, "steps"), "seconds_saved": saved(tasks, "seconds")}.items():
+        found[name] = round(sum(values) / len(values) / 100, 3)
+    for rival in dict.fromkeys(init for task in tasks for init in task.starts if init != "mashup"):
+        for _, metric in METRICS:
+            if values := differences(tasks, rival, metric):
+                means, name = over_tasks(values), metric if rival == "base" else f"{metric}_over_{rival}"
+                interval = [round(means.low, 2), round(means.high, 2)]
+                found |= {name: round(means.mean, 2), f"{name}_interval": interval, f"{name}_p": round(means.p, 3)}
+    return found | {"worse_than_base": [task.name for task in tasks if task.worse]}
+
+
+def _config(asked: Row, run: Path, target: Row) -> Config:
     """What one run is asked; the steps of so many epochs where these are given."""
-    content = {**asked, "run": str(run), "pool": "-", "target": asked.get("target", {}) | target}
+    epochs = asked.get("epochs")
+    content = {key: value for key, value in asked.items() if key != "epochs"}
+    content |= {"run": str(run), "pool": "-", "target": asked.get("target", {}) | target}
     if epochs is not None:
         rows = len(Path(target["train"]).read_text().splitlines())
-        batch = asked["train"]["batch_size"]
-        content["train"] = asked["train"] | {"steps": math.ceil(epochs * rows / batch)}
+        content["train"] = asked["train"] | {"steps": math.ceil(epochs * rows / asked["train"]["batch_size"])}
     return build_config(content, run.name)
 
 
-def _train_donors(configs: dict[str, Config], shape: Lora, work: Path) -> str:
-    """A pool of one donor a task, trained from the base like the arms of a comparison; validation picks its learning rate."""
-    connect()
-    for seed, (task, config) in enumerate(configs.items(), start=1000):
-        donor, place = Folder.at(work / "pool" / task), Folder.at(work / "donors" / task)
-        if donor.exists(TRAINING_FILE):
-            continue
-        if not place.exists("data/test.parquet"):
-            for split, table in take_samples(config).training.items():
-                place.write_table(f"data/{split}.parquet", table)
-        key = digest(config.base, config.train.model_dump(), shape)[:8]
-        arms = [Arm("base", rate, seed) for rate in config.train.learning_rates]
-        jobs = [Job(arm, config.base, shape, config.train, place.sub("data"), place, key) for arm in arms]
-        outcomes = train_arms(jobs, place.sub("train"), lambda text: typer.echo(text, err=True), place.uri)
-        best = min(outcomes, key=lambda outcome: min(point["eval_nll"] for point in outcome["curve"]))
-        copy_weights(place.sub("train", *best["checkpoint"].split("/")), donor)
-        donor.write_json(TRAINING_FILE, {"task": task, "lr": best["lr"], "seed": seed, "best_step": best["best_step"]})
-    return str(work / "pool")
-
-
-def _targets(folders: Sequence[Path]) -> dict[str, Row]:
-    """Task name -> data files of a config; validation rows come out of train, the other file is the test split."""
+def _targets(folders: Sequence[Path], reported: str) -> dict[str, Row]:
+    """Task name -> data files of a config; `reported`: the split that the file beside train.jsonl is, the other comes out of
+    train."""
     found: dict[str, Row] = {}
     for train in (file for folder in folders for file in sorted(folder.glob("*/train.jsonl"))):
-        test = next((file for name in ("test", "validation") if (file := train.parent / f"{name}.jsonl").exists()), None)
-        if test is None:
-            raise InputError(f"{train.parent}: no test.jsonl and no validation.jsonl; the study needs one as test split")
-        found[train.parent.name] = {"train": str(train), "test": str(test)}
+        other = next((file for name in ("test", "validation") if (file := train.parent / f"{name}.jsonl").exists()), None)
+        if other is None:
+            raise InputError(f"{train.parent}: no test.jsonl and no validation.jsonl; the study needs one to report on")
+        found[train.parent.name] = {"train": str(train), reported: str(other)}
     return found
 
 
@@ -184,75 +291,39 @@ def _own(task: str) -> tuple[str, ...]:
     return task, f"{task}-[0-9]*", f"*/{task}", f"*/{task}-[0-9]*"
 
 
-def _row(task: str, config: Config, summary: Row) -> Row:
-    inits = {
-        init: {metric: found[f"test_{metric}"]["mean"] for metric in ("nll", "token_accuracy", "exact_match")}
-        | {"spread": found["test_exact_match"]["spread"], "lr": found["lr"], "parity_steps": found.get("parity_steps")}
-        for init, found in summary["inits"].items()
+def _measured(init: str, lr: float, seed: int, rows: Sequence[Row], summary: Row) -> Row:
+    """An arm's curves, and its figures on the test split where its rate was chosen."""
+    found, ordered = summary["inits"][init], sorted(rows, key=lambda row: row["step"])
+    curves = {
+        "steps": "step",
+        "seconds": "seconds",
+        "validation_nll": "eval_nll",
+        "validation_token_accuracy": "eval_token_accuracy",
+        "validation_exact_match": "eval_exact_match",
     }
-    overhead, parity = summary["overhead_seconds"]["total"], summary["parity"]
-    base_seconds = summary["inits"]["base"]["train_seconds"]
-    reached = parity is not None and parity["reached"]
-    n_test = len(Parts(Folder.at(config.run), "data/test.parquet"))
-    ours, base = (inits.get(init, inits["base"])["exact_match"] for init in ("mashup", "base"))
-    noise = 2 * (max(ours * (1 - ours) + base * (1 - base), 1 / n_test) / n_test) ** 0.5
-    return {
-        "task": task,
-        "verdict": summary["verdict"],
-        "recipe": summary["recipe"],
-        "donors": summary["donors"],
-        "inits": inits,
-        "steps_saved": parity["steps_saved"] if reached else (0.0 if summary["verdict"] == "base" else None),
-        "seconds_saved": parity["seconds_saved"] if reached else -overhead / base_seconds,
-        "overhead_seconds": overhead,
-        "base_seconds": base_seconds,
-        "worse": bool(ours < base - noise),
-        "run": str(config.run),
-    }
+    measured = {name: tuple(float(row[column]) for row in ordered) for name, column in curves.items()}
+    tested = found["test_by_seed"][found["seeds"].index(seed)] if lr == found["lr"] else {}
+    return {**measured, **tested, "start_seconds": found.get("start_seconds")}
 
 
-def _table(rows: Sequence[Row]) -> str:
-    inits = list(dict.fromkeys(init for row in rows for init in row["inits"]))
-    heads = ["task", "recipe", "parity of steps", "overhead / base", *(f"{init}: NLL, match" for init in inits)]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for row in rows:
-        steps = "not reached" if row["steps_saved"] is None else f"{1 - row['steps_saved']:.2f}"
-        cells = [row["task"], row["recipe"] or "base", steps, f"{row['overhead_seconds']:.0f} s / {row['base_seconds']:.0f} s"]
-        for init in inits:
-            cells.append(_cell(row["inits"][init]) if init in row["inits"] else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _short(base: str) -> str:
+    """What the table calls a base: a folder's name, or its name on the Hub."""
+    return Path(base).name if Path(base).is_dir() else name_of(base)
 
 
-def _cell(found: Row) -> str:
-    """Test NLL and exact match in %, this with its spread over seeds where there are several."""
-    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
-    return f"{found['nll']:.3f}, {100 * found['exact_match']:.1f}{spread}"
+def _pool_digest(pool: str) -> str:
+    """Of the files of a folder of adapters; of another pool its name."""
+    files = sorted(file for file in Path(pool).rglob("*") if file.suffix in (".safetensors", ".json", ".bin"))
+    return digest([[str(file.relative_to(pool)), _sha256(file)] for file in files] or pool)
 
 
-def _draw(work: Path, rows: Sequence[Row]) -> Figure:
-    """Validation curves of every task, each init at the learning rate that validation chose."""
-    columns = min(3, len(rows))
-    height = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.6), layout="constrained")
-    panels = list(figure.subplots(height, columns, squeeze=False).flat)
-    shown: dict[str, Any] = {}
-    for panel, row in zip(panels, rows, strict=False):
-        for curve in read_curves(pq.read_table(work / row["task"] / "comparison.parquet"), "eval_nll"):
-            if curve.lr == row["inits"][curve.init]["lr"]:
-                style = {"color": COLOURS.get(curve.init, OTHER_COLOUR), "marker": MARKERS[curve.init], "markersize": 4}
-                (shown[curve.init],) = panel.plot(curve.steps, curve.mean, linewidth=1.4, **style)
-        panel.set_title(row["task"], fontsize=9)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(LogFormatter())
-        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))  # no crowd on an axis of two decades
-        panel.tick_params(axis="y", which="both", labelsize=8)
-    for panel in panels[len(rows) :]:
-        panel.set_axis_off()
-    figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=len(shown), fontsize=10)
-    figure.supxlabel("training step", fontsize=10)
-    figure.supylabel("validation NLL, nats a token", fontsize=10)
-    return figure
+def _files_digest(target: Row) -> str:
+    return digest({split: _sha256(Path(file)) for split, file in target.items()})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from pipeline.model import completion_loss
 from pipeline.model.base_model import device, load_tokenizer
 from pipeline.train.arm import Arm, Job, Lora
 from pipeline.train.batches import row_numbers
-from pipeline.train.loop import WARMUP, Finetuning
+from pipeline.train.loop import Finetuning
 from pipeline.train.ray_train import fit
 from pipeline.train.worker_model import Trainable
 
@@ -135,7 +135,7 @@ def _trainer(job: Job, kind: str, clock: "_Clock") -> Trainer:
         "per_device_train_batch_size": train.batch_size,
         "learning_rate": job.arm.lr,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(WARMUP * train.steps),
+        "warmup_steps": math.ceil(train.warmup * train.steps),
         "weight_decay": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",

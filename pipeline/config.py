@@ -184,6 +184,14 @@ class SearchConfig(Section):
         description="rows of the target's train split to score on; the race shows poor adapters only some",
     )
     holdout: float = Field(0.25, gt=0, lt=1, description="share of the samples kept apart to choose the merge on")
+    draw: Literal["random", "first"] = Field(
+        "random", description="the samples are a seeded draw of the train split, or its first rows in the order of the files"
+    )
+    rank_by: Literal["nll", "token_accuracy"] = Field(
+        "nll",
+        description="what donors are raced and ranked by; token_accuracy: the share of the answers' tokens that are the model's "
+        "first choice, as in the paper; on GPUs vLLM tells it with VLLM_USE_V2_MODEL_RUNNER=0 alone",
+    )
     seed: int = Field(0, description="of the draw of the samples and of the splits")
     engine: Literal["vllm", "transformers"] = Field(
         "vllm",
@@ -277,6 +285,7 @@ class TrainConfig(Section):
     batch_size: int = Field(16, ge=1, le=1 << 20, description="rows a step over all workers")
     learning_rates: tuple[float, ...] = Field((1e-4, 5e-4), min_length=1, description="peak rates; validation picks one")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the order of the rows and of fresh weights")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises to its peak")
     lora_plus: float = Field(
         1.0,
         gt=0,

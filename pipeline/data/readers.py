@@ -38,7 +38,7 @@ ENDING = 256
 """Bytes of the end of a CSV file."""
 
 FIRST = 100
-"""Rows of a table that `first_rows` looks at, at a time."""
+"""Rows of a table that `first_rows` reads at a time."""
 
 LINE_END_WITHIN = 1 << 20
 """Bytes that are read at a time behind a block, for the rest of its last line."""
@@ -83,7 +83,7 @@ def read_rows(path: str, role: str, columns: Sequence[str] = ()) -> ray.data.Dat
 
 
 def first_rows(path: str, role: str, columns: Sequence[str] = ()) -> Iterator[bytes]:
-    """The rows of a data set's first file as JSON text, in its order, without Ray.
+    """The rows of a data set as JSON text, in the order of its files, without Ray; only so much is read as is asked for.
 
     Raises:
         InputError: it is of no known form, or cannot be read.
@@ -106,7 +106,7 @@ def _first_tables(path: str, role: str, source: Source, wanted: Sequence[str]) -
     elif source.form == "lines":
         yield from (_lines(source.folder, block, number) for number, block in enumerate(json_blocks(source)))
     else:
-        for batch in _batches(source, source.names[0], wanted):
+        for batch in (batch for name in source.names for batch in _batches(source, name, wanted)):
             for start in range(0, len(batch), FIRST):
                 yield from _as_json(wanted, pa.Table.from_batches([batch.slice(start, FIRST)]))
 

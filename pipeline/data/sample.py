@@ -1,6 +1,7 @@
 """The stage `samples`: rows of the target task -> samples.parquet and data/."""
 
 from collections import Counter
+from typing import Any
 
 from pipeline.config import BY_CHOICES, Config
 from pipeline.core.ledger import digest
@@ -33,5 +34,6 @@ def samples(run: Run) -> None:
             run.progress.say(f"{what}: " + ", ".join(f"{count} x {reason}" for reason, count in told.items()))
 
 
-def _sampling(config: Config) -> tuple[int, float, int]:
-    return config.search.samples, config.search.holdout, config.search.seed
+def _sampling(config: Config) -> list[Any]:
+    search = config.search
+    return [search.samples, search.holdout, search.seed, *(["first"] if search.draw == "first" else [])]

@@ -7,7 +7,8 @@ says. What the driver holds are counts, and the sample.
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +25,9 @@ from pipeline.core.tables import SAMPLES
 from pipeline.data.draw import Cut, Draw, Found, Shards
 from pipeline.data.files import source_of
 from pipeline.data.forms import FORMS
-from pipeline.data.readers import first_malformed, read_rows, unreadable
+from pipeline.data.readers import first_malformed, first_rows, read_rows, unreadable
 from pipeline.data.shards import SHARDS, USED, USED_BUT, shortened
-from pipeline.data.tokenise import Reading, tokenise_shard
+from pipeline.data.tokenise import Reading, tokenise_shard, tokenise_text
 from pipeline.model.base_model import context_length, load_tokenizer, vocabulary
 
 SPLIT_OFF = 0.1
@@ -37,6 +38,9 @@ LEAST_LEFT = 0.5
 
 MAX_PROBLEMS = 10
 """Reasons to pass rows over that are told apart."""
+
+FIRST_AT_ONCE = 1000
+"""Rows that are looked at, at a time, for the first of a data set."""
 
 UNORDERED = "tokenised"
 """Folder of the shards, for as long as they are needed."""
@@ -281,7 +285,14 @@ def _holdout(size: int, config: Config) -> int:
 
 
 def _search_sample(data: Folder, size: int, config: Config) -> pa.Table:
-    """The first rows of train, each content once; the last share is the hold-out."""
+    """Rows of train, each content once; the last share is the hold-out."""
+    sample = _first_in_files(data, size, config) if config.search.draw == "first" else _first_of_draw(data, size)
+    split = ["search"] * (size - _holdout(size, config)) + ["holdout"] * _holdout(size, config)
+    return sample.set_column(sample.column_names.index("split"), "split", pa.array(split)).cast(SAMPLES)
+
+
+def _first_of_draw(data: Folder, size: int) -> pa.Table:
+    """In the order of the draw, which is random."""
     drawn: list[pa.Table] = []
     missing, last = size, ""
     for rows in Parts(data, "train.parquet").batches(SAMPLES.names):
@@ -292,6 +303,24 @@ def _search_sample(data: Folder, size: int, config: Config) -> pa.Table:
         missing, last = missing - len(fresh), ids[-1]
         if not missing:
             break
-    split = ["search"] * (size - _holdout(size, config)) + ["holdout"] * _holdout(size, config)
-    sample = pa.concat_tables(drawn)
-    return sample.set_column(sample.column_names.index("split"), "split", pa.array(split)).cast(SAMPLES)
+    return pa.concat_tables(drawn)
+
+
+def _first_in_files(data: Folder, size: int, config: Config) -> pa.Table:
+    """In the order of the files, of the rows that are in the split train: none that was split off."""
+    tokenizer, reading = load_tokenizer(config.base), replace(reading_of(config), choices=False)
+    texts = first_rows(target_paths(config)["train"], "train", list(reading.columns.values()))
+    found: dict[str, dict[str, object]] = {}
+    while len(found) < size and (some := list(islice(texts, FIRST_AT_ONCE))):
+        rows = [tokenise_text(text, tokenizer, config.search.seed, reading) for text in some]
+        usable = {row["sample_id"]: row for row in rows if "problem" not in row and row["sample_id"] not in found}
+        kept = _in_train(data, list(usable))
+        found |= {name: row for name, row in usable.items() if name in kept}
+    return pa.Table.from_pylist([{"split": "search", **row} for row in found.values()][:size], schema=SAMPLES)
+
+
+def _in_train(data: Folder, ids: list[str]) -> set[str]:
+    asked, found = pa.array(ids, pa.string()), set[str]()
+    for rows in Parts(data, "train.parquet").batches(["sample_id"]):
+        found.update(rows["sample_id"].filter(pc.is_in(rows["sample_id"], asked)).to_pylist())
+    return found

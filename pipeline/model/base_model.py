@@ -206,7 +206,7 @@ def weight_name(base: str, tensor: str) -> str | None:
 @lru_cache(maxsize=4)
 def tied_weights(base: str) -> tuple[str, str] | None:
     """The names of the embedding's and of the output head's weights where they are one and the same."""
-    model = _skeleton(base)
+    model = skeleton(base)
     tied = model.get_input_embeddings().weight
     names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is tied]
     return (names[0], names[1]) if len(names) == 2 else None
@@ -216,7 +216,7 @@ def tied_weights(base: str) -> tuple[str, str] | None:
 def _weight_names(base: str) -> dict[str, list[str]]:
     """The names of the base model's weights, by their own names."""
     found: dict[str, list[str]] = {}
-    for name, _ in _skeleton(base).named_parameters(remove_duplicate=False):
+    for name, _ in skeleton(base).named_parameters(remove_duplicate=False):
         found.setdefault(own_name(name), []).append(name)
     return found
 

@@ -37,6 +37,7 @@ from pipeline.plan.costs import (
     total,
     training_seconds,
 )
+from pipeline.plan.pays import cost_of_base, foretell, keep_outcome, past_outcomes
 from pipeline.report.words import duration
 from pipeline.run_folder import Run
 from pipeline.search.engine_pool import engines_at_once, scoring_kind, scoring_resources, slot_bytes
@@ -45,6 +46,7 @@ from pipeline.search.rates import Rates
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, rates_of, servable
 from pipeline.train.arm import pass_tokens
+from pipeline.train.comparison import OVERHEAD
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
 from pipeline.train.starts import list_arms, make_jobs, shapes_of
 from pipeline.train.tune import RESULT_FILE
@@ -77,10 +79,12 @@ def compare_with_plan(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any
     """At the end of a run: keep what it measured for the next ones, and set its estimate, if there is one, against the truth.
 
     Returns:
-        What the summary says of it: `estimate`, or nothing.
+        What the summary says besides: `estimate` where there was one, and what a verdict to start from the base cost.
     """
     run.ledger.beat(force=True)
     keep_training_rates(run, outcomes)
+    keep_outcome(run, outcomes)
+    cost = cost_of_base(run, outcomes, OVERHEAD)
     merging = run.ledger.records["merge"]
     if "race_seconds" in merging["details"]:
         seconds = max(0.0, merging["seconds"] - merging["details"]["race_seconds"])
@@ -88,10 +92,10 @@ def compare_with_plan(run: Run, outcomes: list[dict[str, Any]]) -> dict[str, Any
     _keep_measuring(run, run.ledger.records["compare"]["details"])
     plan = _plan_of(run)
     if plan is None:
-        return {}
+        return cost
     found = against(plan, run.ledger.records)
     run.folder.write_json(PLAN_FILE, plan | {"truth": found})
-    return {"estimate": found}
+    return {"estimate": found, **cost}
 
 
 def _keep_measuring(run: Run, details: Mapping[str, Any]) -> None:
@@ -119,6 +123,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     usual, _ = by_rank(run, usable)
     merged_rank = largest_merge(usual["rank"].to_pylist(), config.merge)
     engine = make_engine(run, usable, largest_rank(run, usual, merged_rank))
+    time = _time(run, rates, trained, scoring, merging, training)
     return {
         "key": _key(run),
         "candidates": candidates,
@@ -128,7 +133,8 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
         "load_bytes": {"search": round(scoring.load_bytes), "merge": round(merging.load_bytes)},
         "engines": {"count": scoring.engines, "memory_bytes": memory_of_engine(config.search.engine, engine, _resources(run)[0])},
         "arms": {"count": training.arms, "at_once": training.at_once},
-        **_time(run, rates, trained, scoring, merging, training),
+        **time,
+        "pays": _pays(run, time["stages"], training.tokens / trained["tokens_per_second"] if trained else None),
         "ledger": run.ledger.records,
     }
 
@@ -197,6 +203,15 @@ def _time(
         "rates": {scoring_kind(config.search): scoring, training_kind(config.train): trained},
         "notes": _notes(run, merge.tokens and not merging, training.tested * training.metric_rows and not measuring),
     }
+
+
+def _pays(run: Run, stages: dict[str, Any], base_seconds: float | None) -> dict[str, Any] | None:
+    """When the mashup pays; None: it is not compared with the base."""
+    if not {"base", "mashup"} <= {*run.config.compare.inits}:
+        return None
+    spent = [run.ledger.seconds(stage) for stage in OVERHEAD]
+    overhead = total([*spent, *(stages[stage]["seconds"] for stage in OVERHEAD if stage in stages)])
+    return foretell(past_outcomes(run), overhead, base_seconds)
 
 
 def _notes(run: Run, merging_is_left_out: Any, metric_is_left_out: Any) -> list[str]:

@@ -101,7 +101,9 @@ def plan_table(plan: Json) -> RenderableType:
     counts.add_column(style="dim", no_wrap=True)
     for name, text in _counts(plan):
         counts.add_row(name, Text(text))
-    return Group(counts, _costs(plan), *(Text(f"Note: {note}.") for note in plan["notes"]))
+    pays = words.foretold(plan.get("pays"))
+    lines = [*([pays] if pays else []), *(f"Note: {note}." for note in plan["notes"])]
+    return Group(counts, _costs(plan), *map(Text, lines))
 
 
 def _counts(plan: Json) -> list[tuple[str, str]]:

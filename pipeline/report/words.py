@@ -180,7 +180,7 @@ def verdict(summary: Json | None, selection: Json | None) -> str:
     if not found:
         return "No donors have been chosen yet: the search has not been run."
     if found["verdict"] == "base":
-        return f"Start from the base: {found['why']}."
+        return f"Start from the base: {found['why']}.{_cost_clause(summary)}"
     mashup = f"mashup of {count(len(found['donors']), 'donor')}"
     parity = parity_of(summary)
     if not parity:
@@ -202,6 +202,45 @@ def pays(parity: Json | None) -> str | None:
         f"It pays where training from the base takes {duration(parity['break_even_seconds'])} or longer, if as large a share of "
         f"it is saved; {here}."
     )
+
+
+def foretold(pays: Json | None) -> str | None:
+    """Of a plan: when the mashup pays, as far as past runs on this base tell; None: it is not compared with the base."""
+    if not pays:
+        return None
+    overhead, here = pays["overhead_seconds"], pays["base_seconds"]
+    if overhead is not None and here is not None and overhead >= here:
+        known = f"finding donors takes up to {duration(overhead)}, all of training from the base {duration(here)}"
+        return f"It will not pay in time at this budget, whatever it saves: {known}.{_saved_before(pays)}"
+    if not pays["past_runs"]:
+        spent = "" if overhead is None else f" Finding donors takes up to {duration(overhead)}."
+        return f"Whether it pays is not known: no other run on this base has ended with this score store (search.store).{spent}"
+    if "seconds" not in pays:
+        return f"Whether it pays is not known, as nobody measured how fast this cluster is.{_saved_before(pays)}"
+    if pays["break_even_seconds"] is None:
+        return f"It will not pay in time, if it goes as before.{_saved_before(pays)}"
+    even, to_parity = duration(pays["break_even_seconds"]), duration(pays["seconds"])
+    return (
+        f"If it goes as before, it pays where training from the base takes {even} or longer; here it takes {duration(here)}, and "
+        f"the mashup's way to parity {to_parity}, of which {duration(overhead)} are finding donors "
+        f"({compared_time(pays['seconds_saved'])}).{_saved_before(pays)}"
+    )
+
+
+def _saved_before(pays: Json) -> str:
+    if not pays["past_runs"]:
+        return ""
+    runs = f"{count(pays['past_runs'], 'past run')} on this base, {pays['mashups']} of them with a mashup"
+    return f" Before: {runs}; on average {percent(pays['steps_saved'])} of the steps were saved."
+
+
+def _cost_clause(summary: Json | None) -> str:
+    """What it cost to learn that no donor helps."""
+    cost = (summary or {}).get("verdict_cost")
+    if not cost:
+        return ""
+    share = "" if cost["share_of_base"] is None else f", {percent(cost['share_of_base'])} of what training from the base took"
+    return f" To learn that took {duration(cost['seconds'])}{share}."
 
 
 def headlines(summary: Json) -> list[Headline]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pyarrow as pa
 
-from pipeline.core.errors import one_line
+from pipeline.core.errors import InputError, one_line
 from pipeline.core.tables import SCORES
 from pipeline.search.batch import NOTHING, Batch, Begun, Report
 from pipeline.search.race import Schedule
@@ -138,7 +138,10 @@ class Dispatcher:
         """What an engine made of a batch."""
         async with self._changed:
             if opened := self._races.get(report.race):
-                opened.board.report(report)
+                try:
+                    opened.board.report(report)
+                except InputError as fault:  # it does not tell what the race ranks by
+                    self._fault = fault
                 opened.writer.add(report.scores, report.failures)
                 self._changed.notify_all()
 

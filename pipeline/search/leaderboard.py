@@ -32,8 +32,9 @@ def unsound(names: Sequence[str], known: Known, seen: Sequence[int]) -> dict[str
     return {name: f"NaN or Inf: its loss on {bad} of {end} samples is no number" for name, (bad, end) in counts.items() if bad}
 
 
-def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n_search: int) -> pa.Table:
-    """Rank the base and every adapter that was scored soundly: who went further in the race first, then the lowest NLL.
+def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n_search: int, rank_by: str = "nll") -> pa.Table:
+    """Rank the base and every adapter that was scored soundly: who went further in the race first, then the lowest NLL, or as
+    `search.rank_by` has it the highest token accuracy, and of equal ones the lowest NLL.
 
     An adapter's figures are of the samples that it was judged on, and its difference to the base is of the same ones.
 
@@ -50,7 +51,8 @@ def build_leaderboard(names: Sequence[str], known: Known, seen: Sequence[int], n
     aside = unsound(names, known, seen)
     judged = enumerate(zip(names, seen, strict=True))
     rows = [_row(name, known, candidate, end, n_search) for candidate, (name, end) in judged if end and name not in aside]
-    ranked = sorted(rows, key=lambda row: (-row["n_samples"], row["nll"], row["adapter_id"]))
+    first = {"nll": lambda row: 0.0, "token_accuracy": lambda row: -(row["token_accuracy"] or 0.0)}[rank_by]
+    ranked = sorted(rows, key=lambda row: (-row["n_samples"], first(row), row["nll"], row["adapter_id"]))
     return pa.Table.from_pylist([{"place": place, **row} for place, row in enumerate(ranked, start=1)], schema=LEADERBOARD)
 
 

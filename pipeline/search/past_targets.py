@@ -81,7 +81,9 @@ def choose_entrants(
     Args:
         engine: of the race to come, which scores the probes, too.
     """
-    if len(catalogue) < MIN_POOL or run.config.search.budget.seconds:  # the race itself is bound to the clock, and probing is not
+    search = run.config.search
+    # With a budget in seconds the race itself is bound to the clock, and probing is not; losses are what is foretold.
+    if len(catalogue) < MIN_POOL or search.budget.seconds or search.rank_by != "nll":
         return catalogue
     key = digest(catalogue["adapter_hash"].to_pylist(), drawn["sample_id"].to_pylist())
     score = partial(_score, run, engines, engine, drawn.slice(0, FIRST_RUNG), failures, details)

@@ -51,6 +51,17 @@ class Known:
     hits_NS: NDArray[np.float64]
     tokens_S: NDArray[np.int32]
 
+    def ranked_by(self, measure: str) -> NDArray[np.float64]:
+        """What a race adds up, the lower the better; shape (N, S), NaN and infinity as in `nll_NS`.
+
+        Args:
+            measure: as `search.rank_by`; with token_accuracy the tokens that were not the first choice are counted.
+        """
+        if measure == "nll":
+            return self.nll_NS
+        missed: NDArray[np.float64] = np.where(np.isinf(self.nll_NS), np.inf, self.tokens_S - self.hits_NS)
+        return missed
+
 
 @dataclass(frozen=True)
 class ScoreStore:

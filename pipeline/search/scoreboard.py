@@ -15,7 +15,9 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import CANDIDATES
 from pipeline.engines.scorer import Loaded
@@ -48,6 +50,8 @@ class Work:
     failures: Folder
     stage: str = "search"
     """Of the run that asks, for the engines' logs."""
+    rank_by: str = "nll"
+    """As `search.rank_by`."""
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -126,6 +130,24 @@ class HeldBy:
         return time if last == engine else -1
 
 
+def ranked_by(measure: str, scores: pa.Table) -> list[float]:
+    """What a race adds up, of a table of schema SCORES; as `score_store.Known.ranked_by`.
+
+    Raises:
+        InputError: the engine does not tell which tokens were the model's first choice.
+    """
+    if measure == "nll":
+        return list(scores["nll_sum"].to_pylist())
+    if scores["n_correct"].null_count:
+        raise InputError(
+            "search.rank_by token_accuracy: this engine does not tell which tokens were the model's first choice; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment, or search.engine: transformers"
+        )
+    columns = (scores[name].to_numpy(zero_copy_only=False) for name in ("nll_sum", "n_tokens", "n_correct"))
+    nll_M, tokens_M, hits_M = columns
+    return [float(missed) for missed in np.where(np.isfinite(nll_M), tokens_M - hits_M, np.inf)]
+
+
 class Scoreboard:
     """Of one race."""
 
@@ -155,7 +177,7 @@ class Scoreboard:
         self._reports = self._scored = 0
         self._told_stopped: Counter[str] = Counter()
         left = self._affordable if seconds else None
-        self.race = Race(schedule, known.tokens_S.tolist(), known.nll_NS.astype(np.float32), left)
+        self.race = Race(schedule, known.tokens_S.tolist(), known.ranked_by(work.rank_by).astype(np.float32), left)
         names = work.candidates["adapter_id"].to_pylist()
         self._row_of = {name: row for row, name in enumerate(names)}
         self._rows_of_hash: dict[str, list[int]] = {}
@@ -266,7 +288,10 @@ class Scoreboard:
             self._end(lease)
 
     def learn(self, scores: pa.Table) -> None:
-        """Scores of schema STORED that another run has made of candidates of this one."""
+        """Scores of schema STORED that another run has made of candidates of this one; without what the race ranks by they do
+        not count."""
+        if self.work.rank_by != "nll":
+            scores = scores.filter(pc.is_valid(scores["n_correct"]))
         rows = [self._rows_of_hash.get(one, []) for one in scores["adapter_hash"].to_pylist()]
         self._take_in(rows, scores, self.race.learn)
 
@@ -289,12 +314,12 @@ class Scoreboard:
         """Tell the race the scores of a table by one of its methods; `rows`: whose each is."""
         found: dict[int, dict[int, float]] = {}
         columns = [self._sample_of[sample] for sample in scores["sample_id"].to_pylist()]
-        for owners, column, nll in zip(rows, columns, scores["nll_sum"].to_pylist(), strict=True):
+        for owners, column, value in zip(rows, columns, ranked_by(self.work.rank_by, scores), strict=True):
             for row in owners:
-                found.setdefault(row, {})[column] = nll
-        for row, nll_of in found.items():
+                found.setdefault(row, {})[column] = value
+        for row, value_of in found.items():
             self._deaths.pop(row, None)  # it was not this one
-            tell(row, np.array(list(nll_of), np.int64), list(nll_of.values()))
+            tell(row, np.array(list(value_of), np.int64), list(value_of.values()))
 
     def _end(self, lease: _Lease) -> None:
         """Nobody is waited for any more; what lacks scores goes out again."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -69,7 +69,7 @@ def make_work(run: Run, adapters: pa.Table, samples: pa.Table, failures: Folder)
 
 def prepare_race(run: Run, catalogue: pa.Table, drawn: pa.Table, failures: Folder, risk: float = 0.0) -> tuple[Work, Schedule]:
     """The race that the search runs: the base and these adapters on these samples, within the budget; `risk` as of `Schedule`."""
-    work = make_work(run, in_order(run, catalogue, drawn), drawn, failures)
+    work = replace(make_work(run, in_order(run, catalogue, drawn), drawn, failures), rank_by=run.config.search.rank_by)
     n_search, budget = len(split_of(drawn, "search")), run.config.search.budget
     level = budget.confidence or CONFIDENCE
     return work, make_schedule(len(work.candidates), n_search, len(drawn) - n_search, budget.share, level, risk)

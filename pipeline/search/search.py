@@ -114,13 +114,18 @@ def _rank(begun: _Begun, known: Known, seen: list[int]) -> None:
     details |= record_outcome(run, names, known, seen)
     run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
     run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
-    run.folder.write_table("leaderboard.parquet", build_leaderboard(names, known, seen, len(split_of(drawn, "search"))))
+    run.folder.write_table("leaderboard.parquet", _leaderboard(begun, names, known, seen))
     work.store.merge_files()
+
+
+def _leaderboard(begun: _Begun, names: list[str], known: Known, seen: list[int]) -> pa.Table:
+    work = begun.contest.work
+    return build_leaderboard(names, known, seen, len(split_of(work.samples, "search")), work.rank_by)
 
 
 def search_key(run: Run, catalogue: pa.Table, drawn: pa.Table) -> str:
     """What the search depends on, as a digest."""
-    asked = run.config.search.model_dump(include={"engine", "dtype", "budget"})
+    asked = run.config.search.model_dump(include={"engine", "dtype", "budget", "rank_by"})
     hashes = catalogue["adapter_hash"].to_pylist()
     return digest(fingerprint(run.config.base), drawn["sample_id"].to_pylist(), hashes, asked)
 

@@ -18,7 +18,7 @@ from pipeline.train.arm import Job, checkpoints_without, row_ids
 from pipeline.train.ray_train import curve_table, on_each, score_on_test
 from pipeline.train.tune import Outcome
 
-TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match")
+TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match", "test_answer_match")
 
 
 def compare_arms(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
@@ -111,7 +111,7 @@ def _best_nll(arm: Outcome) -> float:
 
 def _test(job: Job, arms: Sequence[Outcome], storage: Folder) -> dict[str, Any]:
     """Metrics on the test split of the chosen checkpoints, each kept beside its arm's result; `job` is that of any arm."""
-    file = f"test-{digest(row_ids(job.data, 'test'))}.json"
+    file = f"test-{digest(TEST_METRICS, row_ids(job.data, 'test'))}.json"
     for name, metrics in _tested(job, checkpoints_without(file, arms, storage), storage):
         storage.write_json(f"{name}/{file}", metrics)
     return {arm["name"]: storage.read_json(f"{arm['name']}/{file}") for arm in arms}
@@ -134,6 +134,7 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
         "lr": arms[0]["lr"],
         "seeds": [arm["seed"] for arm in arms],
         **{metric: spread([tested[arm["name"]][metric] for arm in arms]) for metric in TEST_METRICS},
+        "test_by_seed": [{metric: tested[arm["name"]][metric] for metric in TEST_METRICS} for arm in arms],
         "validation_nll_start": fmean(arm["curve"][0]["eval_nll"] for arm in arms),
         "validation_nll_final": fmean(arm["curve"][-1]["eval_nll"] for arm in arms),
         "validation_nll_best": fmean(_best_nll(arm) for arm in arms),

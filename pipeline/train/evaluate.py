@@ -76,33 +76,41 @@ def in_batches(
 
 def evaluate(score: Score, rows: Rows, rank: int = 0, workers: int = 1) -> Tensor:
     """Sums over one worker's share of the rows: NLL and number of completion tokens, how many were first choice, rows, exact
-    matches.
+    matches, and answer matches.
 
     A row matches exactly if every token of its completion and its end of turn is the model's first choice given the true
-    tokens before it. Greedy decoding then writes exactly these tokens, and otherwise leaves them at the first miss.
+    tokens before it. Greedy decoding then writes exactly these tokens, and otherwise leaves them at the first miss. Of an answer
+    match the end of turn is no part.
 
     Returns:
-        float64, shape (5,).
+        float64, shape (6,).
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device())  # on the device until all is done: to read is to wait for it
+    sums = torch.zeros(6, dtype=torch.float64, device=device())  # on the device until all is done: to read is to wait for it
     places = share_out([len(ids) for ids in rows.ids], workers, EVALUATION_TOKENS)[rank]
     for chosen, batch, nll_N, hit_N in in_batches(score, rows.batch, places):
         counted_N = rows.counted(chosen)
-        misses_B = torch.zeros(len(chosen), device=hit_N.device).index_add(0, batch.row_N, (~hit_N).float())
+        misses_B, missed_B = (_count(batch, missed_N) for missed_N in (~hit_N, ~hit_N & counted_N))
         sums[:3] += torch.stack([torch.where(counted_N, nll_N, 0.0).sum(), counted_N.sum(), (hit_N & counted_N).sum()])
         sums[3] += len(chosen)
         sums[4] += (misses_B == 0).sum()
+        sums[5] += (missed_B == 0).sum()
     return sums.cpu()
 
 
+def _count(batch: Batch, counted_N: Tensor) -> Tensor:
+    """How many tokens of each row; shape (B,)."""
+    return torch.zeros(len(batch.ids_BT), device=counted_N.device).index_add(0, batch.row_N, counted_N.float())
+
+
 def as_metrics(sums: Tensor) -> dict[str, float]:
-    """NLL (infinite where it is NaN) and accuracy a completion token, and the share of rows that match exactly, from the sums
-    of `evaluate`."""
-    nll, tokens, hits, rows, exact = sums.tolist()
+    """NLL (infinite where it is NaN) and accuracy a completion token, and the share of rows that match exactly and but for the
+    end of turn, from the sums of `evaluate`."""
+    nll, tokens, hits, rows, exact, answers = sums.tolist()
     return {
         "eval_nll": nll / tokens if math.isfinite(nll) else math.inf,
         "eval_token_accuracy": hits / tokens,
         "eval_exact_match": exact / rows,
+        "eval_answer_match": answers / rows,
     }
 
 

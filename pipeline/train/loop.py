@@ -1,5 +1,4 @@
-"""The training loop of one worker: AdamW without weight decay, 5 % linear warm-up and a cosine to zero, gradients clipped at
-norm 1.
+"""The training loop of one worker: AdamW without weight decay, a linear warm-up, a cosine to zero, gradients clipped at norm 1.
 
 The loss is the mean NLL over the learned tokens of the global batch, whatever the number of workers and of passes that the batch
 is computed in. A run that resumes from a checkpoint goes on as if nothing had happened. Knows no Ray.
@@ -28,7 +27,6 @@ from pipeline.train.passes import choose_tokens
 from pipeline.train.profiler import traced
 from pipeline.train.worker_model import Trainable
 
-WARMUP = 0.05
 Write = Callable[[Path], None]
 """Writes a checkpoint to a folder."""
 
@@ -63,7 +61,7 @@ class Finetuning:
         groups = self.trainable.groups(job.arm.lr)
         self.optimizer = torch.optim.AdamW(groups, lr=job.arm.lr, weight_decay=0.0, fused=True)
         steps = job.train.steps
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(WARMUP * steps), steps)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(job.train.warmup * steps), steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.evaluating = 0.0  # seconds; checkpoints apart
         self.waiting = 0.0  # seconds of steps in which their rows were not there yet

@@ -7,47 +7,43 @@ from typing import Any
 
 import pytest
 import yaml
+from study_rows import absent, arm, mashup
 
 from benchmarks.bigbench import name_of, rows_of
 from benchmarks.paper import DATA_SETS
-from benchmarks.study import _own, _targets, conclude, sign_flips
+from benchmarks.study import SETTINGS, _config, _own, _targets, conclude, settings_digest
 from benchmarks.study import main as study
+from benchmarks.study_arms import add_arms, read_arms
 from pipeline.core.errors import InputError
+from pipeline.train.arm import Lora
 
 
-def row(task: str, base: float, mashup: float | None, paper: float | None = None, **more: Any) -> dict[str, Any]:
-    found = {"base": base, "mashup": mashup, "paper": paper}
-    inits = {init: {"exact_match": value, "token_accuracy": value} for init, value in found.items() if value is not None}
-    verdict = "base" if mashup is None else "mashup"
-    return {"task": task, "verdict": verdict, "inits": inits, "steps_saved": 0.5, "seconds_saved": 0.25, "worse": False} | more
-
-
-def test_the_means_count_a_base_verdict_as_no_difference_and_missed_parity_as_nothing_saved() -> None:
-    rows = [
-        row("a", 0.5, 0.6, 0.55),
-        row("b", 0.4, None, steps_saved=0.0, seconds_saved=-0.5),
-        row("c", 0.3, 0.25, 0.35, steps_saved=None, seconds_saved=-0.2, worse=True),
-    ]
-    found = conclude(rows)
-    assert (found["tasks"], found["mashups"], found["parity_reached"]) == (3, 2, 2)
+def test_what_the_tasks_of_a_table_say_together(tmp_path: Path) -> None:
+    file = tmp_path / "arms.csv"
+    lost = {"task": "dates", "test_exact_match": 0.25, "validation_nll": (2.0, 1.5, 1.2)}
+    base = {"task": "units", "verdict": "base", "kin": False}
+    add_arms(file, [arm(), mashup(), arm(**base), absent("mashup", **base), arm(task="dates"), mashup(**lost), arm(task="other")])
+    found = conclude(file, ["sums", "units", "dates"])
+    assert (found["tasks"], found["without_kin"], found["mashups"], found["parity_reached"]) == (3, 1, 2, 2)
     assert found["steps_saved"] == pytest.approx(0.5 / 3, abs=1e-3)
-    assert found["seconds_saved"] == pytest.approx((0.25 - 0.5 - 0.2) / 3, abs=1e-3)
-    assert found["exact_match"] == pytest.approx((10 + 0 - 5) / 3, abs=0.01)
-    assert found["exact_match_over_paper"] == pytest.approx((5 - 10) / 2, abs=0.01)  # b was not compared with the paper's start
-    assert found["worse_than_base"] == ["c"]
+    assert found["seconds_saved"] == pytest.approx((0 - 0.5 - 0.5) / 3, abs=1e-3)
+    assert found["exact_match"] == pytest.approx((20 + 0 - 25) / 3, abs=0.01)
+    low, high = found["exact_match_interval"]
+    assert low < found["exact_match"] < high
+    assert found["worse_than_base"] == ["dates"]
 
 
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [([1.0] * 5, 2 / 32), ([1.0, 2.0, 3.0], 2 / 8), ([0.0, 0.0], 1.0), ([5.0, -5.0], 1.0), ([3.0, 1.0, -1.0], 6 / 8)],
-)
-def test_sign_flips_are_counted_exactly(differences: list[float], p: float) -> None:
-    assert sign_flips(differences) == pytest.approx(p)
-
-
-def test_sign_flips_of_many_tasks_are_drawn() -> None:
-    assert sign_flips([1.0] * 20) < 0.001
-    assert sign_flips([(-1.0) ** n for n in range(20)]) == 1.0
+def test_settings_that_change_no_arm_do_not_count() -> None:
+    asked = {"base": "b", "train": {"steps": 8, "seeds": [0]}, "compare": {"inits": ["base"]}, "families": []}
+    same = {
+        "base": "c",
+        "train": {"steps": 8, "seeds": [0, 1], "workers": 2},
+        "compare": {"inits": ["base", "eva"]},
+        "search": {},
+    }
+    assert settings_digest(asked) == settings_digest(same)
+    assert settings_digest(asked) != settings_digest(asked | {"train": {"steps": 9}})
+    assert settings_digest(asked) != settings_digest(asked | {"reported": "validation"})
 
 
 def test_a_tasks_own_adapters_are_left_out() -> None:
@@ -60,11 +56,11 @@ def test_tasks_need_a_test_split(write_jsonl: Any, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for file in files:
             write_jsonl(tmp_path / name / f"{file}.jsonl", [])
-    found = _targets([tmp_path])
+    found = _targets([tmp_path], "test")
     assert {name: Path(target["test"]).name for name, target in found.items()} == {"one": "validation.jsonl", "two": "test.jsonl"}
     (tmp_path / "one/validation.jsonl").unlink()
     with pytest.raises(InputError, match=r"one: no test\.jsonl"):
-        _targets([tmp_path])
+        _targets([tmp_path], "test")
 
 
 def test_big_bench_examples_become_prompts_and_completions() -> None:
@@ -97,14 +93,34 @@ PUBLISHED = {
 }
 
 
+LABELS = {"arc_easy": "12", "math_qa": "abcde", "social_iqa": "123", "winogrande": "01"}
+"""Where they are no capital letters."""
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_rows_of_the_papers_data_sets_ask_for_a_letter(name: str) -> None:
-    found = DATA_SETS[name][1](PUBLISHED[name])
-    assert found["completion"] == "B"
-    assert ("\nB. 27.675\n" if name == "math_qa" else "\nB. y\n") in found["prompt"]
+def test_rows_of_the_papers_data_sets_ask_for_its_labels(name: str) -> None:
+    found, labels = DATA_SETS[name][1](PUBLISHED[name]), LABELS.get(name, "AB")
+    assert found["completion"] == labels[1]
+    assert (f"\n{labels[1]}. 27.675\n" if name == "math_qa" else f"\n{labels[1]}. y\n") in found["prompt"]
+    assert found["prompt"].endswith(f"Answer with the {'number' if labels[0].isdigit() else 'letter'} alone.")
     if name == "math_qa":
-        assert "\nA. 1 , 000\n" in found["prompt"]
+        assert "\na. 1 , 000\n" in found["prompt"]
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("name", ["study", "paper", "paper_full"])
+def test_settings_are_of_a_run(name: str, tmp_path: Path) -> None:
+    """And the paper's have 256 rows to rank donors on."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 100)
+    asked = yaml.safe_load((SETTINGS.parent / f"{name}.yaml").read_text())
+    keys = {key: value for key, value in asked.items() if key not in ("donor", "families", "reported")}
+    target = {"train": str(tmp_path / "train.jsonl"), asked.get("reported", "test"): str(tmp_path / "other.jsonl")}
+    config = _config(keys | {"base": "b"}, tmp_path / "run", target)
+    assert config.train.steps == (24 if name == "study" else 4)
+    assert Lora(**asked["donor"]).rank == 8
+    if name != "study":
+        assert config.search.samples - round(config.search.samples * config.search.holdout) == 256
+        assert (config.search.rank_by, config.search.draw, config.train.warmup) == ("token_accuracy", "first", 0.1)
 
 
 @pytest.mark.long
@@ -126,18 +142,20 @@ def test_the_study_trains_donors_on_its_tasks_and_goes_on_where_it_was(
         "train": {"batch_size": 8, "learning_rates": [5e-3], "evaluations": 1, "cpus_per_worker": 1},
         "compare": {"inits": ["base", "mashup"]},
         "donor": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "families": ["first", "*"],
     }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     asked = {"base": tiny_base, "pool": "", "tasks": [tmp_path / "tasks"], "settings": tmp_path / "settings.yaml"}
-    study(quick=False, only=["first"], work=tmp_path / "work", **asked)
+    asked |= {"quick": False, "only": ["first"], "results": tmp_path / "results"}
+    study(work=tmp_path / "work", **asked)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tasks"] == 1
-    (run,) = json.loads((tmp_path / "work/study.json").read_text())
-    assert {Path(donor).name for donor in run["donors"]} <= {"second"}
+    arms = read_arms(tmp_path / "results/arms.csv")
+    assert {(one.init, one.seed, one.kin) for one in arms} == {("base", 0, True), ("mashup", 0, True)}
+    assert {Path(donor).name for one in arms for donor in one.donors.split()} <= {"second"}
     assert sorted(path.name for path in (tmp_path / "work/pool").iterdir()) == ["first", "second"]
-    assert (tmp_path / "work/study.png").stat().st_size > 10_000
+    assert (tmp_path / "results/curves-tiny-base.png").stat().st_size > 10_000
 
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
-    study(quick=False, only=["first"], work=tmp_path / "work", **asked)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == before
+    study(work=tmp_path / "elsewhere", **asked)  # all is in the table: nothing is run, whatever the machine
+    assert not (tmp_path / "elsewhere").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found

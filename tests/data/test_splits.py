@@ -16,6 +16,8 @@ from pipeline.core.errors import InputError
 from pipeline.core.tables import SAMPLES, TEST
 from pipeline.data import splits
 from pipeline.data.splits import Splits, take_samples, target_paths
+from pipeline.data.tokenise import Reading, tokenise_text
+from pipeline.model.base_model import load_tokenizer
 
 
 def ids_of(splits: Splits, split: str) -> list[str]:
@@ -72,6 +74,33 @@ def test_the_draw_depends_on_content_and_seed_alone(tmp_path: Path, config_for: 
         assert shown(found) == expected, kind
     other_seed = take_samples(config_for(tmp_path / "a" / "train.jsonl", seed=1))
     assert shown(other_seed) != expected
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "parquet folder", "Dataset"])
+def test_the_sample_may_be_the_first_rows_of_train(kind: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
+    """Those that no other split has, each content once."""
+    data = rows(250)
+    in_files = [row for number in range(3) for row in data[number::3]] if kind == "parquet folder" else data
+    path = write_as(kind, tmp_path / "t", [data[0], *data] if kind == "jsonl" else data)
+    found, every = (take_samples(in_order(config_for(path, samples=count))) for count in (150, 250))
+    order = every.sample["sample_id"].to_pylist()
+    assert found.sample["sample_id"].to_pylist() == order[:150]
+    assert set(order) == set(ids_of(found, "train"))
+    texts = [str(row["input_ids"]) for row in every.sample.to_pylist()]
+    alone = [str(row["input_ids"]) for row in tokens_of(in_files, config_for(path))]
+    assert texts == [text for text in alone if text in set(texts)]
+    assert found.sample["split"].to_pylist() == ["search"] * 112 + ["holdout"] * 38
+
+
+def in_order(config: Config) -> Config:
+    return config.model_copy(update={"search": config.search.model_copy(update={"draw": "first"})})
+
+
+def tokens_of(data: list[Row], config: Config) -> list[Row]:
+    """Rows in their order, tokenised one by one."""
+    tokenizer = load_tokenizer(config.base)
+    return [tokenise_text(json.dumps(row).encode(), tokenizer, 0, Reading()) for row in data]
 
 
 @pytest.mark.usefixtures("ray_session")

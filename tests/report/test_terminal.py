@@ -93,6 +93,7 @@ def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
         "stages": {"search": cost, "compare": unknown},
         "total": unknown,
         "notes": ["arms may end early: train.patience"],
+        "pays": {"past_runs": 0, "overhead_seconds": None, "base_seconds": None},
     }
     text = printed(plan_table(plan))
     assert "34 valid of 40; 17 in the race" in text
@@ -104,3 +105,5 @@ def test_a_plan_prints_what_is_known_and_a_dash_for_what_is_not() -> None:
         ["total", "–", "–", "–"],
     ]
     assert "Note: arms may end early: train.patience." in text
+    assert "Whether it pays is not known" in text
+    assert "Whether it pays" not in printed(plan_table({name: value for name, value in plan.items() if name != "pays"}))

@@ -125,3 +125,46 @@ def test_a_verdict_needs_no_later_stage(summary: dict[str, Any]) -> None:
     assert (
         words.verdict(None, merged) == "A mashup of 1 donor was made: exact-1 wins. It has not been compared with the base yet."
     )
+
+
+PAYS = {"past_runs": 5, "mashups": 4, "steps_saved": 0.4, "overhead_seconds": 50.0, "base_seconds": 200.0}
+
+
+@pytest.mark.parametrize(
+    ("pays", "said"),
+    [
+        (
+            PAYS | {"break_even_seconds": 131.6, "seconds": 174.0, "seconds_saved": 0.13},
+            "If it goes as before, it pays where training from the base takes 2 min 12 s or longer; here it takes 3 min 20 s, "
+            "and the mashup's way to parity 2 min 54 s, of which 50.0 s are finding donors (13.0 % faster). Before: 5 past runs "
+            "on this base, 4 of them with a mashup; on average 40.0 % of the steps were saved.",
+        ),
+        (PAYS | {"break_even_seconds": None, "seconds": 250.0, "seconds_saved": -0.25}, "It will not pay in time, if it goes as"),
+        (
+            PAYS | {"overhead_seconds": 210.0},
+            "It will not pay in time at this budget, whatever it saves: finding donors takes up to",
+        ),
+        (
+            PAYS | {"base_seconds": None},
+            "Whether it pays is not known, as nobody measured how fast this cluster is. Before: 5 past",
+        ),
+        (PAYS | {"past_runs": 0}, "Whether it pays is not known: no other run on this base has ended with this score store"),
+    ],
+)
+def test_a_plan_says_when_it_pays_or_that_it_does_not_know(pays: dict[str, Any], said: str) -> None:
+    text = words.foretold(pays)
+    assert text is not None
+    assert text.startswith(said)
+
+
+def test_a_plan_without_both_starts_says_nothing_of_it() -> None:
+    assert words.foretold(None) is None
+
+
+def test_a_base_verdict_says_what_it_cost(summary: dict[str, Any], lose_mashup: Callable[[dict[str, Any]], None]) -> None:
+    lose_mashup(summary)
+    assert "To learn that" not in words.verdict(summary, None)
+    summary["verdict_cost"] = {"seconds": 53.0, "share_of_base": 0.1234}
+    assert words.verdict(summary, None).endswith("To learn that took 53.0 s, 12.3 % of what training from the base took.")
+    summary["verdict_cost"]["share_of_base"] = None
+    assert words.verdict(summary, None).endswith("To learn that took 53.0 s.")

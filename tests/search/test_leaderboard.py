@@ -75,6 +75,15 @@ def test_who_went_further_stands_before_who_was_stopped() -> None:
     assert [row["nll"] for row in rows[:-1]] == sorted(row["nll"] for row in rows[:-1])
 
 
+def test_by_token_accuracy_the_most_first_choices_stand_first_and_of_equals_the_lowest_loss() -> None:
+    known, names = drawn(4), [BASE_ID, "a", "b", "c"]
+    known.hits_NS[:] = 1
+    known.hits_NS[2] = 2
+    rows = build_leaderboard(names, known, [S] * 4, N_SEARCH, "token_accuracy").to_pylist()
+    nll = {row["adapter_id"]: row["nll"] for row in rows}
+    assert [row["adapter_id"] for row in rows] == ["b", *sorted({BASE_ID, "a", "c"}, key=nll.__getitem__)]
+
+
 def test_who_was_not_scored_has_no_place() -> None:
     board = build_leaderboard([BASE_ID, "a", "failed"], drawn(3), [S, S, 0], N_SEARCH)
     assert sorted(board["adapter_id"].to_pylist()) == ["a", BASE_ID]

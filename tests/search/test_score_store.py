@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES, STORED
 from pipeline.search.leaderboard import score_table
-from pipeline.search.score_store import MANY_FILES, News, ScoreStore, forget_failures, read_failures, record_failures
+from pipeline.search.score_store import MANY_FILES, Known, News, ScoreStore, forget_failures, read_failures, record_failures
 
 Draw = Callable[..., pa.Table]
 SAMPLE_IDS = [f"s{n}" for n in range(6)]
@@ -179,3 +179,10 @@ def test_failures_are_kept_by_name(tmp_path: Path) -> None:
     forget_failures(folder, "gone")
     forget_failures(folder, "nobody's reason")
     assert read_failures(folder) == {"a": "corrupt"}
+
+
+def test_a_race_by_token_accuracy_adds_up_the_tokens_that_were_missed() -> None:
+    nll_NS, hits_NS = np.array([[1.0, np.inf, np.nan], [2.0, 3.0, 1.0]]), np.array([[2.0, 0.0, np.nan], [1.0, np.nan, 3.0]])
+    known = Known(nll_NS, hits_NS, np.array([2, 3, 4], np.int32))
+    assert known.ranked_by("nll") is nll_NS
+    assert np.array_equal(known.ranked_by("token_accuracy"), [[0, np.inf, np.nan], [1, np.nan, 1]], equal_nan=True)

@@ -1,12 +1,14 @@
 """The scoreboard without Ray: what it gives out, to whom, and what becomes of work that nobody finishes."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from pipeline.core.errors import InputError
 from pipeline.core.storage import Folder
 from pipeline.core.tables import SCORES, STORED
 from pipeline.engines.scorer import Loaded
@@ -342,3 +344,32 @@ def test_a_race_against_time_leaves_out_who_was_not_reached(tmp_path: Path) -> N
     progress = board.progress()
     assert progress.not_reached == 20
     assert progress.seen == [4] + [0] * 20
+
+
+def test_by_token_accuracy_who_misses_the_fewest_tokens_goes_on(tmp_path: Path) -> None:
+    """`sure` has the worse loss, and its first choices are right."""
+    work = replace(work_on(tmp_path, ["likely", "sure"]), rank_by="token_accuracy")
+    board = Scoreboard(work, Schedule((2, 4), 8, 1.0, keep=1))
+    board.engine_up(1, 0.0)
+    right = {"base": (1.0, 0), "likely": (0.1, 0), "sure": (5.0, 2)}
+    while board.race.rung == 0 and (batch := board.next_batch(2)):
+        pairs = [(name, sample, *right[name]) for name in names(batch) for sample in batch.samples["sample_id"].to_pylist()]
+        rows = [
+            {"adapter_id": one, "sample_id": two, "nll_sum": nll, "n_tokens": 2, "n_correct": n} for one, two, nll, n in pairs
+        ]
+        board.begin("one", batch.number)
+        board.report(Report(batch.race, batch.number, pa.Table.from_pylist(rows, schema=SCORES)))
+    assert board.race.nll_NS[[1, 2], 0].tolist() == [2, 0]
+    assert board.race.racing().tolist() == [0, 2]
+
+
+def test_an_engine_that_does_not_tell_first_choices_is_no_use_for_token_accuracy(tmp_path: Path) -> None:
+    board = Scoreboard(replace(work_on(tmp_path, ["a"]), rank_by="token_accuracy"), EVERYTHING)
+    board.engine_up(1, 0.0)
+    batch = board.next_batch(1)
+    assert batch is not None
+    report = done(batch)
+    untold = report.scores.set_column(4, "n_correct", pa.nulls(len(report.scores), pa.int32()))
+    board.learn(untold.append_column("adapter_hash", pa.array(["base"] * len(untold))))  # another run's do not count
+    with pytest.raises(InputError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        board.report(replace(report, scores=untold))

@@ -33,7 +33,8 @@ def test_it_depends_on_adapters_samples_engine_and_budget_and_on_no_worker(tiny_
 
     assert key(actors=7, adapters_per_batch=3, cpus_per_actor=2) == key()
     others = [key("ac"), key(ids="xy"), key(engine="transformers"), key(dtype="float16"), key(budget={"share": 0.5})]
-    assert len({key(), *others}) == 6
+    others.append(key(rank_by="token_accuracy"))
+    assert len({key(), *others}) == 7
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -110,7 +110,8 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
 
     def tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, dict[str, float]]]:
         asked.extend(checkpoints)
-        yield from ((name, {"test_nll": 1.0, "test_token_accuracy": 0.5, "test_exact_match": 0.25}) for name in checkpoints)
+        found = {"test_nll": 1.0, "test_token_accuracy": 0.5, "test_exact_match": 0.25, "test_answer_match": 0.5}
+        yield from ((name, found) for name in checkpoints)
 
     monkeypatch.setattr(curves, "_tested", tested)
     one, data, storage = job(), Folder.at(tmp_path / "data"), Folder.at(tmp_path / "train")
@@ -125,6 +126,7 @@ def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: P
         asked.clear()
         summary = curves.compare_arms([one], outcomes[:count], storage)[1]
         assert summary["inits"]["base"]["test_exact_match"]["mean"] == 0.25
+        assert [one["test_answer_match"] for one in summary["inits"]["base"]["test_by_seed"]] == [0.5] * count
         return list(asked)
 
     assert tested_now(1) == names[:1]

@@ -52,3 +52,16 @@ def test_exact_match_is_what_greedy_decoding_writes(job: Callable[..., Job], dat
     metrics = as_metrics(evaluate(scoring(model), rows))
     assert metrics["eval_exact_match"] == pytest.approx(sum(hits) / len(hits))
     assert sum(hits) > 0
+
+
+def test_an_answer_matches_without_its_end_of_turn(job: Callable[..., Job], data: Folder) -> None:
+    """A model that never ends a turn, and has every token of an answer as its first choice."""
+    rows = Rows(data.read_table("train.parquet"))
+
+    def score(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        ends_N = torch.cat([batch.row_N[1:] != batch.row_N[:-1], torch.tensor([True])])
+        return torch.ones(len(ends_N)), ~ends_N
+
+    assert all(learn[-1] and not completion[-1] for learn, completion in zip(rows.learn, rows.completion, strict=True))
+    metrics = as_metrics(evaluate(score, rows))
+    assert (metrics["eval_exact_match"], metrics["eval_answer_match"], metrics["eval_token_accuracy"]) == (0, 1, 1)
