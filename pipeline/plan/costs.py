@@ -32,13 +32,20 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Training:
-    """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end."""
+    """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end. Of a
+    hedge, half of them end after the share `decided_after` of their steps."""
 
     arms: int
     at_once: int
     tokens: float
     evaluation_tokens: int
     test_tokens: int
+    decided_after: float = 1.0
+
+    @property
+    def arms_worth(self) -> float:
+        """Whole arms that would train as many tokens."""
+        return self.arms * (1 + self.decided_after) / 2
 
 
 def left_to_score(race: Race) -> int:
@@ -94,27 +101,31 @@ def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:
 
 
 def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:
-    """Arms side by side, each with its start, steps and evaluations, and then the test."""
+    """Arms side by side, each with its start, steps and evaluations, and then the test. Where not all arms of a hedge have a
+    place at once, those that go on start a second time."""
     if not work.arms:
         return 0.0
     if not rates:
         return None
     evaluated = rates["evaluation_tokens_per_second"]
-    arm = rates["start_seconds"] + work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
-    return math.ceil(work.arms / work.at_once) * arm + work.test_tokens / evaluated
+    start, arm = rates["start_seconds"], work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
+    all_arms, going_on = math.ceil(work.arms / work.at_once), math.ceil(work.arms / 2 / work.at_once)
+    first, rest = work.decided_after, 1 - work.decided_after
+    starts = all_arms + (going_on if rest and all_arms > 1 else 0)
+    return starts * start + (first * all_arms + rest * going_on) * arm + work.test_tokens / evaluated
 
 
 def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[str, float]:
-    """What an arm measured, and the size of its passes in the end; empty where it diverged, or was gone on with, so that its
-    parts are not those of one attempt.
+    """What an arm measured, and the size of its passes in the end; empty where it diverged, was stopped, or was gone on with, so
+    that its parts are not those of one attempt.
 
     Args:
         outcome: what `ray_train.fit` returns.
         evaluation_tokens: of one evaluation.
     """
     curve, evaluating = outcome["curve"], outcome["evaluation_seconds"]
-    start = outcome["fit_seconds"] - curve[-1]["seconds"] - evaluating
-    if outcome["diverged_at"] is not None or start < 0:
+    start = outcome["fit_seconds"] - curve[-1]["seconds"] - evaluating - outcome.get("held_seconds", 0.0)
+    if outcome["diverged_at"] is not None or "stopped_at" in outcome or start < 0:
         return {}
     first = curve[1] if len(curve) > 2 else curve[0]  # the first steps warm up
     steps = {name: curve[-1][name] - first[name] for name in ("tokens", "seconds")}

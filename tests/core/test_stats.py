@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.stats import interpolate, mean_per_token, steps_to_parity
+from pipeline.core.stats import interpolate, mean_per_token, steps_to_parity, wilson_interval
 
 
 def test_mean_per_token_weighs_samples_by_their_tokens() -> None:
@@ -73,3 +73,11 @@ def test_the_curve_has_the_target_value_at_parity_and_lies_above_it_before(losse
 
 def test_interpolation_is_linear_between_evaluations() -> None:
     assert interpolate([0, 10], [4.0, 2.0], 2.5) == 3.5
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """As statsmodels' proportion_confint(..., method="wilson") gives it."""
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = wilson_interval(12, 12)
+    assert (round(low, 3), high) == (0.757, pytest.approx(1.0))
+    assert wilson_interval(0, 12)[0] == 0.0
