@@ -317,7 +317,7 @@ class TrainConfig(Section):
         ge=0,
         le=MAX_COUNT,
         description="end an arm after so many evaluations without a lower validation NLL; those of the base always run to the "
-        "end, as parity uses their final loss; 0: never",
+        "end, as parity uses their final loss, but in a hedge; 0: never",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; with method full, of the matrix products; trained weights are float32"
@@ -387,6 +387,11 @@ Init = Literal[("base", "mashup", "paper", "best_donor", "random_donors", "rando
 class CompareConfig(Section):
     """Which starts are compared; those beyond base and mashup are controls, see `pipeline/merge/controls.py`."""
 
+    mode: Literal["study", "hedge"] = Field(
+        "study",
+        description="study: each start is trained to the end. hedge: for the better model at a third more than a plain finetune: "
+        "after a third of the steps base or mashup, whichever has the higher validation NLL, is stopped",
+    )
     inits: tuple[Init, ...] = Field(
         ("base", "mashup"),
         min_length=1,
@@ -404,6 +409,12 @@ class CompareConfig(Section):
     @classmethod
     def each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _distinct(value)
+
+    @model_validator(mode="after")
+    def a_hedge_is_between_two(self) -> "CompareConfig":
+        if self.mode == "hedge" and set(self.inits) != {"base", "mashup"}:
+            raise ValueError("compare.mode hedge is between base and mashup; leave compare.inits out, or use mode study")
+        return self
 
     @field_validator("metric")
     @classmethod
@@ -464,6 +475,16 @@ class Config(Section):
     def a_probe_trains_on_one_device(self) -> "Config":
         if self.merge.probe and self.train.shard:
             raise ValueError("merge.probe trains on one device, train.shard is for bases that fit none; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def a_hedge_trains_one_model(self) -> "Config":
+        if self.compare.mode == "hedge" and len(self.train.seeds) > 1:
+            raise ValueError("compare.mode hedge is for one good model, several train.seeds are for a study; give one seed")
+        if self.compare.mode == "hedge" and self.train.steps < 3:
+            raise ValueError(
+                f"compare.mode hedge decides after a third of train.steps, which are {self.train.steps}; use 3 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from pipeline.data.sample import samples
 from pipeline.data.splits import target_paths
 from pipeline.merge.controls import make_controls
 from pipeline.merge.mashup import merge_donors, merge_key
+from pipeline.merge.past_verdicts import foretell_decision, keep_verdict
 from pipeline.merge.selection import largest_merge
 from pipeline.plan.calibrate import calibrate
 from pipeline.plan.estimate import compare_with_plan, estimate_before_search, write_plan
@@ -135,8 +136,14 @@ def compare(run: Run) -> None:
     choice, catalogue = run.folder.read_json("selection.json"), valid_adapters_of(run.folder)
     shapes = shapes_of(run, catalogue)
     controls = make_controls(run, len(choice["donors"]), catalogue, shapes)
-    compare_starts(run, choice, controls, shapes.trained, compare_with_plan)
+    compare_starts(run, choice, controls, shapes.trained, partial(_learn, choice=choice))
     write_finetuned_card(run)
+
+
+def _learn(run: Run, outcomes: list[dict[str, Any]], choice: dict[str, Any]) -> dict[str, Any]:
+    """Keep what later runs can use; gives what earlier ones, and the plan, had said of this one."""
+    keep_verdict(run, choice, outcomes)
+    return foretell_decision(run, outcomes) | compare_with_plan(run, outcomes)
 
 
 def train(run: Run, init: str | None, lr: float | None, seed: int | None, profile: bool = False) -> str:

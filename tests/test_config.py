@@ -125,6 +125,12 @@ def test_a_config_is_frozen_and_reads_back_from_its_own_dump() -> None:
         ({"compare": {"inits": ["base", "pissa"]}, "train": {"quantize": "nf4"}}, "pissa takes a part of the base's weights"),
         ({"train": {"method": "full", "lora_plus": 4}}, "train.lora_plus is for adapters"),
         ({"train": {"lora_plus": 0}}, "train.lora_plus: .*got 0"),
+        (
+            {"compare": {"mode": "hedge", "inits": ["base", "mashup", "eva"]}},
+            "compare: .*hedge is between base and mashup; leave",
+        ),
+        ({"compare": {"mode": "hedge"}, "train": {"seeds": [0, 1]}}, "hedge is for one good model, .* give one seed"),
+        ({"compare": {"mode": "hedge"}, "train": {"steps": 2}}, "a third of train.steps, which are 2; use 3 or more"),
         ({"compare": {"inits": ["base", "base"]}}, "compare.inits: must not name one twice"),
         ({"compare": {"inits": ["random"]}}, "compare.inits.0: .*got 'random'"),
         ({"compare": {"inits": [], "more": 1}}, "compare.inits: .*unknown key 'compare.more'"),

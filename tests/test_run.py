@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands import Command
+from nodes import kill
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -230,6 +233,14 @@ def whole_pool(pool: Path, tiny_base: str, tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
+def hedge_of(run: Path) -> dict[str, Any]:
+    """The summary, with the steps at which each start was evaluated."""
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    rows = pq.read_table(run / "comparison.parquet").to_pylist()
+    steps = {init: [row["step"] for row in rows if row["init"] == init] for init in ("base", "mashup")}
+    return summary | {"steps": steps}
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_donor_with_an_embedding_of_its_own(
@@ -261,6 +272,76 @@ def test_a_donor_with_an_embedding_of_its_own(
     reason = "changes the embeddings or the output head (embed_tokens), which vLLM's LoRA cannot score"
     assert f"{reason}; use search.engine: transformers" in capsys.readouterr().err
     assert pq.read_table(other / "catalogue.parquet")["status"].to_pylist() == ["ok", "set_aside"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_a_hedge_stops_the_base_where_the_pool_holds_kin(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config |= {"merge": {"k": 1, "weights": "equal"}, "compare": {"mode": "hedge"}}
+    run = tmp_path / "run"
+    assert mashup("run", run_config(config, tmp_path)) == 0
+    assert "after step 2: the mashup goes on, the base is stopped" in capsys.readouterr().err
+    found = hedge_of(run)
+    assert found["steps"] == {"base": [0, 2], "mashup": [0, 2, 4, 6]}
+    hedge = found["hedge"]
+    assert (hedge["winner"], hedge["kept"], hedge["step"]) == ("mashup", "mashup", 2)
+    assert hedge["validation_nll"]["mashup"] < hedge["validation_nll"]["base"]
+    assert hedge["cost"]["step"]["more"] == pytest.approx(1 / 3)
+    assert found["parity"] is None
+    assert "from the mashup" in (run / "finetuned/README.md").read_text()
+    assert (run / "finetuned/adapter_model.safetensors").is_file()
+    assert "the base was stopped after 2 of 6 steps" in (run / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert mashup("show", str(run)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the base was stopped after 2 of 6 steps" in shown
+    assert "(stopped, step 2)" in shown
+
+
+@pytest.fixture
+def misleading(config: dict[str, Any], write_jsonl: Any, word_rows: list[dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """The donors are of the kind of the training rows, which the sample is drawn from; validation asks for other words, which
+    they have learned not to say."""
+    rows = [{"prompt": f"Add {row['prompt']}", "completion": "over the lazy bank"} for row in word_rows[:20]]
+    target = config["target"] | {"validation": write_jsonl(tmp_path / "validation.jsonl", rows)}
+    return config | {"target": target, "merge": {"k": 1, "weights": "equal"}, "compare": {"mode": "hedge"}}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_a_hedge_stops_a_mashup_that_only_seemed_to_help(misleading: dict[str, Any], tmp_path: Path) -> None:
+    assert mashup("run", run_config(misleading, tmp_path)) == 0
+    found = hedge_of(tmp_path / "run")
+    assert found["verdict"] == "mashup"
+    assert found["hedge"]["winner"] == "base"
+    assert found["steps"] == {"base": [0, 2, 4, 6], "mashup": [0, 2]}
+    assert found["hedge"]["kept"] == "base"
+    assert "from the base itself" in (tmp_path / "run/finetuned/README.md").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_hedge_that_is_killed_goes_on_where_it_was(misleading: dict[str, Any], tmp_path: Path) -> None:
+    """Killed when the base has come to the step of the decision, and again once the base goes on: nothing is trained twice."""
+    run = tmp_path / "run"
+    del misleading["run"], misleading["train"]["cpus_per_worker"]  # one worker has all CPUs: one arm after the other
+    command = Command(misleading, tmp_path / "log", str(run), tmp_path / "fault", cluster=None)
+    for signs in ("base-*/held.json", "hedge-*.json"):
+        command.start()
+        while not list((run / "train").glob(signs)):
+            assert command.ended() is None, command.log.read_text()[-3000:]
+            time.sleep(0.05)
+        kill(command.processes()[0].pid)
+        command.ended(60)
+    held = {file: file.stat().st_mtime_ns for file in (run / "train").glob("*/held.json")}
+    command.start()
+    assert command.ended(600) == 0, command.log.read_text()[-3000:]
+    assert {file: file.stat().st_mtime_ns for file in held} == held
+    found = hedge_of(run)
+    assert found["hedge"]["winner"] == "base"
+    assert found["steps"] == {"base": [0, 2, 4, 6], "mashup": [0, 2]}
 
 
 @pytest.mark.long

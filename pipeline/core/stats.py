@@ -42,6 +42,14 @@ def mean_per_token(sums: Values, n_tokens: Values) -> Estimate:
     return Estimate(mean, float(np.sqrt(n / (n - 1) * (residual**2).sum())) / total)
 
 
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The score interval of a share (Wilson, JASA 22, 1927): 95 % for z = 1.96."""
+    share, shrunk = successes / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrunk
+    half = z / shrunk * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def steps_to_parity(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
     """First step, linearly interpolated between evaluations, at which a loss curve comes down to `target`.
 

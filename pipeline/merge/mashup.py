@@ -6,6 +6,7 @@ from pipeline.core.file_names import CONFIG_FILE
 from pipeline.core.ledger import digest
 from pipeline.core.tables import LEADERBOARD, SAMPLES, require
 from pipeline.merge.candidates import probe_starts, score_recipes
+from pipeline.merge.past_verdicts import chosen_candidate, foretell_verdict
 from pipeline.merge.selection import propose, ranked, selection
 from pipeline.report.model_card import model_card
 from pipeline.run_folder import Run
@@ -36,6 +37,7 @@ def merge_donors(run: Run, engines: Engines | None = None) -> None:
         choice = selection(scored, leaderboard, catalogue, contamination, base_nll, probed)
         run.check()
         if choice["recipe"]:
+            choice["foretold"] = foretell_verdict(run, chosen_candidate(choice)["holdout_nll_minus_base"])
             copy_weights(run.folder.sub("candidates", choice["recipe"]["name"]), run.folder.sub("mashup"))
             choice["whole_layers"] = run.folder.read_json(f"mashup/{CONFIG_FILE}").get("modules_to_save") or []
             card = model_card(choice, run.config, run.folder.read_json("samples.json"))

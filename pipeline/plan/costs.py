@@ -33,7 +33,8 @@ class Scoring:
 @dataclass(frozen=True)
 class Training:
     """Arms that are to be trained, `at_once` side by side, with the tokens of one arm; and those of the test at the end, which
-    `tested` arms take, with the rows that a metric of the user's is measured on."""
+    `tested` arms take, with the rows that a metric of the user's is measured on. Of a hedge, half of the arms end after the share
+    `decided_after` of their steps."""
 
     arms: int
     at_once: int
@@ -42,6 +43,12 @@ class Training:
     test_tokens: int
     tested: int = 0
     metric_rows: int = 0
+    decided_after: float = 1.0
+
+    @property
+    def arms_worth(self) -> float:
+        """Whole arms that would train as many tokens."""
+        return self.arms * (1 + self.decided_after) / 2
 
 
 def left_to_score(race: Race) -> int:
@@ -97,14 +104,18 @@ def scoring_seconds(work: Scoring, rates: Mapping[str, float]) -> Seconds:
 
 
 def training_seconds(work: Training, rates: Mapping[str, float]) -> Seconds:
-    """Arms side by side, each with its start, steps and evaluations, and then the test."""
+    """Arms side by side, each with its start, steps and evaluations, and then the test. Where not all arms of a hedge have a
+    place at once, those that go on start a second time."""
     if not work.arms:
         return 0.0
     if not rates:
         return None
     evaluated = rates["evaluation_tokens_per_second"]
-    arm = rates["start_seconds"] + work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
-    return math.ceil(work.arms / work.at_once) * arm + work.test_tokens / evaluated
+    start, arm = rates["start_seconds"], work.tokens / rates["tokens_per_second"] + work.evaluation_tokens / evaluated
+    all_arms, going_on = math.ceil(work.arms / work.at_once), math.ceil(work.arms / 2 / work.at_once)
+    first, rest = work.decided_after, 1 - work.decided_after
+    starts = all_arms + (going_on if rest and all_arms > 1 else 0)
+    return starts * start + (first * all_arms + rest * going_on) * arm + work.test_tokens / evaluated
 
 
 def measuring_seconds(work: Training, rates: Mapping[str, float]) -> float:
@@ -113,16 +124,16 @@ def measuring_seconds(work: Training, rates: Mapping[str, float]) -> float:
 
 
 def training_rates(outcome: Mapping[str, Any], evaluation_tokens: int) -> dict[str, float]:
-    """What an arm measured, and the size of its passes in the end; empty where it diverged, or was gone on with, so that its
-    parts are not those of one attempt.
+    """What an arm measured, and the size of its passes in the end; empty where it diverged, was stopped, or was gone on with, so
+    that its parts are not those of one attempt.
 
     Args:
         outcome: what `ray_train.fit` returns.
         evaluation_tokens: of one evaluation.
     """
     curve, evaluating = outcome["curve"], outcome["evaluation_seconds"]
-    start = outcome["fit_seconds"] - curve[-1]["seconds"] - evaluating
-    if outcome["diverged_at"] is not None or start < 0:
+    start = outcome["fit_seconds"] - curve[-1]["seconds"] - evaluating - outcome.get("held_seconds", 0.0)
+    if outcome["diverged_at"] is not None or "stopped_at" in outcome or start < 0:
         return {}
     first = curve[1] if len(curve) > 2 else curve[0]  # the first steps warm up
     steps = {name: curve[-1][name] - first[name] for name in ("tokens", "seconds")}

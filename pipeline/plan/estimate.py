@@ -45,11 +45,11 @@ from pipeline.search.race import Race
 from pipeline.search.rates import Rates
 from pipeline.search.scoreboard import Scoreboard, Work
 from pipeline.search.scoring import by_rank, largest_rank, make_engine, prepare_race, rates_of, servable
-from pipeline.train.arm import pass_tokens
+from pipeline.train.arm import RESULT_FILE, Arm, Job, pass_tokens
 from pipeline.train.comparison import OVERHEAD
+from pipeline.train.hedge import Hedge
 from pipeline.train.ray_train import arms_at_once, training_kind, training_resources
-from pipeline.train.starts import list_arms, make_jobs, shapes_of
-from pipeline.train.tune import RESULT_FILE
+from pipeline.train.starts import decided_at, list_arms, make_jobs, shapes_of
 
 PLAN_FILE = "plan.json"
 
@@ -119,7 +119,7 @@ def estimate(run: Run, merged: bool = False) -> dict[str, Any]:
     training = _training(run, merged, valid, trained)
     samples = {"all": race.nll_NS.size, "in_store": int((~np.isnan(race.nll_NS)).sum()), "at_most": left_to_score(race)}
     candidates = {"found": len(catalogue), "valid": len(valid), "in_the_race": len(usable)}
-    tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms * training.tokens)}
+    tokens = {"search": scoring.tokens, "merge": merging.tokens, "train": round(training.arms_worth * training.tokens)}
     usual, _ = by_rank(run, usable)
     merged_rank = largest_merge(usual["rank"].to_pylist(), config.merge)
     engine = make_engine(run, usable, largest_rank(run, usual, merged_rank))
@@ -159,13 +159,13 @@ def _training(run: Run, merged: bool, valid: pa.Table, rates: dict[str, float]) 
     config, train = run.config, run.config.train
     starts: list[str] = [init for init in config.compare.inits if init != "mashup" or not merged or run.folder.exists("mashup")]
     arms = list_arms(config, starts)
+    decide_at = decided_at(config, arms)
     if merged:
-        jobs = make_jobs(run, arms, shapes_of(run, valid).trained)
-        arms = [job.arm for job in jobs if not run.folder.is_complete(f"train/{job.name}/{RESULT_FILE}")]
+        arms, decide_at = _left(run, make_jobs(run, arms, shapes_of(run, valid).trained), decide_at)
     rows = Parts(run.folder, "data/train.parquet")
     validation, test = (lengths_of(run.folder.read_table(f"data/{split}.parquet")) for split in ("validation", "test"))
     tokens = int(rates.get("tokens_per_pass", pass_tokens(train, gpu=training_resources(train).gpus > 0)))
-    tested = len({(arm.init, arm.seed) for arm in arms})
+    tested = len({(None if decide_at else arm.init, arm.seed) for arm in arms})
     return Training(
         arms=len(arms),
         at_once=arms_at_once(train, len(arms)),
@@ -174,7 +174,17 @@ def _training(run: Run, merged: bool, valid: pa.Table, rates: dict[str, float]) 
         test_tokens=int(tested * test.sum()),
         tested=tested,
         metric_rows=metric_rows(run) if config.compare.metric else 0,
+        decided_after=decide_at / train.steps if decide_at else 1.0,
     )
+
+
+def _left(run: Run, jobs: list[Job], decide_at: int | None) -> tuple[list[Arm], int | None]:
+    """The arms that have no result yet, and where between them a hedge has still to decide."""
+    storage = run.folder.sub("train")
+    hedge = Hedge(jobs, storage, decide_at) if decide_at else None
+    if hedge and hedge.decision:
+        return [job.arm for job in jobs if not hedge.has_ended(job)], None
+    return [job.arm for job in jobs if not storage.is_complete(f"{job.name}/{RESULT_FILE}")], decide_at
 
 
 def _time(

@@ -19,9 +19,11 @@ FOLDER = "outcomes"
 
 def keep_outcome(run: Run, outcomes: Sequence[dict[str, Any]]) -> None:
     """Leave what a run came to for the plans of others: the share of steps and of training time that its start saved until
-    parity, which is none where parity was not reached or the verdict is to start from the base. Where a mashup was not compared,
-    nothing is left.
+    parity, which is none where parity was not reached or the verdict is to start from the base. Where a mashup was not compared
+    to the end, nothing is left.
     """
+    if any("stopped_at" in one for one in outcomes):  # by a hedge, so that parity is not known
+        return
     verdict, chosen = run.folder.read_json("selection.json")["verdict"], chosen_arms(outcomes)
     if "base" not in chosen or (verdict == "mashup" and "mashup" not in chosen):
         return

@@ -18,7 +18,7 @@ from pipeline.report.model_card import (
     table,
     usage,
 )
-from pipeline.report.words import Json, measured, measures
+from pipeline.report.words import Json, measured, measures, stopped_at
 from pipeline.run_folder import Run
 
 
@@ -82,8 +82,12 @@ def _introduction(base: str, init: str, arm: Json, is_adapter: bool, config: Con
 
 def _metric_table(summary: Json) -> str:
     found = measures(summary)
-    rows = [[init, *(measured(one, arm.get(one.key)) for one in found)] for init, arm in summary["inits"].items()]
+    rows = [[_start(init, arm), *(measured(one, arm.get(one.key)) for one in found)] for init, arm in summary["inits"].items()]
     return table(["Start", *(one.name for one in found)], rows)
+
+
+def _start(init: str, arm: Json) -> str:
+    return f"{init} (stopped after step {step})" if (step := stopped_at(arm)) else init
 
 
 def _usage_of_model() -> str:

@@ -92,11 +92,13 @@ def render(files: RunFiles) -> str:
         target=(files.config.get("target") or {}).get("train"),
         verdict=words.verdict(files.summary, files.selection),
         headlines=words.headlines(files.summary) if files.summary else [],
+        hedge=words.hedge_of(files.summary),
+        foretold=words.foretold(files.summary, files.selection),
         passes=words.passes(files.summary) if files.summary else None,
         pays=words.pays(words.parity_of(files.summary)),
         asked=words.asked_measure(metric) if (metric := (files.summary or {}).get("metric")) else None,
         changed=_changed(files),
-        arms=_arms(files.comparison, _chosen_rates(files)),
+        arms=_arms(files.comparison, _chosen_rates(files), words.hedge_of(files.summary)),
         leaderboard=files.leaderboard.to_pylist() if files.leaderboard else [],
         donor_ids=_donor_ids(files),
         conflicts=_conflicts(files),
@@ -168,7 +170,7 @@ def _conflicts(files: RunFiles) -> str | None:
     return conflicts({donor["adapter_id"]: donor["license"] for donor in donors})
 
 
-def _arms(comparison: pa.Table | None, chosen: dict[str, float]) -> list[dict[str, Any]]:
+def _arms(comparison: pa.Table | None, chosen: dict[str, float], hedge: words.Json | None) -> list[dict[str, Any]]:
     """One row for each training run: its best and its last evaluation."""
     runs: dict[tuple[str, float, int], list[dict[str, Any]]] = defaultdict(list)
     for row in comparison.to_pylist() if comparison else []:
@@ -179,6 +181,7 @@ def _arms(comparison: pa.Table | None, chosen: dict[str, float]) -> list[dict[st
             "lr": lr,
             "seed": seed,
             "chosen": chosen.get(init) == lr,
+            "stopped": hedge is not None and hedge["stopped"] == init,
             "best": min(rows, key=lambda row: row["eval_nll"] if words.is_number(row["eval_nll"]) else float("inf")),
             "last": max(rows, key=lambda row: row["step"]),
         }

@@ -43,6 +43,8 @@ def summary_table(summary: Json, selection: Json | None) -> RenderableType:
     """The end of a run for a terminal."""
     lines = [
         _parity_line(summary),
+        words.hedge_cost(summary),
+        words.foretold(summary, selection),
         words.pays(words.parity_of(summary)),
         _donor_line(selection),
         _adapter_line(summary),
@@ -62,8 +64,10 @@ def start_table(selection: Json, folder: Folder) -> RenderableType:
     if selection["verdict"] == "base":
         return Group(verdict, Text("There is no adapter to start from: finetune the base as you would have done."))
     adapter = folder.sub("mashup").uri
+    past = words.foretold(None, selection)
     return Group(
         verdict,
+        *([Text(past)] if past else []),
         Text(f"Start from {adapter}"),
         Text(f'  TRL, PEFT:      PeftModel.from_pretrained(model, "{adapter}", is_trainable=True)'),
         Text(f"  axolotl:        lora_model_dir: {adapter}"),
@@ -101,7 +105,7 @@ def plan_table(plan: Json) -> RenderableType:
     counts.add_column(style="dim", no_wrap=True)
     for name, text in _counts(plan):
         counts.add_row(name, Text(text))
-    pays = words.foretold(plan.get("pays"))
+    pays = words.pays_by_past_runs(plan.get("pays"))
     lines = [*([pays] if pays else []), *(f"Note: {note}." for note in plan["notes"])]
     return Group(counts, _costs(plan), *map(Text, lines))
 
@@ -193,8 +197,8 @@ def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, lis
         *test,
         ("Validation NLL at the start", [words.nll(arm["validation_nll_start"]) for arm in arms]),
         ("Validation NLL, best", [f"{words.nll(arm['validation_nll_best'])} (step {arm['best_step']})" for arm in arms]),
-        ("Validation NLL at the end", [words.nll(arm["validation_nll_final"]) for arm in arms]),
-        ("Steps to the base's end", [words.parity_step(arm) for arm in arms]),
+        ("Validation NLL at the end", [words.final_nll(arm) for arm in arms]),
+        *([("Steps to the base's end", [words.parity_step(arm) for arm in arms])] if words.has_parity(inits) else []),
         ("Learning rate", [words.rate(arm["lr"]) for arm in arms]),
         ("Training time", [words.duration(arm["train_seconds"]) for arm in arms]),
         *([("Time to make the start", made)] if any(one != words.DASH for one in made) else []),

@@ -139,11 +139,22 @@ def steps(value: float) -> str:
     return "1 step" if value == 1 else f"{step(value)} steps"
 
 
+def has_parity(inits: Json) -> bool:
+    """Whether one may ask when a start reaches the end of the base: not where a hedge stopped one of them."""
+    return not any(map(stopped_at, inits.values()))
+
+
 def parity_step(arm: Json) -> str:
     """The step at which an init reaches the base run's final validation loss."""
     if "parity_steps" not in arm:
         return DASH
     return "not reached" if arm["parity_steps"] is None else step(arm["parity_steps"])
+
+
+def final_nll(arm: Json) -> str:
+    """The validation NLL at the end of an init, wherever that was."""
+    end = nll(arm["validation_nll_final"])
+    return f"{end} (stopped, step {step(stopped)})" if (stopped := stopped_at(arm)) else end
 
 
 def count(number: int, noun: str) -> str:
@@ -174,6 +185,16 @@ def parity_of(summary: Json | None) -> Json | None:
     return (summary.get("parity") or None) if summary and summary["verdict"] == "mashup" else None
 
 
+def hedge_of(summary: Json | None) -> Json | None:
+    """What a hedge decided; None where there was none."""
+    return summary.get("hedge") if summary else None
+
+
+def stopped_at(arm: Json) -> int | None:
+    """The step at which a hedge stopped a start."""
+    return arm.get("stopped_at")
+
+
 def verdict(summary: Json | None, selection: Json | None) -> str:
     """What came out of the run, in a sentence or two. Slower, or parity not reached, is said as plainly as a gain."""
     found = summary or selection
@@ -183,12 +204,33 @@ def verdict(summary: Json | None, selection: Json | None) -> str:
         return f"Start from the base: {found['why']}.{_cost_clause(summary)}"
     mashup = f"mashup of {count(len(found['donors']), 'donor')}"
     parity = parity_of(summary)
+    if hedge := hedge_of(summary):
+        return _decision(hedge, mashup)
     if not parity:
         return f"A {mashup} was made: {found['why']}. It has not been compared with the base yet."
     if not parity["reached"]:
         return f"The {mashup} does not reach the base's final validation loss within {steps(parity['base_steps'])}."
     when = f"after {step(parity['steps'])} of {steps(parity['base_steps'])}"
     return f"The {mashup} reaches the base's final validation loss {when}.{_time_clause(parity)}"
+
+
+def foretold(summary: Json | None, selection: Json | None) -> str | None:
+    """What past runs say of the verdict, or of the decision of a hedge; None: there is none that they could speak of."""
+    hedge = hedge_of(summary)
+    found, what = ((summary or {}).get("foretold"), "decisions") if hedge else ((selection or {}).get("foretold"), "verdicts")
+    if not found:
+        return None
+    if "right" not in found:
+        return (
+            f"How often such {what} are right is not known: {count(found['runs'], 'past run')} with this base, which is too few."
+        )
+    low, high = found["interval"]
+    right = f"{found['right']} were right ({percent(low)} to {percent(high)} with 95 % confidence)"
+    gain = f"{signed(found['gain'])} ± {nll(found['spread'])} nats a token"
+    return (
+        f"Of {found['runs']} such {what} of past runs with this base {right}; by them the mashup's validation NLL is expected to "
+        f"end below the base's by {gain}."
+    )
 
 
 def pays(parity: Json | None) -> str | None:
@@ -204,7 +246,7 @@ def pays(parity: Json | None) -> str | None:
     )
 
 
-def foretold(pays: Json | None) -> str | None:
+def pays_by_past_runs(pays: Json | None) -> str | None:
     """Of a plan: when the mashup pays, as far as past runs on this base tell; None: it is not compared with the base."""
     if not pays:
         return None
@@ -245,8 +287,11 @@ def _cost_clause(summary: Json | None) -> str:
 
 def headlines(summary: Json) -> list[Headline]:
     """The figures on top of the page, parity first."""
-    parity, inits = parity_of(summary), summary["inits"]
-    first = [_steps(parity), _wall_clock(parity, summary)] if parity else [_search_cost(summary)]
+    parity, hedge, inits = parity_of(summary), hedge_of(summary), summary["inits"]
+    if hedge:
+        first = [_went_on(hedge), _hedge_cost(hedge, summary)]
+    else:
+        first = [_steps(parity), _wall_clock(parity, summary)] if parity else [_search_cost(summary)]
     return first + [_test(measure, inits) for measure in measures(summary)]
 
 
@@ -281,6 +326,45 @@ def compared_time(share_saved: float | None) -> str:
     if round(abs(share_saved), 3) == 0:
         return "as fast"
     return f"{percent(abs(share_saved))} {'faster' if share_saved > 0 else 'slower'}"
+
+
+def hedge_cost(summary: Json) -> str | None:
+    """What a hedge cost beside a plain finetune; None where there was none."""
+    if not (hedge := hedge_of(summary)):
+        return None
+    cost = _hedge_cost(hedge, summary)
+    return f"{cost.name}: {cost.value}, {cost.detail}."
+
+
+def _decision(hedge: Json, mashup: str) -> str:
+    names = {"base": "base", "mashup": mashup}
+    sentence = f"The {names[hedge['winner']]} went on to the end; the {names[hedge['stopped']]} was stopped {_stop(hedge)}."
+    if hedge["kept"] == hedge["winner"]:
+        return sentence
+    return f"{sentence} Before that it had weights of a still lower loss, which are kept."
+
+
+def _stop(hedge: Json) -> str:
+    """When a hedge stopped a start, and from what figures."""
+    when = f"after {hedge['step']} of {steps(hedge['steps'])}"
+    ahead, behind = (hedge["validation_nll"][hedge[which]] for which in ("winner", "stopped"))
+    if behind is None:
+        return f"{when}, as its training had diverged"
+    return f"{when}, at a validation NLL of {nll(behind)} against {nll(ahead)}"
+
+
+def _went_on(hedge: Json) -> Headline:
+    return Headline("The start that went on", hedge["winner"], f"the {hedge['stopped']} was stopped {_stop(hedge)}")
+
+
+def _hedge_cost(hedge: Json, summary: Json) -> Headline:
+    """Against the start that went on, trained alone; what went into finding donors stands beside it."""
+    tokens, seconds = hedge["cost"]["tokens"], hedge["cost"]["seconds"]
+    detail = (
+        f"{tokens['spent']:,.0f} tokens in place of {tokens['plain']:,.0f}, {duration(seconds['spent'])} of training in place of "
+        f"{duration(seconds['plain'])}; {duration(summary['overhead_seconds']['total'])} went into finding and merging donors"
+    )
+    return Headline("Cost against a plain finetune", f"{percent(hedge['cost']['step']['more'])} more steps", detail)
 
 
 def _time_clause(parity: Json) -> str:

@@ -18,6 +18,11 @@ STATE = "trainer_state"
 """Begins the names of the files with what going on from a checkpoint needs, one of each worker that holds a share of it."""
 
 
+RESULT_FILE = "result.json"
+"""In an arm's folder: what came out of it, once it is at its end."""
+HELD_FILE = "held.json"
+"""Likewise, of an arm that waits for a decision, or was stopped by it: see `pipeline/train/hedge.py`."""
+
 SECONDS_FILE = "seconds.json"
 """Beside a start that needs no donors: what it took to make it, the base's loading included."""
 

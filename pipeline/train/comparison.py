@@ -12,11 +12,12 @@ from pipeline.core.ledger import digest
 from pipeline.core.settings import checked
 from pipeline.core.stats import best_init
 from pipeline.run_folder import Run
-from pipeline.train.arm import SECONDS_FILE, Arm, Job, Lora, copy_weights, row_ids
+from pipeline.train.arm import RESULT_FILE, SECONDS_FILE, Arm, Job, Lora, copy_weights, row_ids
 from pipeline.train.curves import chosen_arms, compare_arms, spread, with_overhead
+from pipeline.train.hedge import Hedge
 from pipeline.train.metric import measure, metric_key, try_out
-from pipeline.train.starts import list_arms, make_jobs
-from pipeline.train.tune import RESULT_FILE, Outcome, train_arms
+from pipeline.train.starts import decided_at, list_arms, make_jobs
+from pipeline.train.tune import Outcome, train_arms
 
 OVERHEAD = ("index", "samples", "search", "merge")
 """Stages whose time is charged to the mashup."""
@@ -25,7 +26,8 @@ CompareWithPlan = Callable[[Run, list[Outcome]], dict[str, Any]]
 
 
 def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: Lora, compare_with_plan: CompareWithPlan) -> None:
-    """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted.
+    """Finetune every init at every learning rate and seed, and say what the mashup gained, all overhead counted; in a hedge,
+    which of base and mashup went on, and what that cost.
 
     Args:
         choice: the selection, as in selection.json.
@@ -35,7 +37,7 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
     """
     config = run.config
     arms = list_arms(config, ["base", *(["mashup"] if choice["donors"] else []), *controls])
-    jobs = make_jobs(run, arms, lora)
+    jobs, decide_at = make_jobs(run, arms, lora), decided_at(config, arms)
     metric, data = config.compare.metric, run.folder.sub("data")
     key = digest([job.name for job in jobs], row_ids(data, "test"), *([metric_key(metric, data)] if metric else []))
     if run.ready("compare", key):
@@ -45,8 +47,9 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
     try_out(run)
     with run.ledger.perform("compare", key) as details:
         trained = run.folder.sub("train")
-        outcomes = train_arms(jobs, trained, _said_and_timed(run), run.folder.uri, config.track)
-        curves, result = compare_arms(jobs, outcomes, trained)
+        outcomes = train_arms(jobs, trained, _said_and_timed(run), run.folder.uri, config.track, decide_at)
+        decision = Hedge(jobs, trained, decide_at).decision if decide_at else None
+        curves, result = compare_arms(jobs, outcomes, trained, decision)
         if metric:
             details |= _measure(run, metric, jobs[0], outcomes, result)
         details["startup_seconds"] = sum(outcome["startup_seconds"] for outcome in outcomes)
@@ -56,9 +59,11 @@ def compare_starts(run: Run, choice: dict[str, Any], controls: list[str], lora: 
 
 
 def _measure(run: Run, metric: str, job: Job, outcomes: list[Outcome], result: dict[str, Any]) -> dict[str, float]:
-    """Add the metric to the result of each init, and write its rows; gives how long that took, and for how many arms."""
+    """Add the metric to the result of each init that has test figures, and write its rows; gives how long that took, and for how
+    many arms."""
     started = time.perf_counter()
-    found = measure(metric, job, chosen_arms(outcomes), run.folder.sub("train"))
+    tested = [outcome for outcome in outcomes if "test_nll" in result["inits"].get(outcome["init"], {})]
+    found = measure(metric, job, chosen_arms(tested), run.folder.sub("train"))
     spent = {"metric_seconds": time.perf_counter() - started, "metric_arms": found.answered}
     result["metric"] = metric
     for init, means in found.means.items():
@@ -121,6 +126,7 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
         **({"metric": result["metric"]} if "metric" in result else {}),
         "inits": result["inits"],
         "parity": with_overhead(result["parity"], total) if "parity" in result else None,
+        **({"hedge": result["hedge"]} if "hedge" in result else {}),
         "overhead_seconds": {**overhead, "total": total},
         "adapter": run.folder.sub("finetuned").uri,
         "note": "Seconds of training leave evaluation and start-up out for every init alike; overhead is the wall-clock of "

@@ -5,7 +5,7 @@ early. The learning rate of an init, and the checkpoint of an arm, are those of 
 touched once, by the chosen checkpoints alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,31 +15,46 @@ from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, steps_to_parity
 from pipeline.core.storage import Folder
 from pipeline.train.arm import Job, checkpoints_without, row_ids
+from pipeline.train.hedge import cost
 from pipeline.train.ray_train import curve_table, on_each, score_on_test
 from pipeline.train.tune import Outcome
 
 TEST_METRICS = ("test_nll", "test_token_accuracy", "test_exact_match", "test_answer_match")
 
 
-def compare_arms(jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder) -> tuple[pa.Table, dict[str, Any]]:
-    """The table of all curves, and what it comes to: per init the chosen rate and its test metrics, and the parity.
+def compare_arms(
+    jobs: Sequence[Job], outcomes: Sequence[Outcome], storage: Folder, decision: Mapping[str, Any] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of all curves, and what it comes to: per init the chosen rate and its test metrics, and the parity. Of a hedge,
+    which has none, what it decided and what it cost; a start that was stopped is tested only if its weights are the better ones.
 
     Args:
         storage: where `train_arms` left the outcomes.
+        decision: that of a hedge; see `hedge.decide`.
 
     Raises:
-        RuntimeError: every arm of an init diverged.
+        RuntimeError: every arm of an init diverged, but for one that a hedge stopped.
     """
-    chosen = chosen_arms(outcomes)
-    tested = _test(jobs[0], [outcome for arms in chosen.values() for outcome in arms], storage)
+    chosen = chosen_arms(_of_use(outcomes, decision))
+    best = min(chosen, key=lambda init: fmean(map(_best_nll, chosen[init])))
+    finalists = [arms for init, arms in chosen.items() if not decision or init in (decision["winner"], best)]
+    tested = _test(jobs[0], [outcome for arms in finalists for outcome in arms], storage)
     summary: dict[str, Any] = {"inits": {init: _describe(arms, outcomes, tested) for init, arms in chosen.items()}}
-    if "base" in chosen:
+    if decision:
+        summary["hedge"] = {**decision, "steps": jobs[0].train.steps, "kept": best, "cost": cost(outcomes, decision)}
+    elif "base" in chosen:
         parities = {init: parity(chosen["base"], arms) for init, arms in chosen.items()}
         for init, found in parities.items():
             summary["inits"][init]["parity_steps"] = found["steps"]
         if "mashup" in parities:
             summary["parity"] = parities["mashup"]
     return curve_table(outcomes), summary
+
+
+def _of_use(outcomes: Sequence[Outcome], decision: Mapping[str, Any] | None) -> list[Outcome]:
+    """Without a start that a hedge stopped because all its arms had diverged."""
+    lost = decision["stopped"] if decision and decision["validation_nll"][decision["stopped"]] is None else None
+    return [outcome for outcome in outcomes if outcome["init"] != lost]
 
 
 def chosen_arms(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -133,8 +148,8 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
     return {
         "lr": arms[0]["lr"],
         "seeds": [arm["seed"] for arm in arms],
-        **{metric: spread([tested[arm["name"]][metric] for arm in arms]) for metric in TEST_METRICS},
-        "test_by_seed": [{metric: tested[arm["name"]][metric] for metric in TEST_METRICS} for arm in arms],
+        **_test_figures(arms, tested),
+        **({"stopped_at": best["stopped_at"]} if "stopped_at" in best else {}),
         "validation_nll_start": fmean(arm["curve"][0]["eval_nll"] for arm in arms),
         "validation_nll_final": fmean(arm["curve"][-1]["eval_nll"] for arm in arms),
         "validation_nll_best": fmean(_best_nll(arm) for arm in arms),
@@ -147,6 +162,15 @@ def _describe(arms: Sequence[Outcome], outcomes: Sequence[Outcome], tested: dict
         },
         "diverged": {one["name"]: one["diverged_at"] for one in outcomes if one["init"] == init and one["diverged_at"]},
     }
+
+
+def _test_figures(arms: Sequence[Outcome], tested: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Empty for an init that is not tested."""
+    measured = [tested[arm["name"]] for arm in arms if arm["name"] in tested]
+    if not measured:
+        return {}
+    by_seed = [{metric: one[metric] for metric in TEST_METRICS} for one in measured]
+    return {metric: spread([one[metric] for one in measured]) for metric in TEST_METRICS} | {"test_by_seed": by_seed}
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -23,10 +23,15 @@ from pipeline.train.arm import CURVE_FILE, STATE, Job
 from pipeline.train.batches import Share, halved
 from pipeline.train.evaluate import Rows, as_metrics, evaluate, least_over_workers, sum_over_workers
 from pipeline.train.feed import StepFeed
+from pipeline.train.hedge import Wait
 from pipeline.train.passes import choose_tokens
 from pipeline.train.profiler import traced
 from pipeline.train.worker_model import Trainable
 
+ASKED_EVERY = 0.5
+"""Seconds between two looks for a decision that is waited for."""
+DIVERGED = "diverged"
+"""Among the metrics of the evaluation at which an arm ends because of that."""
 Write = Callable[[Path], None]
 """Writes a checkpoint to a folder."""
 
@@ -45,13 +50,21 @@ def evaluation_steps(steps: int, evaluations: int) -> list[int]:
 
 
 class Finetuning:
-    """One worker's share of an arm. `feed` gives the steps; `sizes` are those of an attempt that a PassTooLargeError ended."""
+    """One worker's share of an arm. `feed` gives the steps; `sizes` are those of an attempt that a PassTooLargeError ended;
+    `wait` is asked at its step whether the arm of a hedge goes on."""
 
     def __init__(
-        self, job: Job, rank: int, workers: int, report: Report, feed: Feed | None = None, sizes: Sequence[int] = ()
+        self,
+        job: Job,
+        rank: int,
+        workers: int,
+        report: Report,
+        feed: Feed | None = None,
+        sizes: Sequence[int] = (),
+        wait: Wait | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.job, self.arm = job, job.arm
+        self.job, self.arm, self.wait = job, job.arm, wait
         self.rank, self.workers, self.report = rank, workers, report
         self.sizes = list(sizes)  # padded tokens a pass: what was chosen, then what was taken for want of memory
         self.end = job.last_step or job.train.steps
@@ -65,6 +78,8 @@ class Finetuning:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.evaluating = 0.0  # seconds; checkpoints apart
         self.waiting = 0.0  # seconds of steps in which their rows were not there yet
+        self.held = 0.0  # seconds of waiting for a decision
+        self.told: int | None = None  # the step that was reported last, in this attempt
         self.curve: list[dict[str, Any]] = []
         self.diverged_at: int | None = None
         self.startup = time.perf_counter() - started
@@ -90,8 +105,8 @@ class Finetuning:
         self.steps = self.feed(self.share, self.step, self.end)
         self.startup += time.perf_counter() - started  # until the rows are on this node's disk
         with traced(self.job.trace, self.job.profile if self.rank == 0 else None) as tick:
-            for stop in [stop for stop in evaluation_steps(self.end, self.job.train.evaluations) if stop > self.step]:
-                if self.diverged_at is not None or self._stalled():
+            for stop in self._stops():
+                if self.diverged_at is not None or self._stalled() or not self._goes_on():
                     return
                 started = time.perf_counter()
                 losses = list(self._advance(stop, tick))
@@ -111,6 +126,7 @@ class Finetuning:
         self.step, self.tokens, self.seconds = state["progress"]
         self.curve, self.diverged_at = outcome["curve"], outcome["diverged_at"]
         self.evaluating, self.waiting = outcome["evaluation_seconds"], outcome.get("waiting_seconds", 0.0)
+        self.held = outcome.get("held_seconds", 0.0)
         self.sizes = max(self.sizes, outcome.get("tokens_per_pass", []), key=len)  # an older checkpoint has none
 
     def _advance(self, stop: int, tick: Callable[[], None]) -> Iterator[float]:
@@ -129,10 +145,36 @@ class Finetuning:
                 return
             yield nll
 
+    def _stops(self) -> list[int]:
+        """Steps to come after which the model is evaluated."""
+        stops = {*evaluation_steps(self.end, self.job.train.evaluations), *([self.wait.step] if self.wait else [])}
+        return sorted(stop for stop in stops if stop > self.step)
+
+    def _goes_on(self) -> bool:
+        """Whether training goes on from here: not where a hedge has stopped this start. Waits until that is known; all workers
+        must call it."""
+        if not self.wait or self.step != self.wait.step:
+            return True
+        if self.told != self.step:  # whoever decides has not heard of an attempt that begins here
+            self.report(self.curve[-1], lambda: None)
+        started = time.perf_counter()
+        while not (answer := self._answer()):
+            time.sleep(ASKED_EVERY)
+        self.held += time.perf_counter() - started
+        return answer > 0
+
+    def _answer(self) -> int:
+        """What the first worker was told: 1 go on, -1 end here, 0 not known yet."""
+        said = self.wait() if self.wait and self.rank == 0 else None
+        own = torch.tensor([0 if said is None else 1 if said else -1], dtype=torch.float64)
+        return int(sum_over_workers(own, self.workers))
+
     def _stalled(self) -> bool:
-        """Whether patience is at an end: the last evaluations have not gone below the lowest loss before them."""
+        """Whether patience is at an end: the last evaluations have not gone below the lowest loss before them. A hedge has none
+        before its decision, and then for the base, too."""
         patience, losses = self.job.train.patience, [point["eval_nll"] for point in self.curve]
-        if self.arm.init == "base" or not 0 < patience < len(losses):
+        lasts = self.step <= self.wait.step if self.wait else self.arm.init == "base"
+        if lasts or not 0 < patience < len(losses):
             return False
         return min(losses[-patience:]) >= min(losses[:-patience])
 
@@ -197,7 +239,8 @@ class Finetuning:
         self.evaluating += time.perf_counter() - started
         point = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "train_nll": train_nll, **metrics}
         self.curve.append({"init": self.arm.init, "lr": self.arm.lr, "seed": self.arm.seed, **point})
-        self.report(point, self._snapshot)
+        self.told = self.step
+        self.report(point if self.diverged_at is None else point | {DIVERGED: True}, self._snapshot)
 
     def _snapshot(self) -> Write | None:
         """Copy this worker's share of a checkpoint: the first has all but the optimizer's state of a full finetune."""
@@ -208,6 +251,7 @@ class Finetuning:
             progress = (self.step, self.tokens, self.seconds)
             state = {"optimizer": moments, "weights": weights, "schedule": self.schedule.state_dict(), "progress": progress}
             times = {"startup_seconds": self.startup, "evaluation_seconds": self.evaluating, "waiting_seconds": self.waiting}
+            times |= {"held_seconds": self.held} if self.wait else {}
             sizes = {"tokens_per_pass": list(self.sizes)}
             outcome = {"curve": list(self.curve), "diverged_at": self.diverged_at, **sizes, **times}
             return partial(self._write, trained, outcome, state)

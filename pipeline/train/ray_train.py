@@ -36,6 +36,7 @@ from pipeline.core.node_folder import folder_of_process
 from pipeline.core.storage import Folder
 from pipeline.core.tables import COMPARISON
 from pipeline.train.arm import CURVE_FILE, Job
+from pipeline.train.hedge import Hold, Wait
 
 MAX_FAILURES = 2
 HALVINGS = 6
@@ -47,8 +48,8 @@ TUNE_STEP = "timesteps_total"
 """What Tune's loggers draw over, where it is reported."""
 
 
-def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train one arm, or go on with it where `storage` has a checkpoint of it.
+def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = (), hold: Hold | None = None) -> dict[str, Any]:
+    """Train one arm, or go on with it where `storage` has a checkpoint of it; with `hold`, no further than a hedge lets it.
 
     Returns:
         The arm's curve (rows of schema COMPARISON), its best step by validation NLL, the best checkpoint's name in
@@ -58,7 +59,7 @@ def fit(job: Job, storage: Folder, callbacks: Sequence[Any] = ()) -> dict[str, A
     """
     # Ray Train takes one report from its workers a look: at its default of 2 s no evaluation would take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    given = {"job": job, "storage": storage.sub(job.name)}
+    given = {"job": job, "storage": storage.sub(job.name), "hold": hold}
     kept = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="eval_nll", checkpoint_score_order="min")
     trainer = _trainer(train_loop, given, job, storage, job.name, checkpoint_config=kept, callbacks=list(callbacks))
     started = time.perf_counter()
@@ -110,10 +111,11 @@ def train_loop(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     storage: Folder = config["storage"]
+    wait = Wait(config["hold"]) if config["hold"] else None
     sizes = storage.read_json(SIZES_FILE) if storage.is_complete(SIZES_FILE) else ()
     context = ray.train.get_context()
     report = _Reports(storage, worker_log("train", job.arm.name))
-    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, sizes=sizes)
+    finetuning = Finetuning(job, context.get_world_rank(), context.get_world_size(), report, sizes=sizes, wait=wait)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             finetuning.restore(Path(folder))

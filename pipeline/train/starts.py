@@ -16,6 +16,7 @@ from pipeline.core.storage import Folder
 from pipeline.model.base_model import fingerprint
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Job, Lora, rows_digest
+from pipeline.train.hedge import STARTS, decision_step
 
 AUTO_RANK = 32
 """Of mashups and of what the arms train, whatever the number of donors: so that recipes differ in their donors alone, and a start
@@ -32,6 +33,12 @@ def list_arms(config: Config, starts: list[str]) -> list[Arm]:
     return [Arm(init, lr, seed) for init in inits for lr in config.train.learning_rates for seed in config.train.seeds]
 
 
+def decided_at(config: Config, arms: Sequence[Arm]) -> int | None:
+    """The step at which a hedge decides between these arms; None: there is nothing to decide."""
+    hedged = config.compare.mode == "hedge" and {arm.init for arm in arms} == set(STARTS)
+    return decision_step(config.train.steps) if hedged else None
+
+
 def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
     """The arms with all that training them depends on. Equal weights to start from make equal jobs, whatever led to them.
 
@@ -40,12 +47,13 @@ def make_jobs(run: Run, arms: Sequence[Arm], lora: Lora) -> list[Job]:
     """
     config = run.config
     rows, budget = _rows(run), _budget(config)
+    hedged = ["hedge"] if decided_at(config, arms) else []
     starts = {
         init: run.folder.sub("mashup") if init == "mashup" else run.folder.sub("starts", init)
         for init in {arm.init for arm in arms}
     }
     keys = {
-        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start), *_moved(init))
+        init: digest(rows, budget, lora.rank, lora.alpha, lora.target_modules, _weights(start), *_moved(init), *hedged)
         for init, start in starts.items()
     }
     return [

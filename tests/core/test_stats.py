@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.stats import best_init, interpolate, mean_per_token, steps_to_parity
+from pipeline.core.stats import best_init, interpolate, mean_per_token, steps_to_parity, wilson_interval
 
 
 def test_mean_per_token_weighs_samples_by_their_tokens() -> None:
@@ -78,3 +78,11 @@ def test_interpolation_is_linear_between_evaluations() -> None:
 def test_the_start_that_is_kept_is_the_one_of_the_lowest_validation_loss() -> None:
     inits = {name: {"validation_nll_best": nll} for name, nll in {"base": 1.5, "mashup": 1.25, "paper": 1.25}.items()}
     assert best_init(inits) == "mashup"
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """As statsmodels' proportion_confint(..., method="wilson") gives it."""
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = wilson_interval(12, 12)
+    assert (round(low, 3), high) == (0.757, pytest.approx(1.0))
+    assert wilson_interval(0, 12)[0] == 0.0

@@ -119,6 +119,13 @@ def test_a_metric_is_measured_on_each_row_for_each_arm_that_is_tested() -> None:
     assert measuring_seconds(work, {}) == 0
 
 
+@pytest.mark.parametrize(("at_once", "starts", "arms"), [(2, 1, 1), (1, 3, 4 / 3)])
+def test_a_hedge_is_a_third_longer_where_its_arms_have_no_place_beside_each_other(at_once: int, starts: int, arms: float) -> None:
+    work = Training(arms=2, at_once=at_once, tokens=1000, evaluation_tokens=400, test_tokens=600, decided_after=1 / 3)
+    assert training_seconds(work, RATES) == pytest.approx(starts * 10 + arms * (20 + 2) + 3)
+    assert work.arms_worth == pytest.approx(4 / 3)
+
+
 def test_the_tokens_of_an_arm_are_those_of_its_batches_padded_by_each_worker() -> None:
     lengths = np.array([5, 9, 2, 7, 3])
     train = TrainConfig(steps=4, batch_size=3, workers=2)
@@ -139,6 +146,8 @@ def test_an_arm_measures_its_start_its_steps_and_its_evaluations() -> None:
     assert training_rates(outcome(), evaluation_tokens=50) == measured
     assert training_rates(outcome(tokens_per_pass=[8192, 4096]), 50) == measured | {"tokens_per_pass": 4096.0}
     assert training_rates(outcome(diverged_at=2), 50) == {}
+    assert training_rates(outcome(held_seconds=4.0), 50) == measured | {"start_seconds": 7.0}  # in which it waited in a hedge
+    assert training_rates(outcome(stopped_at=2), 50) == {}
     assert training_rates(outcome(fit_seconds=8.0), 50) == {}  # its curve began in an earlier attempt
 
 

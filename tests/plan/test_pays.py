@@ -35,6 +35,7 @@ def test_a_plan_reads_what_other_runs_of_its_base_and_method_came_to(tiny_base: 
     keep_outcome(lost, [BASE, arm("mashup", (2.0, 1.8, 1.2))])
     keep_outcome(run_on(tiny_base, tmp_path, "base", "base"), [BASE])
     keep_outcome(run_on(tiny_base, tmp_path, "unasked", "mashup"), [BASE])
+    keep_outcome(run_on(tiny_base, tmp_path, "hedge", "mashup"), [BASE | {"stopped_at": 10}, MASHUP])
     keep_outcome(run_on(tiny_base, tmp_path, "other", "mashup", method="full"), [BASE, MASHUP])
     new = run_on(tiny_base, tmp_path, "new", "mashup")
     found = sorted((one["verdict"], one["steps_saved"], one["time_saved"]) for one in past_outcomes(new))

@@ -250,6 +250,30 @@ def lose_parity() -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.fixture
+def hedged(summary: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """hedged(stopped): change the summary to that of a hedge that stopped this start after a third."""
+
+    def change(stopped: str = "base", kept: str | None = None) -> dict[str, Any]:
+        winner = "mashup" if stopped == "base" else "base"
+        cost = {
+            "step": {"spent": 133, "plain": 100, "more": 0.33},
+            "tokens": {"spent": 13_300, "plain": 10_000, "more": 0.33},
+            "seconds": {"spent": 66.5, "plain": 50.0, "more": 0.33},
+        }
+        decision = {"step": 33, "winner": winner, "stopped": stopped, "validation_nll": {winner: 0.7, stopped: 0.9}}
+        summary.update(parity=None, hedge={**decision, "steps": 100, "kept": kept or winner, "cost": cost})
+        arm = summary["inits"][stopped]
+        for key in ("test_nll", "test_token_accuracy", "test_exact_match"):
+            del arm[key]
+        arm.update(stopped_at=33, validation_nll_final=0.9)
+        for one in summary["inits"].values():
+            one.pop("parity_steps", None)
+        return summary
+
+    return change
+
+
+@pytest.fixture
 def lose_mashup() -> Callable[[dict[str, Any]], None]:
     """Change a summary to one whose verdict is the base."""
 

@@ -1,5 +1,6 @@
 """The card of the finetuned weights: what they are, what they gave on the test split, and whose they partly are."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def test_only_weights_from_the_mashup_name_donors_and_their_licence(run_data: Ru
     assert not any(donor["sha256"] in text for donor in donors)
     assert "license" not in front_matter(text)
     assert "from the base itself" in text
+
+
+def test_a_start_that_a_hedge_stopped_has_no_figures_and_says_why(
+    run_data: RunData, config: Config, hedged: Callable[..., dict[str, Any]]
+) -> None:
+    hedged("base")
+    text = card(run_data, config)
+    assert "| base (stopped after step 33) | – | – | – |" in text
+    assert {one.metric_type for one in ModelCard(text).data.eval_results} == {"nll", "token_accuracy", "exact_match"}
 
 
 def test_bits_that_the_base_had_in_training_are_told(run_data: RunData, config: Config) -> None:

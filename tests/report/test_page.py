@@ -228,6 +228,17 @@ def test_parity_not_reached_is_a_headline(run_data: RunData, tmp_path: Path, los
     assert "Steps to parity not reached in 100 steps (each seed alone: 88.2, not)" in text
 
 
+def test_a_hedge_marks_the_arms_that_it_stopped(run_data: RunData, tmp_path: Path, hedged: Callable[..., dict[str, Any]]) -> None:
+    hedged("base")
+    page = page_of(run_data, tmp_path)
+    assert "The base was stopped" not in page.text
+    assert "mashup of 3 donors went on to the end; the base was stopped after 33 of 100 steps" in page.text
+    arms = 4  # two rates, two seeds
+    assert (tmp_path / "report.html").read_text().count('<em>stopped</em></td><td class="n">') == arms
+    assert "Base and mashup were trained to a third of the steps" in page.text
+    assert "not reached" not in page.text
+
+
 def test_what_was_estimated_stands_beside_the_truth(run_data: RunData, tmp_path: Path) -> None:
     assert "What was estimated before" not in page_of(run_data, tmp_path / "without").text
     seconds = {

@@ -39,6 +39,14 @@ def test_parity_not_reached_is_printed(summary: dict[str, Any], lose_parity: Cal
     assert "Parity not reached in 100 steps; 7 min 35 s went into finding" in printed(summary_table(summary, None))
 
 
+def test_a_start_that_a_hedge_stopped_is_told_as_stopped(hedged: Callable[..., dict[str, Any]]) -> None:
+    text = printed(summary_table(hedged("mashup"), None))
+    assert text.startswith("The base went on to the end; the mashup of 3 donors was stopped after 33 of 100 steps")
+    assert "0.9000 (stopped, step 33)" in text
+    assert "Cost against a plain finetune: 33.0 % more steps" in text
+    assert not re.search("parity|the base's end", text, re.IGNORECASE)
+
+
 def test_a_run_that_starts_from_the_base_has_one_column(summary: dict[str, Any], lose_mashup: Callable[..., None]) -> None:
     lose_mashup(summary)
     text = printed(summary_table(summary, None))

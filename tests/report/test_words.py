@@ -74,6 +74,41 @@ def test_it_is_said_from_when_on_it_pays(summary: dict[str, Any], lose_parity: C
     assert words.pays(words.parity_of(summary)) is None
 
 
+def test_a_hedge_says_who_went_on_from_what_figures_and_what_it_cost(hedged: Callable[..., dict[str, Any]]) -> None:
+    found = hedged("base")
+    said = words.verdict(found, None)
+    assert said == (
+        "The mashup of 3 donors went on to the end; the base was stopped after 33 of 100 steps, at a validation NLL of 0.9000 "
+        "against 0.7000."
+    )
+    first, cost, *tests = words.headlines(found)
+    assert (first.value, cost.value) == ("mashup", "33.0 % more steps")
+    assert cost.detail.startswith("13,300 tokens in place of 10,000, 1 min 06 s of training in place of 50.0 s; 7 min 35 s went")
+    assert [one.detail for one in tests] == ["mashup"] * 3
+    assert str(words.hedge_cost(found)).startswith("Cost against a plain finetune: 33.0 % more steps, 13,300 tokens")
+    assert "parity" not in " ".join([said, *(one.name for one in words.headlines(found))])
+    assert not words.has_parity(found["inits"])
+
+
+def test_weights_of_the_start_that_was_stopped_are_told_where_they_are_kept(hedged: Callable[..., dict[str, Any]]) -> None:
+    found = hedged("mashup", kept="mashup")
+    assert words.verdict(found, None).endswith("Before that it had weights of a still lower loss, which are kept.")
+    found["hedge"]["validation_nll"]["mashup"] = None
+    assert "after 33 of 100 steps, as its training had diverged." in words.verdict(found, None)
+
+
+def test_what_past_runs_say_of_a_verdict_is_told_with_its_interval(hedged: Callable[..., dict[str, Any]]) -> None:
+    known = {"runs": 12, "right": 10, "interval": (0.552, 0.953), "gain": 0.12, "spread": 0.05}
+    assert words.foretold(None, {"verdict": "base"}) is None
+    assert words.foretold(None, {"foretold": known}) == (
+        "Of 12 such verdicts of past runs with this base 10 were right (55.2 % to 95.3 % with 95 % confidence); by them the "
+        "mashup's validation NLL is expected to end below the base's by +0.1200 ± 0.0500 nats a token."
+    )
+    assert "is not known: 3 past runs" in str(words.foretold(None, {"foretold": {"runs": 3}}))
+    said = words.foretold(hedged() | {"foretold": {"runs": 1}}, {"foretold": known})
+    assert said == "How often such decisions are right is not known: 1 past run with this base, which is too few."
+
+
 def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:
     exact = words.headlines(summary)[2]
     assert exact.value == "64.1 % → 66.8 %"
@@ -152,13 +187,13 @@ PAYS = {"past_runs": 5, "mashups": 4, "steps_saved": 0.4, "overhead_seconds": 50
     ],
 )
 def test_a_plan_says_when_it_pays_or_that_it_does_not_know(pays: dict[str, Any], said: str) -> None:
-    text = words.foretold(pays)
+    text = words.pays_by_past_runs(pays)
     assert text is not None
     assert text.startswith(said)
 
 
 def test_a_plan_without_both_starts_says_nothing_of_it() -> None:
-    assert words.foretold(None) is None
+    assert words.pays_by_past_runs(None) is None
 
 
 def test_a_base_verdict_says_what_it_cost(summary: dict[str, Any], lose_mashup: Callable[[dict[str, Any]], None]) -> None:

@@ -45,14 +45,16 @@ def test_what_a_metric_finds_stands_beside_the_test_figures(run: Run, monkeypatc
         {"init": init, "name": f"{init}-{seed}", "seed": seed, **curve}
         for init, seed in (("base", 0), ("base", 1), ("mashup", 0))
     ]
-    result: dict[str, Any] = {"inits": {"base": {"lr": 1e-3}, "mashup": {"lr": 1e-3}}}
+    arms += [{"init": "untested", "name": "untested-0", "seed": 0, **curve}]  # as a start that a hedge stopped
+    result: dict[str, Any] = {"inits": {"base": {"test_nll": 1.0}, "mashup": {"test_nll": 1.0}, "untested": {}}}
     spent = comparison._measure(run, "own:f1", "job", arms, result)  # type: ignore[arg-type]
     assert spent["metric_arms"] == 2
     assert spent["metric_seconds"] >= 0
     assert asked == [("own:f1", "job", {"base": ["base-0", "base-1"], "mashup": ["mashup-0"]}, run.folder.sub("train").uri)]
     assert result["metric"] == "own:f1"
     assert result["inits"]["base"]["test_metric"] == {"mean": 0.5, "spread": pytest.approx(0.125**0.5)}
-    assert result["inits"]["mashup"] == {"lr": 1e-3, "test_metric": {"mean": 1.0, "spread": None}}
+    assert result["inits"]["untested"] == {}
+    assert result["inits"]["mashup"] == {"test_nll": 1.0, "test_metric": {"mean": 1.0, "spread": None}}
     assert run.folder.read_table("metric_rows.parquet").equals(rows)
 
 

@@ -1,5 +1,6 @@
 """What the comparison concludes from curves: the chosen learning rate, parity, and wall-clock with its overhead."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.core.storage import Folder
 from pipeline.train import curves
 from pipeline.train.arm import Job
 from pipeline.train.curves import _chosen, parity, with_overhead
+from pipeline.train.hedge import decide
 from pipeline.train.ray_train import arms_at_once
 
 
@@ -102,6 +104,52 @@ def test_a_rate_that_diverged_is_never_picked() -> None:
 def test_an_init_that_diverged_everywhere_is_an_error_with_the_way_out() -> None:
     with pytest.raises(RuntimeError, match="add a lower one"):
         _chosen([arm("base", [3.0], lr=1.0, diverged_at=1)])
+
+
+@pytest.fixture
+def compared(job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """compared(base, mashup): the summary of a hedge between arms with these losses, the mashup's stopped at step 10."""
+
+    def tested(job: Job, checkpoints: dict[str, Folder], storage: Folder) -> Iterator[tuple[str, dict[str, float]]]:
+        yield from ((name, dict.fromkeys(curves.TEST_METRICS, 0.5)) for name in checkpoints)
+
+    def compare(base: list[float], mashup: list[float], diverged_at: int | None = None) -> dict[str, Any]:
+        outcomes = [arm("base", base), arm("mashup", mashup, diverged_at=diverged_at)]
+        extra = {"startup_seconds": 1.0, "best_step": 10}
+        whole = [{**one, **extra, "checkpoint": f"{one['name']}/last"} for one in outcomes]
+        whole[1]["stopped_at"] = 10
+        for one in whole:
+            one["curve"] = [{**point, "tokens": 7 * point["step"], "init": one["init"]} for point in one["curve"]]
+        decision = decide({"base": base[1:2], "mashup": [math.nan] if diverged_at else mashup[1:2]}, 10)
+        return curves.compare_arms([job(steps=30)], whole, Folder.at(tmp_path / "train"), decision)[1]
+
+    monkeypatch.setattr(curves, "_tested", tested)
+    return compare
+
+
+def test_a_hedge_tells_who_won_and_its_cost_but_no_parity(compared: Callable[..., dict[str, Any]]) -> None:
+    found = compared([3.0, 2.0, 1.5, 1.0], [2.5, 2.2])
+    assert "parity" not in found
+    assert "parity_steps" not in found["inits"]["base"]
+    hedge = found["hedge"]
+    assert (hedge["winner"], hedge["stopped"], hedge["kept"], hedge["step"], hedge["steps"]) == ("base", "mashup", "base", 10, 30)
+    assert hedge["validation_nll"] == {"base": 2.0, "mashup": 2.2}
+    assert hedge["cost"]["tokens"] == {"spent": 280.0, "plain": 210.0, "more": pytest.approx(1 / 3)}
+    assert found["inits"]["mashup"]["stopped_at"] == 10
+    assert "test_nll" not in found["inits"]["mashup"]  # nobody asks for it
+    assert found["inits"]["base"]["test_nll"]["mean"] == 0.5
+
+
+def test_weights_of_the_stopped_start_are_kept_where_they_are_the_better_ones(compared: Callable[..., dict[str, Any]]) -> None:
+    found = compared([3.0, 2.0, 2.5, 2.6], [0.5, 2.2])
+    assert (found["hedge"]["winner"], found["hedge"]["kept"]) == ("base", "mashup")
+    assert found["inits"]["mashup"]["test_nll"]["mean"] == 0.5
+
+
+def test_a_start_that_diverged_before_the_decision_is_no_error(compared: Callable[..., dict[str, Any]]) -> None:
+    found = compared([3.0, 2.0, 1.5, 1.0], [2.5], diverged_at=5)
+    assert found["inits"].keys() == {"base"}
+    assert found["hedge"]["validation_nll"] == {"base": 2.0, "mashup": None}
 
 
 def test_what_is_tested_is_not_tested_again(job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.core.storage import Folder
 from pipeline.model.completion_loss import Batch, collate, score_tokens
+from pipeline.train import loop
 from pipeline.train.arm import CURVE_FILE, STATE, Arm, Job
 from pipeline.train.batches import row_numbers
 from pipeline.train.evaluate import Rows, Score, as_metrics, evaluate, evaluate_on_test
@@ -213,6 +214,55 @@ def test_patience_ends_an_arm_that_no_longer_improves_but_never_the_bases(
     again.restore(tmp_path / "stuck" / "2")
     again.run()
     assert again.curve[-1]["step"] == 2
+
+
+class Answers:
+    """Stands in for a hedge that decides at step 3: gives these answers, one after the other."""
+
+    step = 3
+
+    def __init__(self, *answers: bool | None):
+        self.left = list(answers)
+
+    def __call__(self) -> bool | None:
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize(("answers", "end"), [((None, None, True), 8), ((None, False), 3)])
+def test_an_arm_waits_where_a_hedge_decides(
+    job: Callable[..., Job], without_time: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: Any, end: int
+) -> None:
+    """It is evaluated there besides, and learns as it would without."""
+    monkeypatch.setattr(loop, "ASKED_EVERY", 0.01)
+    alone, held = Checkpoints(tmp_path / "alone"), Checkpoints(tmp_path / "held")
+    Finetuning(job(), 0, 1, alone).run()
+    wait: Any = Answers(*answers)
+    finetuning = Finetuning(job(), 0, 1, held, wait=wait)
+    finetuning.run()
+    assert [point["step"] for point in held.points] == [step for step in (0, 2, 3, 4, 6, 8) if step <= end]
+    assert wait.left == []
+    assert finetuning.held > 0
+    losses = {point["step"]: round(point["eval_nll"], 4) for point in alone.points}
+    assert all(losses.get(point["step"]) in (None, round(point["eval_nll"], 4)) for point in held.points)
+
+
+def test_an_attempt_that_begins_at_the_decision_says_where_it_stands(job: Callable[..., Job], tmp_path: Path) -> None:
+    stopped: Any = Answers(False)
+    Finetuning(job(), 0, 1, Checkpoints(tmp_path / "first"), wait=stopped).run()
+    told: list[tuple[int, bool]] = []
+    goes_on: Any = Answers(True)
+    again = Finetuning(job(), 0, 1, lambda metrics, copy: told.append((metrics["step"], copy() is None)), wait=goes_on)
+    again.restore(tmp_path / "first" / "3")
+    again.run()
+    assert told == [(3, True), (4, False), (6, False), (8, False)]  # without a checkpoint, as there is one
+
+
+def test_patience_begins_after_the_decision_and_holds_for_the_base_too(job: Callable[..., Job], tmp_path: Path) -> None:
+    goes_on: Any = Answers(True)
+    stuck = replace(job(evaluations=8, patience=1), arm=Arm("base", 1e-30, 0))
+    finetuning = Finetuning(stuck, 0, 1, Checkpoints(tmp_path), wait=goes_on)
+    finetuning.run()
+    assert finetuning.curve[-1]["step"] == 4
 
 
 def test_divergence_ends_the_arm_and_is_told(job: Callable[..., Job], tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config, TargetConfig
+from pipeline.config import CompareConfig, Config, TargetConfig
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.tables import SAMPLES
 from pipeline.run_folder import Run
 from pipeline.train.arm import Arm, Lora
-from pipeline.train.starts import make_jobs, usual_shape
+from pipeline.train.starts import decided_at, make_jobs, usual_shape
 
 LORA = Lora(4, 8.0, ("q_proj",))
 
@@ -54,6 +54,17 @@ def test_an_arm_is_known_by_the_rows_that_it_trains_on(run: Run) -> None:
     write_data(run, "a", test_id="another")
     assert names(run) == before
     write_data(run, "other")
+    assert not set(names(run)) & set(before)
+
+
+def test_a_hedge_is_between_base_and_mashup_and_has_arms_of_its_own(run: Run) -> None:
+    """What it stopped must not pass for the arm of a study that went to its end."""
+    before = names(run)
+    arms = [Arm(init, 1e-4, 0) for init in ("base", "mashup")]
+    assert decided_at(run.config, arms) is None
+    run.config = run.config.model_copy(update={"compare": CompareConfig(mode="hedge")})
+    assert decided_at(run.config, arms) == 33  # of 100 steps
+    assert decided_at(run.config, arms[:1]) is None  # no donor beats the base
     assert not set(names(run)) & set(before)
 
 
