@@ -217,6 +217,13 @@ def test_no_donor_helps_so_the_base_is_the_start(
     assert (selection["verdict"], selection["donors"], selection["recipe"]) == ("base", [], None)
     assert not (tmp_path / "run/mashup").exists()
     assert "verdict: start from the base" in capsys.readouterr().err
+    assert mashup("compare", "--run", config["run"]) == 0
+    cost = json.loads((tmp_path / "run/summary.json").read_text())["verdict_cost"]
+    stages = json.loads((tmp_path / "run/stages.json").read_text())
+    assert cost["seconds"] == pytest.approx(sum(stages[stage]["seconds"] for stage in ("index", "samples", "search", "merge")))
+    assert "To learn that took" in " ".join(capsys.readouterr().out.split())
+    assert mashup("report", "--run", config["run"]) == 0
+    assert "To learn that took" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.fixture
