@@ -14,7 +14,7 @@ behind) are left out; `mashup run` does the rest, in <work>/<task>. `study.yaml`
 
 Each task's arms are appended to <results>/arms.csv when it is done (`benchmarks/study_arms.py`), to be committed. What stands
 there for the same settings, base, pool and data is not run again, on whatever machine, so that a call goes on where another
-ended; `python -m benchmarks.tables` makes the tables and figures from it.
+ended; `python -m benchmarks.study_tables` makes the tables and figures from it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ import yaml
 
 from benchmarks.over_tasks import over_tasks
 from benchmarks.study_arms import FILE, StudyArm, add_arms, lacking, read_arms
-from benchmarks.tables import METRICS, RESULTS, current, differences, saved, tasks_of, write_tables
+from benchmarks.study_tables import METRICS, RESULTS, current, differences, saved, tasks_of, write_tables
 from examples.base_model import base_model
 from examples.tasks import DONORS, TARGET, draw
 from pipeline.cluster.connect import connect

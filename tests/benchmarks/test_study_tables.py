@@ -7,7 +7,7 @@ import pytest
 from study_rows import absent, arm, mashup
 
 from benchmarks.study_arms import FILE, StudyArm, add_arms
-from benchmarks.tables import RESULTS, Table, current, differences, main, saved, tasks_of, write_tables
+from benchmarks.study_tables import RESULTS, Table, current, differences, main, saved, tasks_of, write_tables
 
 
 def study(base: str = "tiny") -> list[StudyArm]:

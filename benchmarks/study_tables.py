@@ -1,6 +1,6 @@
 """The tables and figures of the study, from the results that are kept: nothing is trained or scored.
 
-    python -m benchmarks.tables [benchmarks/results/study ...]      # by default every folder there with an arms.csv
+    python -m benchmarks.study_tables [benchmarks/results/study ...]      # by default every folder there with an arms.csv
 
 Each folder gets tables.md, tables.tex and, for each base, curves-<base>.png; they are made from its arms.csv alone.
 
