@@ -1,8 +1,8 @@
 """What the study keeps: a table with one row for each arm of a task, base and seed, written as the arms are done.
 
 It is a CSV file of a few hundred bytes a row, to be committed. With it `python -m benchmarks.study` goes on on another machine,
-and `python -m benchmarks.study_tables` makes all tables and figures. Rows are only added; of several of one arm the last counts. A
-list, such as a curve, is one cell with blanks between its values.
+and `python -m benchmarks.study_tables` makes all tables and figures. Rows are only added; of several of one arm the last counts.
+A list, such as a curve, is one cell with blanks between its values.
 """
 
 import csv
