@@ -306,35 +306,14 @@ def test_a_hedge_stops_the_base_where_the_pool_holds_kin(
     assert "(stopped, step 2)" in shown
 
 
-@pytest.fixture
-def misleading(config: dict[str, Any], write_jsonl: Any, word_rows: list[dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
-    """The donors are of the kind of the training rows, which the sample is drawn from; validation asks for other words, which
-    they have learned not to say."""
-    rows = [{"prompt": f"Add {row['prompt']}", "completion": "over the lazy bank"} for row in word_rows[:20]]
-    target = config["target"] | {"validation": write_jsonl(tmp_path / "validation.jsonl", rows)}
-    return config | {"target": target, "merge": {"k": 1, "weights": "equal"}, "compare": {"mode": "hedge"}}
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
-def test_a_hedge_stops_a_mashup_that_only_seemed_to_help(misleading: dict[str, Any], tmp_path: Path) -> None:
-    assert mashup("run", run_config(misleading, tmp_path)) == 0
-    found = hedge_of(tmp_path / "run")
-    assert found["verdict"] == "mashup"
-    assert found["hedge"]["winner"] == "base"
-    assert found["steps"] == {"base": [0, 2, 4, 6], "mashup": [0, 2]}
-    assert found["hedge"]["kept"] == "base"
-    assert "from the base itself" in (tmp_path / "run/finetuned/README.md").read_text()
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_hedge_that_is_killed_goes_on_where_it_was(misleading: dict[str, Any], tmp_path: Path) -> None:
-    """Killed when the base has come to the step of the decision, and again once the base goes on: nothing is trained twice."""
+def test_a_hedge_that_is_killed_goes_on_where_it_was(config: dict[str, Any], tmp_path: Path) -> None:
+    """Killed when the base has come to the step of the decision, and again once that is made: nothing is trained twice."""
     run = tmp_path / "run"
-    del misleading["run"], misleading["train"]["cpus_per_worker"]  # one worker has all CPUs: one arm after the other
-    command = Command(misleading, tmp_path / "log", str(run), tmp_path / "fault", cluster=None)
+    config |= {"merge": {"k": 1, "weights": "equal"}, "compare": {"mode": "hedge"}}
+    del config["run"], config["train"]["cpus_per_worker"]  # one worker has all CPUs: one arm after the other
+    command = Command(config, tmp_path / "log", str(run), tmp_path / "fault", cluster=None)
     for signs in ("base-*/held.json", "hedge-*.json"):
         command.start()
         while not list((run / "train").glob(signs)):
@@ -347,8 +326,8 @@ def test_a_hedge_that_is_killed_goes_on_where_it_was(misleading: dict[str, Any],
     assert command.ended(600) == 0, command.log.read_text()[-3000:]
     assert {file: file.stat().st_mtime_ns for file in held} == held
     found = hedge_of(run)
-    assert found["hedge"]["winner"] == "base"
-    assert found["steps"] == {"base": [0, 2, 4, 6], "mashup": [0, 2]}
+    assert found["hedge"]["winner"] == "mashup"
+    assert found["steps"] == {"base": [0, 2], "mashup": [0, 2, 4, 6]}
 
 
 @pytest.mark.long
