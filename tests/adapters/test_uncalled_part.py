@@ -47,8 +47,8 @@ def test_a_part_that_is_read_past_an_adapter_is_left_out_where_it_changes_nothin
     assert read_adapter(Path(row["uri"]), *linear_shapes(mamba)).target_leaves == ["in_proj"]
     base, whole, left = (AutoModelForCausalLM.from_pretrained(mamba).eval() for _ in range(3))
     with torch.no_grad():
-        expected = put_on(whole, tmp_path / "pool/a")(IDS, use_cache=False).logits
-        torch.testing.assert_close(put_on(left, Path(row["uri"]))(IDS, use_cache=False).logits, expected)
+        expected = put_on(whole, tmp_path / "pool/a", mamba)(IDS, use_cache=False).logits
+        torch.testing.assert_close(put_on(left, Path(row["uri"]), mamba)(IDS, use_cache=False).logits, expected)
         assert (expected - base(IDS, use_cache=False).logits).abs().max() > 0.01
 
 
@@ -66,8 +66,8 @@ def test_a_part_that_is_read_past_an_adapter_sets_it_aside_where_it_was_trained(
     with torch.no_grad():
         for module in adapter.modules:
             merged.get_submodule(module).weight += adapter.factors(module).dense()
-        as_peft = put_on(whole, tmp_path / "pool/both")(IDS, use_cache=False).logits
-        torch.testing.assert_close(as_peft, put_on(parts, tmp_path / "rest")(IDS, use_cache=False).logits)
+        as_peft = put_on(whole, tmp_path / "pool/both", mamba)(IDS, use_cache=False).logits
+        torch.testing.assert_close(as_peft, put_on(parts, tmp_path / "rest", mamba)(IDS, use_cache=False).logits)
         assert (as_peft - merged(IDS, use_cache=False).logits).abs().max() > 0.01
 
 

@@ -68,7 +68,7 @@ def test_an_arm_is_steered_from_the_head_and_may_have_all_cpus(
 def test_arms_that_run_one_after_the_other_are_steered_by_one_process(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder) -> None:
+    def drive(trial: dict[str, Any], jobs: dict[str, Job], storage: Folder, holds: dict[str, Any]) -> None:
         name = trial["arm"]["name"]
         storage.write_json(f"{name}/result.json", {"process": os.getpid(), "name": name, "checkpoint": f"{name}/best"})
 
