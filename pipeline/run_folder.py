@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -100,6 +101,8 @@ class Run:
             InputError: there is none at `uri`.
         """
         folder = Folder.at(uri)
+        if Path(uri).is_file():
+            raise InputError(f"{uri}: a file and no run; give the folder of the run, which a config names as run")
         if not folder.exists(CONFIG):
             raise InputError(f"{uri}: no run here (config.yaml is missing); start one with `mashup search` or `mashup run`")
         content = _read_config(folder)

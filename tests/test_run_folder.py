@@ -59,6 +59,13 @@ def test_the_folder_of_a_config_file_is_no_run(config: Config) -> None:
         Run.open(config.run)
 
 
+def test_a_config_file_is_no_run(config: Config) -> None:
+    """`mashup show config.yaml`, as `mashup run` is called."""
+    Run(config).save_config()
+    with pytest.raises(InputError, match="give the folder of the run, which a config names as run"):
+        Run.open(f"{config.run}/{CONFIG}")
+
+
 def test_older_tables_are_made_anew_by_a_whole_run_and_refused_by_a_single_stage(config: Config) -> None:
     Run(config).save_config()
     file = Path(config.run) / CONFIG

@@ -59,7 +59,7 @@ def reasons(catalogue: pa.Table) -> list[str]:
     aside = catalogue.filter(pc.equal(catalogue["status"], "set_aside")).select(["adapter_id", "reason"]).to_pylist()
     kinds: dict[str, list[dict[str, str]]] = {}
     for row in aside:
-        kinds.setdefault(KIND.split(row["reason"])[0], []).append(row)
+        kinds.setdefault(KIND.split(row["reason"])[0].strip(), []).append(row)
     order = sorted(kinds, key=lambda kind: (kind.startswith(NO_LOSS), -len(kinds[kind]), kind))
     lines = [f"{len(kinds[kind])} x {kind}, such as {kinds[kind][0]['adapter_id']}: {kinds[kind][0]['reason']}" for kind in order]
     left = sum(len(kinds[kind]) for kind in order[MAX_KINDS:])

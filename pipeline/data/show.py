@@ -47,7 +47,9 @@ def _shown(number: int, row: bytes, tokenizer: PreTrainedTokenizerBase, reading:
         return shown.append(f"passed over: {error}\n")
     note = f"; {tokens['note']}" if "note" in tokens else ""
     choices = f"; {len(tokens['choices'])} choices" if "choices" in tokens else ""
-    shown.append(f"{len(tokens['input_ids'])} tokens, {sum(tokens['learn_mask'])} of them learned{choices}{note}\n")
+    shown.append(
+        f"{len(tokens['input_ids'])} tokens, {sum(tokens['learn_mask'])} of them learned, ends of turns included{choices}{note}\n"
+    )
     at = 0
     for start, end in answers:
         learned = text[start:end].translate(UNSEEN).join(marks)

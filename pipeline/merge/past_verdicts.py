@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.ledger import digest
 from pipeline.core.stats import interpolate, wilson_interval
 from pipeline.core.storage import Folder
 from pipeline.run_folder import Run
@@ -113,7 +114,9 @@ def _past(run: Run) -> list[dict[str, float]]:
 
 
 def _own(run: Run) -> str:
-    return f"{run.ledger.key('samples')}.json"
+    """A target is its train split: with another sample of it, or other settings, it is the same one."""
+    train = Folder.at(run.config.target.train)
+    return f"{digest(train.uri, train.state())}.json"
 
 
 def _folder(run: Run) -> Folder:

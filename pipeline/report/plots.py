@@ -267,7 +267,7 @@ def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     bars, spans = range(len(stages)), timeline(stages)
     for bar, (name, mine) in zip(bars, spans.items(), strict=True):
         lefts, widths = [left for left, _ in mine], [width for _, width in mine]
-        axes.barh([bar] * len(mine), widths, left=lefts, color=BASE_COLOUR if name == "compare" else MASHUP_COLOUR, height=0.62)
+        axes.barh([bar] * len(mine), widths, left=lefts, color=stage_colour(name), height=0.62)
         end = mine[-1][0] + mine[-1][1], bar
         label = duration(float(stages[name]["seconds"]))
         axes.annotate(label, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=11)
@@ -279,7 +279,16 @@ def _draw_time(figure: Figure, stages: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set(xlabel="seconds, breaks left out", ylim=(len(stages) - 0.4, -0.6), xlim=(0, 1.25 * max(1.0, last)))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    _legend(figure, [(MASHUP_COLOUR, "donors: find, score, merge"), (BASE_COLOUR, "train and test")], any(starting))
+    entries = [(MASHUP_COLOUR, "overhead: find, score, merge"), (BASE_COLOUR, "train and test"), (NEUTRAL, "charged to no start")]
+    shown = {stage_colour(name) for name in stages}
+    _legend(figure, [entry for entry in entries if entry[0] in shown], any(starting))
+
+
+def stage_colour(name: str) -> str:
+    """Apart from training, what is overhead of the mashup, and what is neither: the start of Ray, a plan's calibration."""
+    if name == "compare":
+        return BASE_COLOUR
+    return MASHUP_COLOUR if name in ("index", "samples", "search", "merge") else NEUTRAL
 
 
 def _draw_pays(figure: Figure, parity: Mapping[str, Any]) -> None:

@@ -179,7 +179,7 @@ class _Arms:
         table.add_column("", style="dim")
         for init in inits:
             table.add_column(Text(init), justify="right")
-        for name, cells in _rows(inits, self.measures):
+        for name, cells in _rows(inits, self.measures, words.has_parity(self.inits)):
             table.add_row(name, *(Text(cell) for cell in cells))
         return table
 
@@ -189,7 +189,7 @@ def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
     return wanted <= options.max_width
 
 
-def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, list[str]]]:
+def _rows(inits: Json, measures: Sequence[words.Measure], has_parity: bool) -> list[tuple[str, list[str]]]:
     arms = list(inits.values())
     made = [words.duration(arm.get("start_seconds")) for arm in arms]
     test = [(one.name, [words.measured(one, arm.get(one.key)) for arm in arms]) for one in measures]
@@ -198,7 +198,7 @@ def _rows(inits: Json, measures: Sequence[words.Measure]) -> list[tuple[str, lis
         ("Validation NLL at the start", [words.nll(arm["validation_nll_start"]) for arm in arms]),
         ("Validation NLL, best", [f"{words.nll(arm['validation_nll_best'])} (step {arm['best_step']})" for arm in arms]),
         ("Validation NLL at the end", [words.final_nll(arm) for arm in arms]),
-        *([("Steps to the base's end", [words.parity_step(arm) for arm in arms])] if words.has_parity(inits) else []),
+        *([("Steps to the base's end", [words.parity_step(arm) for arm in arms])] if has_parity else []),
         ("Learning rate", [words.rate(arm["lr"]) for arm in arms]),
         ("Training time", [words.duration(arm["train_seconds"]) for arm in arms]),
         *([("Time to make the start", made)] if any(one != words.DASH for one in made) else []),

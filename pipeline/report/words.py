@@ -154,7 +154,7 @@ def parity_step(arm: Json) -> str:
 def final_nll(arm: Json) -> str:
     """The validation NLL at the end of an init, wherever that was."""
     end = nll(arm["validation_nll_final"])
-    return f"{end} (stopped, step {step(stopped)})" if (stopped := stopped_at(arm)) else end
+    return f"{end} (stopped)" if stopped_at(arm) else end
 
 
 def count(number: int, noun: str) -> str:
@@ -221,9 +221,8 @@ def foretold(summary: Json | None, selection: Json | None) -> str | None:
     if not found:
         return None
     if "right" not in found:
-        return (
-            f"How often such {what} are right is not known: {count(found['runs'], 'past run')} with this base, which is too few."
-        )
+        known = f"{count(found['runs'], 'past run')} with this base on other targets"
+        return f"How often such {what} are right is not known: {known}, and it takes eight or more (search.store)."
     low, high = found["interval"]
     right = f"{found['right']} were right ({percent(low)} to {percent(high)} with 95 % confidence)"
     gain = f"{signed(found['gain'])} ± {nll(found['spread'])} nats a token"
@@ -320,11 +319,13 @@ def measured(measure: Measure, value: Json | None) -> str:
 
 
 def compared_time(share_saved: float | None) -> str:
-    """`12.0 % faster`, `12.0 % slower`, or `as fast`."""
+    """`12.0 % faster`, `12.0 % slower`, `6.4 times as long`, or `as fast`."""
     if share_saved is None:
         return DASH
     if round(abs(share_saved), 3) == 0:
         return "as fast"
+    if share_saved < -1:
+        return f"{1 - share_saved:.1f} times as long"
     return f"{percent(abs(share_saved))} {'faster' if share_saved > 0 else 'slower'}"
 
 
@@ -373,7 +374,8 @@ def _time_clause(parity: Json) -> str:
         return ""
     if round(abs(saved), 3) == 0:
         return " With all overhead counted, that takes as long as training from the base."
-    return f" With all overhead counted, that takes {percent(abs(saved))} {'less' if saved > 0 else 'more'} time than the base."
+    more = f"{percent(abs(saved))} {'less' if saved > 0 else 'more'} time than"
+    return f" With all overhead counted, that takes {f'{compared_time(saved)} as' if saved < -1 else more} the base."
 
 
 def _steps(parity: Json) -> Headline:

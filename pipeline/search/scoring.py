@@ -234,6 +234,9 @@ def _tell(run: Run, board: RaceProgress, n_candidates: int, n_samples: int) -> N
         return
     speed = f", {board.tokens / board.seconds:.0f} tokens/s an engine" if board.tokens else ""
     if board.over:
+        if not board.adapter_samples:
+            run.progress.say("nothing new was scored")
+            return
         share = board.adapter_samples / (n_candidates * n_samples)
         run.progress.say(f"scored {board.adapter_samples} adapter-samples, {share:.0%} of all that there are{speed}")
         return

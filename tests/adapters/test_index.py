@@ -41,16 +41,18 @@ def test_reasons_are_told_by_kinds_and_lost_donors_first() -> None:
         "d": "duplicate of y: same weights and scaling",
         "e": "duplicate of x: same weights and scaling",
         "f": "cannot be fetched from s3://b/f (it is gone)",
-        "g": None,
+        "g": "changes the head (lm_head), which vLLM cannot score",
+        "h": None,
     }
     status = ["set_aside" if reason else "ok" for reason in told.values()]
     catalogue = pa.table({"adapter_id": list(told), "status": status, "reason": list(told.values())})
     assert reasons(catalogue) == [
         "2 x wrong base, such as a: wrong base: it adapts model.layers.7",
         "1 x cannot be fetched from s3, such as f: cannot be fetched from s3://b/f (it is gone)",
+        "1 x changes the head, such as g: changes the head (lm_head), which vLLM cannot score",
         "3 x duplicate, such as c: duplicate of z: same weights and scaling",
     ]
-    assert reasons(catalogue.slice(6)) == []
+    assert reasons(catalogue.slice(7)) == []
 
 
 def test_an_unknown_base_is_said_before_anything_starts(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a person sees of the first rows."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_rows_are_shown_with_what_is_learned_in_colour(tmp_path: Path, config_fo
     first, second, third, fourth = show_rows(config_for(tmp_path / "t.jsonl"), 9)
     assert learned(first) == ["It is 0."]
     assert "What is 0?" in first.plain
-    assert "tokens," in first.plain
+    assert re.match(r"row 1: \d+ tokens, \d+ of them learned, ends of turns included\n", first.plain)
     assert second.plain.startswith("row 2: passed over: of no known form: it has label")
     assert "\u001b" not in third.plain
     assert fourth.plain.startswith("row 4: passed over: malformed")
@@ -45,8 +46,8 @@ def test_choices_are_counted_where_they_are_asked_for(tmp_path: Path, config_for
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_for(tmp_path / "t.jsonl")
     first, second = show_rows(config.model_copy(update={"compare": CompareConfig(metric="choices")}), 2)
-    assert "learned; 3 choices\n" in first.plain
-    assert "learned; without a list of two choices" in second.plain
+    assert "ends of turns included; 3 choices\n" in first.plain
+    assert "ends of turns included; without a list of two choices" in second.plain
     assert "choices" not in "".join(row.plain for row in show_rows(config, 2))
 
 

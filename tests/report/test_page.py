@@ -88,6 +88,13 @@ def test_a_long_leaderboard_is_folded_and_complete(run_data: RunData, tmp_path: 
     assert all(f" {name} " in page.text for name in leaderboard["adapter_id"].to_pylist())
 
 
+def test_the_leaderboard_says_what_it_is_ranked_by(run_data: RunData, tmp_path: Path) -> None:
+    assert "could be scored, by its loss on the search samples" in page_of(run_data, tmp_path / "nll").text
+    run_data.documents["config.yaml"]["search"]["rank_by"] = "token_accuracy"
+    text = page_of(run_data, tmp_path / "accuracy").text
+    assert "could be scored, by its token accuracy (of equals by loss) on the search samples" in text
+
+
 def test_rows_that_got_better_and_worse_are_listed(run_data: RunData, tmp_path: Path, add_metric: Callable[..., None]) -> None:
     """The largest change first; what is as good is counted alone."""
     add_metric("own:f1", [(0.5, 0.75), (0.25, 1.0), (1.0, 0.0), (0.5, 0.5)])

@@ -130,6 +130,15 @@ def test_the_time_plot_writes_each_stage_and_its_time(every_plot: list[str]) -> 
     assert {"index", "search", "compare", "8.4 s", "5 min 38 s", "starting up"} <= set(texts(every_plot[3]))
 
 
+def test_stages_that_are_neither_overhead_nor_training_stand_apart(run_data: RunData) -> None:
+    stages = run_data.documents["stages.json"]
+    assert "charged to no start" not in texts(plots.time_plot(stages))
+    found = texts(plots.time_plot({"calibration": stages["index"], **stages}))
+    assert {"overhead: find, score, merge", "train and test", "charged to no start"} <= set(found)
+    colours = {name: plots.stage_colour(name) for name in ("ray", "calibration", "index", "merge", "compare")}
+    assert colours["ray"] == colours["calibration"] != colours["index"] == colours["merge"] != colours["compare"]
+
+
 def _comparison(rows: list[tuple[str, int, float | None]]) -> pa.Table:
     values = [{"init": init, "lr": 1e-4, "seed": seed, "step": 0, "eval_nll": loss} for init, seed, loss in rows]
     return pa.Table.from_pylist(values, schema=COMPARISON)

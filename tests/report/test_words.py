@@ -48,6 +48,9 @@ def test_a_slower_mashup_is_said_to_be_slower(summary: dict[str, Any]) -> None:
     assert "29.3 of 100 steps" in words.verdict(summary, None)
     assert "40.2 % more time than the base" in words.verdict(summary, None)
     assert words.headlines(summary)[1].value == "40.2 % slower"
+    summary["parity"]["seconds_saved"] = -5.4
+    assert words.verdict(summary, None).endswith("that takes 6.4 times as long as the base.")
+    assert words.headlines(summary)[1].value == "6.4 times as long"
 
 
 def test_a_faster_mashup_is_said_to_be_faster(summary: dict[str, Any]) -> None:
@@ -106,7 +109,10 @@ def test_what_past_runs_say_of_a_verdict_is_told_with_its_interval(hedged: Calla
     )
     assert "is not known: 3 past runs" in str(words.foretold(None, {"foretold": {"runs": 3}}))
     said = words.foretold(hedged() | {"foretold": {"runs": 1}}, {"foretold": known})
-    assert said == "How often such decisions are right is not known: 1 past run with this base, which is too few."
+    assert said == (
+        "How often such decisions are right is not known: 1 past run with this base on other targets, and it takes eight or more "
+        "(search.store)."
+    )
 
 
 def test_base_and_mashup_stand_side_by_side(summary: dict[str, Any]) -> None:

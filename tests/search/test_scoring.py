@@ -39,6 +39,13 @@ def test_a_race_measures_what_it_shows_and_no_more() -> None:
     assert scoring.speed_of(RaceProgress(), 1.0) == {}
 
 
+@pytest.mark.parametrize(("made", "said"), [(0, "nothing new was scored"), (8, "scored 8 adapter-samples, 25% of all")])
+def test_the_end_of_a_race_says_what_it_scored(made: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(build_config(asked(tmp_path / "run"), "config.yaml"))
+    scoring._tell(run, RaceProgress(adapter_samples=made, seen=[8] * 4), 4, 8)
+    assert said in capsys.readouterr().err
+
+
 def test_an_adapter_that_the_engine_has_no_room_for_is_set_aside(tmp_path: Path) -> None:
     catalogue = pa.table({"adapter_id": ["small", "huge"], "rank": [8, 1024]})
     run = Run(build_config({**asked(tmp_path), "search": {"engine": "vllm"}}, "test"))
