@@ -24,7 +24,8 @@ from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.peft_names import names_kept, require_applied
 from pipeline.adapters.saved_layers import own_weights, trained_layers
 from pipeline.adapters.target_modules import text_layers
-from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
+from pipeline.adapters.tensor_names import PREFIX, adapted_beside
+from pipeline.adapters.validation import check_declared, open_weights, read_declared, split_name
 from pipeline.adapters.whole_layers import add_to_weights
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
@@ -110,7 +111,11 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):
             raise AdapterError(f"NaN or Inf in the weights of {module}")
-    return Adapter(declared.config, tensors, declared.own, trained_layers(folder, declared, base) if base else {})
+    config = declared.config
+    if adapted_beside(declared.saved):  # whose factors are among the whole layers from here on
+        config = copy(config)
+        config.target_modules, config.exclude_modules = set(tensors), None
+    return Adapter(config, tensors, declared.own, trained_layers(folder, declared, base) if base else {})
 
 
 def for_engine(folder: Path, scratch: Path) -> Path:
@@ -134,7 +139,8 @@ def file_sha256(path: Path) -> str:
 def content_hash(weights_sha256: str, config: LoraConfig) -> str:
     """A digest that is equal for adapters of equal delta weights: of the weights and of what scales them."""
     scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
-    layers = [value for value in (config.modules_to_save, config.trainable_token_indices) if value]  # what whole ones mean
+    meaning = (config.modules_to_save, config.trainable_token_indices, config.ensure_weight_tying)  # of whole layers
+    layers = [value for value in meaning if value]
     return hashlib.sha256(f"{weights_sha256} {scaling}{layers or ''}".encode()).hexdigest()[:32]
 
 
