@@ -6,9 +6,9 @@ there is the business of `pipeline/adapters/validation.py`.
 
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +223,22 @@ def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.flo
     config.modules_to_save = sorted({name.rpartition(".")[0] for name in adapter.whole}) or None
     config.trainable_token_indices = None
     config.save_pretrained(str(folder))
+
+
+def with_whole(adapter: Adapter, changes: Mapping[str, Tensor], base: str) -> Adapter:
+    """The adapter with changes of whole layers. What it adds to one of these by factors is added there: PEFT has the one or the
+    other on a layer."""
+    modules = {name.rpartition(".")[0] for name in changes} & adapter.tensors.keys()
+    if not modules:
+        return replace(adapter, whole=dict(changes))
+    whole = dict(changes)
+    for module in modules:
+        name, delta = f"{module}.weight", adapter.factors(module).dense()
+        whole[name] = whole[name] + delta if name in whole else delta
+    kept = {module: pair for module, pair in adapter.tensors.items() if module not in modules}
+    config = copy(adapter.config)
+    config.target_modules = set(target_names(kept, base, linear_shapes(base)[0]))
+    return replace(adapter, config=config, tensors=kept, whole=whole)
 
 
 def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float, shapes: Shapes, seed: int) -> Adapter:

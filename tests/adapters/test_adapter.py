@@ -21,6 +21,7 @@ from pipeline.adapters.adapter import (
     put_on,
     read_adapter,
     text_targets,
+    with_whole,
     write_adapter,
 )
 from pipeline.adapters.low_rank import Factors
@@ -438,3 +439,13 @@ def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str
     monkeypatch.setattr(PeftModel, "from_pretrained", note)
     put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good, tiny_base)
     assert asked == ["meta"]
+
+
+def test_what_an_adapter_adds_to_a_layer_that_changes_whole_is_added_there(good: Path, tiny_base: str) -> None:
+    adapter, norm = read_adapter(good), {"model.norm.weight": torch.ones(128)}
+    assert with_whole(adapter, norm, tiny_base).tensors is adapter.tensors
+    for own in (f"{Q0}.weight", f"{Q0}.bias"):
+        delta = adapter.factors(Q0).dense()
+        found = with_whole(adapter, norm | {own: torch.ones(delta.shape)}, tiny_base)
+        assert found.config.target_modules == {*found.modules} == {*adapter.modules} - {Q0}
+        torch.testing.assert_close(found.whole[f"{Q0}.weight"], delta + float(own.endswith("weight")))
