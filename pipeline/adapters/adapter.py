@@ -31,7 +31,7 @@ from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
-from pipeline.model.base_model import Shapes, linear_shapes, names_of_others
+from pipeline.model.base_model import Shapes, linear_shapes, names_of_others, skeleton
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
 
@@ -214,15 +214,25 @@ def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.flo
     for module, (a_RI, b_OR) in adapter.tensors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a_RI.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_OR.to(dtype).contiguous()
-    for name, change in adapter.whole.items():
-        own = own_weights(base, name) if base else None
-        assert own is not None, f"{name} is to be written, and is no weight of {base}"
-        tensors[f"{PREFIX}{name}"] = (own.float() + change).to(dtype).contiguous()
+    if adapter.whole:
+        assert base, "the base, for the layers that are written whole"
+        tensors |= {f"{PREFIX}{name}": weights.to(dtype).contiguous() for name, weights in _whole_layers(adapter, base).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = copy(adapter.config)
     config.modules_to_save = sorted({name.rpartition(".")[0] for name in adapter.whole}) or None
     config.trainable_token_indices = None
     config.save_pretrained(str(folder))
+
+
+def _whole_layers(adapter: Adapter, base: str) -> dict[str, Tensor]:
+    """All tensors of the layers that an adapter changes whole, with those that it leaves: PEFT reads no part of a layer."""
+    found, model = dict[str, Tensor](), skeleton(base)
+    for module in {name.rpartition(".")[0] for name in adapter.whole}:
+        for name in (f"{module}.{leaf}" for leaf in model.get_submodule(module).state_dict()):
+            own = own_weights(base, name)
+            assert own is not None, f"{name} is to be written, and is no weight of {base}"
+            found[name] = own.float() + adapter.whole.get(name, 0)
+    return found
 
 
 def with_whole(adapter: Adapter, changes: Mapping[str, Tensor], base: str) -> Adapter:

@@ -65,8 +65,9 @@ def about_saved(declared: Declared, trained: Collection[str]) -> str | None:
     Args:
         trained: names of the weights that `trained_layers` gave.
     """
-    changed = {own_name(name) for name in trained}
-    left = [tensor for name in declared.saved if own_name(tensor := str(saved_whole(name))) not in changed]
+    changed = {own_name(name).rpartition(".")[0] for name in trained}
+    tensors = [str(saved_whole(name)) for name in declared.saved]
+    left = [tensor for tensor in tensors if own_name(tensor).rpartition(".")[0] not in changed]
     said = [f"{_few(left)} beside it is the base's own and is left out"] if left else []
     said += [f"{_few(trained)} beside it was trained, and is scored and merged whole"] if trained else []
     return "; ".join(said) or None

@@ -25,6 +25,7 @@ from pipeline.adapters.adapter import (
     write_adapter,
 )
 from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.saved_layers import about_saved
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -449,3 +450,23 @@ def test_what_an_adapter_adds_to_a_layer_that_changes_whole_is_added_there(good:
         found = with_whole(adapter, norm | {own: torch.ones(delta.shape)}, tiny_base)
         assert found.config.target_modules == {*found.modules} == {*adapter.modules} - {Q0}
         torch.testing.assert_close(found.whole[f"{Q0}.weight"], delta + float(own.endswith("weight")))
+
+
+def test_peft_reads_a_layer_with_a_bias_of_which_the_weight_alone_changed(
+    tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    base, sizes = str(tmp_path / "base"), {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, num_attention_heads=2, **sizes))
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(base)
+    donor = make_adapter(tmp_path / "donor", base, std=0.2, targets=["q_proj", "lm_head"])
+    read = read_adapter(donor, base=base)
+    assert about_saved(read_declared(donor), read.whole) == "lm_head beside it was trained, and is scored and merged whole"
+    write_adapter(tmp_path / "again", read, base=base)
+    theirs, ours = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+        .eval()(torch.arange(3, 20)[None])
+        .logits
+        for folder in (donor, tmp_path / "again")
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
