@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from benchmarks.memory import EnginePeaks, own_peak
 from benchmarks.pools import random_samples, with_states
 from pipeline.adapters.adapter import content_hash, file_sha256
-from pipeline.adapters.validation import PREFIX
+from pipeline.adapters.tensor_names import PREFIX
 from pipeline.config import SearchConfig
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.storage import Folder

@@ -132,7 +132,7 @@ def make_adapter() -> Callable[..., Path]:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if "lora_B" in name or "lora_embedding_B" in name:
+                if "lora_B" in name or "lora_embedding_A" in name:
                     weight.normal_(std=std)
                 elif whole and weight.requires_grad and "lora_" not in name:
                     weight.add_(torch.randn_like(weight), alpha=whole)

@@ -6,9 +6,9 @@ there is the business of `pipeline/adapters/validation.py`.
 
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,14 @@ from pipeline.adapters.low_rank import Factors, drop_null_rank, pad
 from pipeline.adapters.peft_names import names_kept, require_applied
 from pipeline.adapters.saved_layers import own_weights, trained_layers
 from pipeline.adapters.target_modules import text_layers
-from pipeline.adapters.validation import PREFIX, check_declared, open_weights, read_declared, split_name
+from pipeline.adapters.tensor_names import PREFIX, adapted_beside
+from pipeline.adapters.validation import check_declared, open_weights, read_declared, split_name
 from pipeline.adapters.whole_layers import add_to_weights
 from pipeline.core.base_ref import name_of
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.core.node_folder import temporary_folder
-from pipeline.model.base_model import Shapes, linear_shapes, names_of_others
+from pipeline.model.base_model import Shapes, linear_shapes, names_of_others, skeleton
 
 CHANGED = "it changed since the pool was indexed; the next run checks it anew"
 
@@ -110,7 +111,11 @@ def read_adapter(folder: Path, shapes: Shapes | None = None, head: str | None = 
     for module, pair in tensors.items():
         if not all(torch.isfinite(half).all() for half in pair):
             raise AdapterError(f"NaN or Inf in the weights of {module}")
-    return Adapter(declared.config, tensors, declared.own, trained_layers(folder, declared, base) if base else {})
+    config = declared.config
+    if adapted_beside(declared.saved):  # whose factors are among the whole layers from here on
+        config = copy(config)
+        config.target_modules, config.exclude_modules = set(tensors), None
+    return Adapter(config, tensors, declared.own, trained_layers(folder, declared, base) if base else {})
 
 
 def for_engine(folder: Path, scratch: Path) -> Path:
@@ -134,7 +139,8 @@ def file_sha256(path: Path) -> str:
 def content_hash(weights_sha256: str, config: LoraConfig) -> str:
     """A digest that is equal for adapters of equal delta weights: of the weights and of what scales them."""
     scaling = (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern)
-    layers = [value for value in (config.modules_to_save, config.trainable_token_indices) if value]  # what whole ones mean
+    meaning = (config.modules_to_save, config.trainable_token_indices, config.ensure_weight_tying)  # of whole layers
+    layers = [value for value in meaning if value]
     return hashlib.sha256(f"{weights_sha256} {scaling}{layers or ''}".encode()).hexdigest()[:32]
 
 
@@ -208,15 +214,41 @@ def write_adapter(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.flo
     for module, (a_RI, b_OR) in adapter.tensors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a_RI.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_OR.to(dtype).contiguous()
-    for name, change in adapter.whole.items():
-        own = own_weights(base, name) if base else None
-        assert own is not None, f"{name} is to be written, and is no weight of {base}"
-        tensors[f"{PREFIX}{name}"] = (own.float() + change).to(dtype).contiguous()
+    if adapter.whole:
+        assert base, "the base, for the layers that are written whole"
+        tensors |= {f"{PREFIX}{name}": weights.to(dtype).contiguous() for name, weights in _whole_layers(adapter, base).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = copy(adapter.config)
     config.modules_to_save = sorted({name.rpartition(".")[0] for name in adapter.whole}) or None
     config.trainable_token_indices = None
     config.save_pretrained(str(folder))
+
+
+def _whole_layers(adapter: Adapter, base: str) -> dict[str, Tensor]:
+    """All tensors of the layers that an adapter changes whole, with those that it leaves: PEFT reads no part of a layer."""
+    found, model = dict[str, Tensor](), skeleton(base)
+    for module in {name.rpartition(".")[0] for name in adapter.whole}:
+        for name in (f"{module}.{leaf}" for leaf in model.get_submodule(module).state_dict()):
+            own = own_weights(base, name)
+            assert own is not None, f"{name} is to be written, and is no weight of {base}"
+            found[name] = own.float() + adapter.whole.get(name, 0)
+    return found
+
+
+def with_whole(adapter: Adapter, changes: Mapping[str, Tensor], base: str) -> Adapter:
+    """The adapter with changes of whole layers. What it adds to one of these by factors is added there: PEFT has the one or the
+    other on a layer."""
+    modules = {name.rpartition(".")[0] for name in changes} & adapter.tensors.keys()
+    if not modules:
+        return replace(adapter, whole=dict(changes))
+    whole = dict(changes)
+    for module in modules:
+        name, delta = f"{module}.weight", adapter.factors(module).dense()
+        whole[name] = whole[name] + delta if name in whole else delta
+    kept = {module: pair for module, pair in adapter.tensors.items() if module not in modules}
+    config = copy(adapter.config)
+    config.target_modules = set(target_names(kept, base, linear_shapes(base)[0]))
+    return replace(adapter, config=config, tensors=kept, whole=whole)
 
 
 def from_factors(base: str, deltas: dict[str, Factors], rank: int, alpha: float, shapes: Shapes, seed: int) -> Adapter:

@@ -2,9 +2,11 @@
 
 PEFT saves embeddings and output heads where it thinks that the vocabulary has grown, what `modules_to_save` names, and rows of
 an embedding that `trainable_token_indices` names; other trainers save whatever is in the model. LoRA under vLLM knows none of
-these; the transformers engine, merges and training add the change to the base's own weights.
+these; the transformers engine, merges and training add the change to the base's own weights. So they do with what factors on an
+embedding or an output head change there, which vLLM does not know either.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.adapters.validation import TOKEN_ROWS, Declared, open_weights, saved_whole
+from pipeline.adapters.tensor_names import TOKEN_ROWS, adapted_beside, factor_beside, saved_whole
+from pipeline.adapters.validation import Declared, open_weights
 from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import WEIGHTS_FILE
 from pipeline.model.base_model import stored_embedding, stored_weights, tied_weights, weight_name
@@ -36,12 +39,17 @@ def trained_layers(folder: Path, declared: Declared, base: str) -> dict[str, Ten
     if not declared.saved:
         return {}
     found: dict[str, Tensor] = {}
+    whole = [name for name in declared.saved if not factor_beside(name)]
     with open_weights(folder / WEIGHTS_FILE) as file:
-        for name in sorted(declared.saved, key=lambda one: bool(TOKEN_ROWS.search(one))):  # rows go over what is saved whole
+        for name in sorted(whole, key=lambda one: bool(TOKEN_ROWS.search(one))):  # rows go over what is saved whole
             one = _saved(name, file, declared, base)
             if one is not None:
                 change = one.values.float() - one.own[one.rows].float()
                 found.setdefault(one.weight, torch.zeros(one.own.shape))[one.rows] = change
+        for module in sorted(adapted_beside(declared.saved)):
+            one = _adapted(module, file, declared, base)
+            if one is not None:
+                found.setdefault(one.weight, torch.zeros(one.own.shape))[one.rows] += one.values
     return _with_tied(found, declared, base)
 
 
@@ -57,8 +65,9 @@ def about_saved(declared: Declared, trained: Collection[str]) -> str | None:
     Args:
         trained: names of the weights that `trained_layers` gave.
     """
-    changed = {own_name(name) for name in trained}
-    left = [tensor for name in declared.saved if own_name(tensor := str(saved_whole(name))) not in changed]
+    changed = {own_name(name).rpartition(".")[0] for name in trained}
+    tensors = [str(saved_whole(name)) for name in declared.saved]
+    left = [tensor for tensor in tensors if own_name(tensor).rpartition(".")[0] not in changed]
     said = [f"{_few(left)} beside it is the base's own and is left out"] if left else []
     said += [f"{_few(trained)} beside it was trained, and is scored and merged whole"] if trained else []
     return "; ".join(said) or None
@@ -106,6 +115,38 @@ def _saved(name: str, file: safe_open, declared: Declared, base: str) -> _Traine
     if not torch.isfinite(values).all():
         raise AdapterError(f"NaN or Inf in the weights of {name}")
     return _Trained(weight, own, rows, values)
+
+
+def _adapted(module: str, file: safe_open, declared: Declared, base: str) -> _Trained | None:
+    """What factors on an embedding or an output head add to its weight; None: nothing."""
+    (left_VR, right_RI), tensor = _factors(module, file, declared), f"{module}.weight"
+    own, weight = own_weights(base, tensor), weight_name(base, tensor)
+    if own is None or weight is None or own.dim() != 2 or right_RI.shape[1] != own.shape[1]:
+        raise AdapterError(f"wrong shapes: factors on {module}, {len(left_VR)} x {right_RI.shape[1]}, do not fit the base")
+    rows = slice(0, min(len(own), len(left_VR)))
+    values = left_VR[rows] @ right_RI
+    if not values.any():
+        return None
+    if not is_of_text(tensor):
+        raise _of_other_senses(f"{module} is adapted")
+    if not torch.isfinite(values).all():
+        raise AdapterError(f"NaN or Inf in the weights of {module}")
+    return _Trained(weight, own, rows, values)
+
+
+def _factors(module: str, file: safe_open, declared: Declared) -> tuple[Tensor, Tensor]:
+    """Two factors in float32 whose product, of tokens by features, is what they add to a weight. PEFT's factors on an embedding
+    give features by tokens."""
+    factors = [(found[1], name) for name in declared.saved if (found := factor_beside(name)) and found[0] == module]
+    halves, names = sorted(half for half, _ in factors), dict(factors)
+    if halves != ["A", "B"]:
+        raise AdapterError(f"corrupt weights: of factors {module} has {', '.join(halves)}; one A and one B are needed")
+    a_RI, b_OR = file.get_tensor(names["A"]).float(), file.get_tensor(names["B"]).float()
+    rank, alpha = declared.own.get(module, (int(declared.config.r), float(declared.config.lora_alpha)))
+    if a_RI.dim() != 2 or b_OR.dim() != 2 or not len(a_RI) == b_OR.shape[1] == rank:
+        raise AdapterError(f"wrong shapes: {module} has lora_A {tuple(a_RI.shape)}, lora_B {tuple(b_OR.shape)} at rank {rank}")
+    b_OR = b_OR * (alpha / (math.sqrt(rank) if declared.config.use_rslora else rank))
+    return (a_RI.T, b_OR.T) if "lora_embedding_" in names["A"] else (b_OR, a_RI)
 
 
 def _of_other_senses(what: str) -> AdapterError:
@@ -165,8 +206,13 @@ def _with_tied(found: dict[str, Tensor], declared: Declared, base: str) -> dict[
 
 
 def _is_apart(weight: str, declared: Declared) -> bool:
-    """Whether PEFT puts a layer of an adapter's own in the place of the base's, which leaves what is tied to it as it is."""
+    """Whether PEFT puts a layer of an adapter's own in the place of the base's, or factors beside it, which leaves what is tied
+    to it as it is."""
     module = weight.rpartition(".")[0]
+    if declared.config.ensure_weight_tying and layer_of(weight) not in HEADS:
+        return False
+    if own_name(module) in map(own_name, adapted_beside(declared.saved)):
+        return True
     named: Iterable[str] = declared.config.modules_to_save or ()
     if layer_of(weight) in HEADS and isinstance(declared.config.trainable_token_indices, dict):
         named = [*named, *declared.config.trainable_token_indices]

@@ -13,14 +13,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from pipeline.adapters.target_modules import own_scales, tails, targets
+from pipeline.adapters.tensor_names import FACTOR, PREFIX, adapted_beside, saved_whole
 from pipeline.config import MAX_RANK
 from pipeline.core.errors import AdapterError, as_adapter_error
 from pipeline.core.file_names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from pipeline.core.storage import MAX_HEADER_BYTES
 from pipeline.model.base_model import Shapes
-from pipeline.model.layer_names import EMBEDDING_NAMES, HEADS, LANGUAGE, LAYERS, is_of_text, unwrapped
-
-PREFIX = "base_model.model."
+from pipeline.model.layer_names import HEADS, LANGUAGE, LAYERS, is_of_text, unwrapped
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ALPHA = 1e9
@@ -33,15 +32,6 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 ROUTERS = ("gate", "router")
 """What models call the layer that sends a token to experts."""
-
-WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module|modules_to_save(\.\w+)?)(?=\.(weight|bias)$)")
-"""What PEFT puts between a layer's name and that of its weights, while the layer is in a model that is trained."""
-
-TOKEN_ROWS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.\w+)?$")
-"""Ends the name of those rows of an embedding that `trainable_token_indices` names."""
-
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
-"""A factor's name, with or without that of the adapter in a model, such as `default`."""
 
 PLAIN_NAME = re.compile(r"[\w.-]+")
 
@@ -80,7 +70,8 @@ class Declared:
     """What an adapter's files say, its weights not yet read.
 
     `sizes`: module path -> shapes of lora_A and of lora_B. `own`: rank and alpha of the modules for which a pattern of the
-    config has one or both of them. `saved`: names of tensors of whole layers beside the factors. `renamed`: whether the file has
+    config has one or both of them. `saved`: names of tensors of whole layers beside the factors, and of factors on embeddings and
+    output heads, which change these as a whole. `renamed`: whether the file has
     tensors by other names than PEFT writes. `other_senses`: modules, not in `sizes`, that no text runs through.
     """
 
@@ -123,7 +114,7 @@ def read_declared(folder: Path) -> Declared:
     other_senses = tuple(sorted(sizes.keys() - text.keys()))
     if not text:
         raise AdapterError(f"adapts layers for pictures or sounds alone ({other_senses[0]}), which no text runs through")
-    return Declared(config, text, own_scales(config, text), saved, renamed, other_senses)
+    return Declared(config, text, own_scales(config, [*text, *adapted_beside(saved)]), saved, renamed, other_senses)
 
 
 def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None:
@@ -144,7 +135,11 @@ def check_declared(declared: Declared, shapes: Shapes, head: str | None) -> None
     targeted = targets(declared.config, shapes, head)
     if missing := sorted(targeted - declared.sizes.keys()):
         raise AdapterError(f"missing weights: its config targets {missing[0]} but the file has no lora_A and lora_B for it")
-    if beyond := sorted(declared.sizes.keys() - targeted):  # PEFT passes these over, and vLLM does not
+    beside = adapted_beside(declared.saved)
+    if beside and declared.config.target_modules != "all-linear":  # which leaves out the head
+        named = targets(declared.config, dict.fromkeys(beside, (0, 0)), None)
+        targeted |= beside if named and declared.config.ensure_weight_tying else named  # a head that PEFT ties goes unnamed
+    if beyond := sorted((declared.sizes.keys() | beside) - targeted):  # PEFT passes these over, and vLLM does not
         raise AdapterError(f"its file has weights for {beyond[0]}, which its config does not target")
 
 
@@ -230,24 +225,12 @@ def split_name(name: str) -> tuple[str, str]:
     Raises:
         AdapterError: it is neither.
     """
-    if "lora_embedding_" in name or any(f".{layer}." in name for layer in (*EMBEDDING_NAMES, *HEADS)):
-        raise AdapterError(f"changes the embeddings or the output head ({name}), which vLLM's LoRA cannot score")
     if ".lora_magnitude_vector" in name:
         raise AdapterError(UNSUPPORTED["use_dora"])
     plain = unwrapped(name)
     if plain.startswith(PREFIX) and (found := FACTOR.fullmatch(plain.removeprefix(PREFIX))):
         return found["module"], found["half"]
     raise AdapterError(f"not plain LoRA: it carries the tensor {name}")
-
-
-def saved_whole(name: str) -> str | None:
-    """Which of the base's tensors one in an adapter's file stands for, as PEFT saves embeddings and output heads where it thinks
-    that the vocabulary has grown, whatever `modules_to_save` names, and rows of tokens that were trained. Whether it is the
-    base's own is seen where weights are read. None: it is something else."""
-    plain = TOKEN_ROWS.sub(".weight", unwrapped(name))
-    if not plain.startswith(PREFIX) or ".lora_" in plain or not plain.endswith((".weight", ".bias")):
-        return None
-    return WRAPPED.sub("", plain.removeprefix(PREFIX))
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -385,7 +368,8 @@ def _read_names(folder: Path) -> tuple[dict[str, tuple[Size, Size]], tuple[str, 
                 raise AdapterError(f"wrong shapes: {name} has {len(shape)} dimensions, 2 are needed")
             halves.setdefault(module, {})[half] = shape
     if not halves:
-        raise AdapterError("missing weights: the file holds no tensor")
+        what = f"no factors of a linear layer beside {saved[0]}" if saved else "no tensor"
+        raise AdapterError(f"missing weights: the file holds {what}")
     for module, pair in halves.items():
         if len(pair) < 2:
             raise AdapterError(f"missing weights: {module} has only lora_{next(iter(pair))}")

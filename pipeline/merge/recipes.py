@@ -70,7 +70,7 @@ def merge(
     on: torch.device = CPU,
 ) -> Merged:
     """Merge donors into one adapter over the union of their modules; a donor without a module adds nothing to it. So it is with
-    layers that donors change whole, of which nothing is ever cut.
+    layers that donors change whole, of which nothing is ever cut; what others add to one of these by factors is added there.
 
     Unless `alpha` is given, the result has that of `alpha_at` for the first donor. It is computed on the device `on`, a module
     after the other, and comes back to the host's memory.
@@ -81,27 +81,35 @@ def merge(
     if recipe.method == "ab_mean":
         _require_alike(donors)
     deltas: dict[str, Factors] = {}
-    kept = 1.0
-    for module in sorted(set().union(*(donor.tensors for donor in donors))):
+    kept, whole = 1.0, _merged_whole(recipe, donors, on)
+    for module in sorted(set().union(*(donor.tensors for donor in donors)) - {name.rpartition(".")[0] for name in whole}):
         pairs = [(d.factors(module).to(on), w) for d, w in recipe.weighted(donors, module) if module in d.tensors]
         merged = FUNCTIONS[recipe.method]([factors for factors, _ in pairs], [weight for _, weight in pairs])
         cut, energy = truncate(merged, recipe.rank) if isinstance(merged, Factors) else factorise(merged, recipe.rank)
         deltas[module], kept = cut.to(CPU), min(kept, energy)
+    if not deltas:
+        raise AdapterError(
+            "each layer that one of the donors adapts is replaced whole by another, which leaves no factors to train"
+        )
     first = donors[0]
     alpha = alpha or alpha_at(recipe.rank, first.max_rank, abs(first.scale(first.modules[0])) or 1.0)
     adapter = from_factors(base, deltas, recipe.rank, alpha, shapes, seed)
-    return Merged(replace(adapter, whole=_merged_whole(recipe, donors, on)), kept)
+    return Merged(replace(adapter, whole=whole), kept)
 
 
 def _merged_whole(recipe: Recipe, donors: Sequence[Adapter], on: torch.device) -> dict[str, Tensor]:
-    """The changes of layers that donors change whole."""
+    """The changes of layers that donors change whole, with what others change in them by factors."""
+    names = set[str]().union(*(donor.whole for donor in donors))
+    adapted = set[str]().union(*(donor.tensors for donor in donors))
+    names |= {f"{module}.weight" for name in names if (module := name.rpartition(".")[0]) in adapted}  # where a bias is all
     found: dict[str, Tensor] = {}
-    for name in sorted(set().union(*(donor.whole for donor in donors))):
-        module = name.rpartition(".")[0]
-        if any(module in donor.tensors for donor in donors):
-            raise AdapterError(f"one donor adapts {module} and another replaces it whole")
-        pairs = [(Whole(d.whole[name].to(on)), w) for d, w in recipe.weighted(donors, name) if name in d.whole]
-        merged = ON_WHOLE.get(recipe.method, dense_sum)([whole for whole, _ in pairs], [weight for _, weight in pairs])
+    for name in sorted(names):
+        module = name.removesuffix(".weight")
+        pairs: list[tuple[Delta, float]] = [
+            (Whole(d.whole[name].to(on)), w) for d, w in recipe.weighted(donors, name) if name in d.whole
+        ]
+        pairs += [(d.factors(module).to(on), w) for d, w in recipe.weighted(donors, module) if module in d.tensors]
+        merged = ON_WHOLE.get(recipe.method, dense_sum)([delta for delta, _ in pairs], [weight for _, weight in pairs])
         found[name] = merged.to(CPU)
     return found
 

@@ -26,7 +26,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from pipeline.adapters.adapter import Adapter, alpha_at, from_factors, put_on, read_adapter, text_targets, write_adapter
+from pipeline.adapters.adapter import (
+    Adapter,
+    alpha_at,
+    from_factors,
+    put_on,
+    read_adapter,
+    text_targets,
+    with_whole,
+    write_adapter,
+)
 from pipeline.adapters.fetch import fetch_adapter
 from pipeline.adapters.low_rank import Factors, truncate, weighted_sum
 from pipeline.adapters.peft_names import fresh_on
@@ -179,7 +188,7 @@ class Trainable:
                 adapter = read_adapter(scratch)
             if self.start:
                 adapter = _on_top(self.job.base, self.start, adapter, -1.0 if self.job.moved else 1.0)
-            write_adapter(folder, replace(adapter, whole=self.whole), base=self.job.base)
+            write_adapter(folder, with_whole(adapter, self.whole, self.job.base), base=self.job.base)
             return
         # Else PEFT asks the Hub, at each checkpoint, whether the base's vocabulary has grown.
         settings = {} if self.job.full else {"save_embedding_layers": False}

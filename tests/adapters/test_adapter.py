@@ -13,8 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters.adapter import alpha_at, for_engine, from_factors, plain, put_on, read_adapter, text_targets, write_adapter
+from pipeline.adapters.adapter import (
+    alpha_at,
+    for_engine,
+    from_factors,
+    plain,
+    put_on,
+    read_adapter,
+    text_targets,
+    with_whole,
+    write_adapter,
+)
 from pipeline.adapters.low_rank import Factors
+from pipeline.adapters.saved_layers import about_saved
 from pipeline.adapters.validation import read_declared
 from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -344,13 +355,16 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "magnitude vector": (lambda t: t.update({f"base_model.model.{Q0}.lora_magnitude_vector": torch.ones(2)}), "DoRA"),
     "embedding factors": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 2)}),
-        "changes the embeddings",
+        "weights for model.embed_tokens, which its config does not target",
     ),
     "a factor under two names": (
         lambda t: t.update({Q0_A.replace(".weight", ".default.weight"): torch.ones(4, 128)}),
         f"{Q0} has lora_A twice, under two names",
     ),
-    "output head": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 128)}), "output head"),
+    "output head": (
+        lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 128)}),
+        "weights for lm_head, which",
+    ),
     "bias": (lambda t: t.update({f"base_model.model.{Q0}.lora_B.bias": torch.ones(128)}), "not plain LoRA: .*bias"),
     "other prefix": (lambda t: t.update({"transformer.q.lora_A.weight": torch.ones(4, 128)}), "not plain LoRA"),
     "whole numbers": (lambda t: t.update({Q0_A: torch.ones(4, 128, dtype=torch.int8)}), "dtype I8"),
@@ -393,21 +407,6 @@ def test_weights_that_cannot_be_a_donor_are_set_aside(case: str, good: Path, bas
         read_and_check(good, base_layers)
 
 
-def test_adapter_of_the_output_head_that_peft_wrote_is_set_aside(
-    tmp_path: Path, untied_base: str, make_adapter: Callable[..., Path]
-) -> None:
-    folder = make_adapter(tmp_path, untied_base, targets=["q_proj", "lm_head"])
-    with pytest.raises(AdapterError, match="output head"):
-        read_and_check(folder, linear_shapes(untied_base))
-
-
-def test_adapter_of_the_embeddings_that_peft_wrote_is_set_aside(
-    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path], base_layers: tuple[Shapes, str | None]
-) -> None:
-    with pytest.raises(AdapterError, match="embeddings"):
-        read_and_check(make_adapter(tmp_path, tiny_base, targets=["q_proj", "embed_tokens"]), base_layers)
-
-
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -441,3 +440,33 @@ def test_an_adapter_is_read_to_the_device_of_its_base(good: Path, tiny_base: str
     monkeypatch.setattr(PeftModel, "from_pretrained", note)
     put_on(AutoModelForCausalLM.from_pretrained(tiny_base).to("meta"), good, tiny_base)
     assert asked == ["meta"]
+
+
+def test_what_an_adapter_adds_to_a_layer_that_changes_whole_is_added_there(good: Path, tiny_base: str) -> None:
+    adapter, norm = read_adapter(good), {"model.norm.weight": torch.ones(128)}
+    assert with_whole(adapter, norm, tiny_base).tensors is adapter.tensors
+    for own in (f"{Q0}.weight", f"{Q0}.bias"):
+        delta = adapter.factors(Q0).dense()
+        found = with_whole(adapter, norm | {own: torch.ones(delta.shape)}, tiny_base)
+        assert found.config.target_modules == {*found.modules} == {*adapter.modules} - {Q0}
+        torch.testing.assert_close(found.whole[f"{Q0}.weight"], delta + float(own.endswith("weight")))
+
+
+def test_peft_reads_a_layer_with_a_bias_of_which_the_weight_alone_changed(
+    tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    base, sizes = str(tmp_path / "base"), {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, num_attention_heads=2, **sizes))
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(base)
+    donor = make_adapter(tmp_path / "donor", base, std=0.2, targets=["q_proj", "lm_head"])
+    read = read_adapter(donor, base=base)
+    assert about_saved(read_declared(donor), read.whole) == "lm_head beside it was trained, and is scored and merged whole"
+    write_adapter(tmp_path / "again", read, base=base)
+    theirs, ours = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+        .eval()(torch.arange(3, 20)[None])
+        .logits
+        for folder in (donor, tmp_path / "again")
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.adapters.adapter import for_engine, read_adapter
+from pipeline.adapters.adapter import for_engine, put_on, read_adapter
 from pipeline.adapters.catalogue import Inspector, compare_adapters
 from pipeline.adapters.pool import Listed
 from pipeline.adapters.saved_layers import about_saved, refused_by, trained_layers
 from pipeline.adapters.spectrum import families, sketch
-from pipeline.adapters.validation import read_declared
+from pipeline.adapters.validation import check_declared, read_declared
 from pipeline.core.errors import AdapterError
 from pipeline.core.file_names import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.core.tables import INSPECTED
@@ -112,6 +112,84 @@ def test_the_changes_are_those_that_peft_makes(
     for name, change in found.items():
         assert change.any()
         torch.testing.assert_close(change, after[name], atol=1e-6, rtol=0)
+
+
+ON_VOCABULARY: list[tuple[dict[str, Any], set[str]]] = [
+    ({"targets": ["q_proj", "lm_head"]}, {"lm_head.weight"}),
+    ({"targets": ["q_proj", "embed_tokens"], "use_rslora": True}, {"model.embed_tokens.weight"}),
+    ({"targets": ["q_proj", "embed_tokens", "lm_head"]}, {"model.embed_tokens.weight", "lm_head.weight"}),
+    ({"targets": ".*(q_proj|lm_head)", "rank_pattern": {"lm_head": 2}, "alpha_pattern": {"lm_head": 16}}, {"lm_head.weight"}),
+    ({"targets": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, {"model.embed_tokens.weight", "lm_head.weight"}),
+    ({"targets": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, {"model.embed_tokens.weight"}),
+]
+"""Fields of a config with factors on embedding or head, and the weights that these change."""
+
+
+@pytest.mark.parametrize(("fields", "weights"), ON_VOCABULARY)
+def test_factors_on_embedding_and_head_act_as_they_do_under_peft(
+    fields: dict[str, Any], weights: set[str], base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path / "a", base, std=0.2, whole=0.1, **fields)
+    check_declared(read_declared(folder), *linear_shapes(base))
+    found, tokens = changes(folder, base), torch.arange(3, 40)[None]
+    tied = fields.get("ensure_weight_tying") and load_model(base, torch.float32).config.tie_word_embeddings
+    assert found.keys() == weights | ({"lm_head.weight"} if tied else set())
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(load_model(base, torch.float32), str(folder)).eval()(tokens).logits
+        ours = put_on(load_model(base, torch.float32), folder, base).eval()(tokens).logits
+        factors = put_on(load_model(base, torch.float32), for_engine(folder, tmp_path / "e"), base).eval()(tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(factors, theirs, atol=0.1)
+
+
+def test_factors_on_the_head_that_change_nothing_are_left_out(
+    base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(tmp_path / "a", base, std=0.0, targets=["q_proj", "lm_head"])
+    assert not changes(folder, base)
+    assert said(folder, base) == "lm_head beside it is the base's own and is left out"
+
+
+FACTOR_A, FACTOR_B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "one half": (lambda t: t.pop(FACTOR_B), "corrupt weights: of factors lm_head has A; one A and one B"),
+    "a half twice": (
+        lambda t: t.update({FACTOR_A.replace(".weight", ".default.weight"): torch.ones(4, 128)}),
+        "of factors lm_head has A, A, B; one A and one B",
+    ),
+    "rank": (lambda t: t.update({FACTOR_A: torch.ones(3, 128)}), "wrong shapes: lm_head has lora_A .* at rank 4"),
+    "width": (lambda t: t.update({FACTOR_A: torch.ones(4, 5)}), "wrong shapes: factors on lm_head, .* x 5, do not fit"),
+    "no number": (lambda t: t.update({FACTOR_B: t[FACTOR_B] * float("nan")}), "NaN or Inf in the weights of lm_head"),
+    "no factors of layers": (
+        lambda t: [t.pop(name) for name in list(t) if "q_proj" in name],
+        "no factors of a linear layer beside base_model.model.lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_factors_on_the_head_that_cannot_be_read_are_refused(
+    case: str, base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    change, reason = WRONG[case]
+    folder = make_adapter(tmp_path / "a", base, targets=["q_proj", "lm_head"])
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match=reason):
+        changes(folder, base)
+
+
+def test_a_head_without_a_tensor_of_its_own_is_tied_where_the_config_says_so(
+    base: str, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    """Other trainers than PEFT save a tensor once that is in two places."""
+    folder = make_adapter(tmp_path / "a", base, whole=0.1, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file({name: tensor for name, tensor in tensors.items() if "lm_head" not in name}, folder / WEIGHTS_FILE)
+    tied = {"lm_head.weight"} if load_model(base, torch.float32).config.tie_word_embeddings else set()
+    assert changes(folder, base).keys() == {"model.embed_tokens.weight"} | tied
 
 
 def test_an_embedding_that_no_field_names_takes_along_the_head_that_is_tied_to_it(

@@ -285,14 +285,29 @@ def test_other_methods_merge_whole_layers_as_they_do_delta_weights(whole_donors:
     torch.testing.assert_close(merged_by(base, alike, "ab_mean", 4).adapter.whole[name], deltas[0])
 
 
-def test_a_layer_that_one_donor_adapts_and_another_replaces_is_refused(
+def test_what_one_donor_adds_to_a_layer_that_another_replaces_is_added_there(
     tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
 ) -> None:
     folders = [
-        make_adapter(tmp_path / "a", tiny_base, whole=0.1, modules_to_save=["down_proj"]),
-        make_adapter(tmp_path / "b", tiny_base, targets="all-linear"),
+        make_adapter(tmp_path / "a", tiny_base, std=0.2, whole=0.1, modules_to_save=["down_proj"]),
+        make_adapter(tmp_path / "b", tiny_base, std=0.2, targets="all-linear"),
     ]
-    with pytest.raises(AdapterError, match=r"one donor adapts model\.layers\.0\.mlp\.down_proj and another replaces it whole"):
+    donors = [read_adapter(folder, base=tiny_base) for folder in folders]
+    merged = merged_by(tiny_base, donors, "exact", 8, (0.6, 0.3))
+    assert not merged.adapter.tensors.keys() & {name.rpartition(".")[0] for name in merged.adapter.whole}
+    write_adapter(tmp_path / "mashup", merged.adapter, base=tiny_base)
+    found = [changes_by_peft(tiny_base, folder) for folder in folders]
+    total = {name: 0.6 * found[0][name] + 0.3 * found[1][name] for name in found[0]}
+    expected = logits_with_changes(tiny_base, total)
+    torch.testing.assert_close(logits_by_peft(tiny_base, tmp_path / "mashup"), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_donors_that_replace_what_the_others_adapt_leave_nothing_to_train(
+    tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]
+) -> None:
+    pairs = (("q_proj", "v_proj"), ("v_proj", "q_proj"))
+    folders = [make_adapter(tmp_path / one, tiny_base, whole=0.1, targets=[one], modules_to_save=[other]) for one, other in pairs]
+    with pytest.raises(AdapterError, match="replaced whole by another, which leaves no factors to train"):
         merged_by(tiny_base, [read_adapter(folder, base=tiny_base) for folder in folders], "exact", 8)
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from sizes import SMALL
-from test_architectures import build
+from test_architectures import NAMES, build
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +17,9 @@ from pipeline.model.base_model import linear_shapes
 from pipeline.model.uncalled_layers import uncalled_layers
 
 READ_PAST = {"jamba": "mamba.dt_proj", "mamba": "mixer.dt_proj", "falcon_mamba": "mixer.dt_proj"}
+
+LEAST_JUDGED = 80
+"""Architectures of the sweep."""
 
 
 def without_effect(model: Any, training: bool) -> set[str]:
@@ -56,3 +59,22 @@ def test_an_expert_that_no_token_came_to_is_not_taken_for_one_that_is_read(tmp_p
     config = AutoConfig.for_model("jamba", **sizes, num_experts=4, num_experts_per_tok=1, expert_layer_period=2, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert {module.rpartition(".")[2] for module in uncalled_layers(str(tmp_path))} == {"dt_proj"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_of_every_causal_architecture_such_layers_are_found(tmp_path: Path) -> None:
+    judged, wrong = 0, dict[str, Any]()
+    for name in NAMES:
+        try:
+            linear_shapes(base := saved(tmp_path / name, name))
+            expected = without_effect(build(name), training=False) | without_effect(build(name), training=True)
+        except Exception:  # not every one can be built so small, or takes an adapter on all of its layers
+            continue
+        found = {module for module in uncalled_layers(base) if not refuses(name, module)}
+        judged += 1
+        if found != expected:
+            wrong[name] = (sorted(found), sorted(expected))
+    print(f"{judged} judged")
+    assert not wrong
+    assert judged >= LEAST_JUDGED

@@ -85,10 +85,16 @@ def test_a_fresh_adapter_lies_on_layers_of_text_alone(job: Callable[..., Job], s
     assert not read_declared(tmp_path).other_senses
 
 
-@pytest.fixture
-def start(tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
+KINDS = {
+    "vocabulary": {"targets": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["embed_tokens", "model.norm"]},
+    "a layer that is trained": {"targets": ["q_proj", "down_proj"], "modules_to_save": ["v_proj"]},
+}
+
+
+@pytest.fixture(params=KINDS)
+def start(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: str, make_adapter: Callable[..., Path]) -> Path:
     """An adapter with layers that are saved whole, as a merge writes it."""
-    kind = {"targets": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["embed_tokens", "model.norm"]}
+    kind: dict[str, Any] = KINDS[request.param]
     donor = make_adapter(tmp_path / "donor", tiny_base, std=0.2, whole=0.2, **kind)
     write_adapter(tmp_path / "start", read_adapter(donor, base=tiny_base), base=tiny_base)
     return tmp_path / "start"
