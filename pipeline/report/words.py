@@ -201,7 +201,7 @@ def verdict(summary: Json | None, selection: Json | None) -> str:
     if not found:
         return "No donors have been chosen yet: the search has not been run."
     if found["verdict"] == "base":
-        return f"Start from the base: {found['why']}.{_cost_clause(summary)}"
+        return f"Start from the base: {found['why']}.{_cost_clause(summary)}{_reused_clause(summary)}"
     mashup = f"mashup of {count(len(found['donors']), 'donor')}"
     parity = parity_of(summary)
     if hedge := hedge_of(summary):
@@ -211,7 +211,7 @@ def verdict(summary: Json | None, selection: Json | None) -> str:
     if not parity["reached"]:
         return f"The {mashup} does not reach the base's final validation loss within {steps(parity['base_steps'])}."
     when = f"after {step(parity['steps'])} of {steps(parity['base_steps'])}"
-    return f"The {mashup} reaches the base's final validation loss {when}.{_time_clause(parity)}"
+    return f"The {mashup} reaches the base's final validation loss {when}.{_time_clause(parity)}{_reused_clause(summary)}"
 
 
 def foretold(summary: Json | None, selection: Json | None) -> str | None:
@@ -282,6 +282,17 @@ def _cost_clause(summary: Json | None) -> str:
         return ""
     share = "" if cost["share_of_base"] is None else f", {percent(cost['share_of_base'])} of what training from the base took"
     return f" To learn that took {duration(cost['seconds'])}{share}."
+
+
+def _reused_clause(summary: Json | None) -> str:
+    """What the overhead leaves out."""
+    reused = (summary or {}).get("scores_reused")
+    if not reused:
+        return ""
+    return (
+        f" Of the {reused['of']} scores that the search used {reused['count']} were there before it, from a plan or from other "
+        "runs: the time that these took is not counted."
+    )
 
 
 def headlines(summary: Json) -> list[Headline]:

@@ -111,11 +111,21 @@ def _rank(begun: _Begun, known: Known, seen: list[int]) -> None:
     run, work, details = begun.contest.run, begun.contest.work, begun.contest.details
     names, drawn = work.candidates["adapter_id"].to_pylist(), work.samples
     run.check()
-    details |= record_outcome(run, names, known, seen)
+    details |= record_outcome(run, names, known, seen) | _reused(run, seen)
     run.folder.write_json("scoring_failures.json", read_failures(work.failures) | unsound(names, known, seen))
     run.folder.write_table("scores/scores.parquet", score_table(names, known, drawn["sample_id"].to_pylist()))
     run.folder.write_table("leaderboard.parquet", _leaderboard(begun, names, known, seen))
     work.store.merge_files()
+
+
+def _reused(run: Run, seen: list[int]) -> dict[str, int]:
+    """How many scores the search used, and how many of these were in the store before it, from a plan or from other runs: their
+    time is not in its own. After a stop that is not known, as the scores of its first attempts are in the store, too."""
+    record = run.ledger.records["search"]
+    if len(record["spans"]) > 1:
+        return {}
+    used = sum(seen)
+    return {"used_samples": used, "reused_samples": max(0, used - int(record["details"].get("adapter_samples", 0)))}
 
 
 def _leaderboard(begun: _Begun, names: list[str], known: Known, seen: list[int]) -> pa.Table:

@@ -128,10 +128,18 @@ def _summary(run: Run, choice: dict[str, Any], result: dict[str, Any]) -> dict[s
         "parity": with_overhead(result["parity"], total) if "parity" in result else None,
         **({"hedge": result["hedge"]} if "hedge" in result else {}),
         "overhead_seconds": {**overhead, "total": total},
+        **_reused(run),
         "adapter": run.folder.sub("finetuned").uri,
         "note": "Seconds of training leave evaluation and start-up out for every init alike; overhead is the wall-clock of "
         "index, samples, search over all candidates and merge, engine start included.",
     }
+
+
+def _reused(run: Run) -> dict[str, Any]:
+    """Scores that the search found made, so that their time is not in the overhead."""
+    details = run.ledger.records.get("search", {}).get("details", {})
+    reused = details.get("reused_samples")
+    return {"scores_reused": {"count": reused, "of": details["used_samples"]}} if reused else {}
 
 
 def _said_and_timed(run: Run) -> Callable[[str], None]:

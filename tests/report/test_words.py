@@ -65,6 +65,15 @@ def test_parity_that_is_not_reached_is_said_first(summary: dict[str, Any], lose_
     assert [headline.value for headline in words.headlines(summary)[:2]] == ["not reached", "not reached"]
 
 
+def test_scores_that_were_there_before_are_said_to_be_left_out_of_the_time(summary: dict[str, Any]) -> None:
+    assert "were there before" not in words.verdict(summary, None)
+    said = words.verdict(summary | {"scores_reused": {"count": 40, "of": 72}}, None)
+    assert said.endswith(
+        " Of the 72 scores that the search used 40 were there before it, from a plan or from other runs: the time that these "
+        "took is not counted."
+    )
+
+
 def test_it_is_said_from_when_on_it_pays(summary: dict[str, Any], lose_parity: Callable[[dict[str, Any]], None]) -> None:
     said = words.pays(summary["parity"])
     assert said is not None

@@ -69,3 +69,26 @@ def test_searches_side_by_side_end_as_each_alone(
         scored = [run.ledger.records["search"]["details"]["adapter_samples"] for run in (one, other)]
         assert scored[0] == scored[1] > 0
     search_together(together, Engines(asked))  # there is nothing to do
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_scores_that_were_there_before_are_told(
+    tiny_base: str,
+    write_pool: Callable[[Path], Path],
+    word_rows: list[dict[str, Any]],
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    pool, target = write_pool(tmp_path / "pool"), TargetConfig(train=write_jsonl(tmp_path / "rows.jsonl", word_rows))
+    asked = SearchConfig(samples=12, engine="transformers", adapters_per_batch=1, cpus_per_actor=1, actors=1)
+    asked = asked.model_copy(update={"store": str(tmp_path / "store")})
+    told = list[dict[str, Any]]()
+    for name in ("first", "second"):
+        run = Run(Config(run=str(tmp_path / name), base=tiny_base, pool=str(pool), target=target, search=asked))
+        index(run)
+        samples(run)
+        search(run)
+        told.append(run.ledger.records["search"]["details"])
+    used = told[0]["used_samples"]
+    assert used == told[0]["adapter_samples"] > 0
+    assert [(one["reused_samples"], one["used_samples"]) for one in told] == [(0, used), (used, used)]

@@ -58,6 +58,20 @@ def test_what_a_metric_finds_stands_beside_the_test_figures(run: Run, monkeypatc
     assert run.folder.read_table("metric_rows.parquet").equals(rows)
 
 
+@pytest.mark.parametrize(
+    ("details", "found"),
+    [
+        ({"used_samples": 72, "reused_samples": 40}, {"scores_reused": {"count": 40, "of": 72}}),
+        ({"used_samples": 72, "reused_samples": 0}, {}),
+        ({}, {}),  # of a search that was stopped in between
+    ],
+)
+def test_the_summary_has_how_many_scores_the_search_found_made(run: Run, details: dict[str, int], found: dict[str, Any]) -> None:
+    run.ledger.note("search", 1.0)
+    run.ledger.records["search"]["details"] = details
+    assert comparison._reused(run) == found
+
+
 def test_without_a_mashup_there_is_none_to_train_from(run: Run) -> None:
     with pytest.raises(InputError, match=r"no mashup to start from .* use --init base"):
         comparison.train_one(run, LORA, "mashup", None, None)
