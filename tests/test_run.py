@@ -248,6 +248,7 @@ def hedge_of(run: Path) -> dict[str, Any]:
     return summary | {"steps": steps}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_donor_with_an_embedding_of_its_own(

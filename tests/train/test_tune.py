@@ -127,7 +127,7 @@ def steps_of(outcome: dict[str, Any]) -> list[int]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("cpus", [1, 2.5], ids=["side by side", "one after the other"])
+@pytest.mark.parametrize("cpus", [1, pytest.param(2.5, marks=pytest.mark.long)], ids=["side by side", "one after the other"])
 def test_the_arm_that_is_behind_at_a_third_is_stopped_there_and_the_other_goes_on_as_it_would_alone(
     rivals: Callable[..., list[Job]], cpus: float, tmp_path: Path, without_time: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +148,8 @@ def test_the_arm_that_is_behind_at_a_third_is_stopped_there_and_the_other_goes_o
     assert len(rounds) == (2 if cpus == 1 else 3)  # with that of the arm alone: nothing is trained again
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_hedge_that_broke_off_before_its_decision_goes_on_from_the_checkpoints(
     rivals: Callable[..., list[Job]], tmp_path: Path, without_time: Any
