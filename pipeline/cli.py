@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipeline import __version__
 from pipeline.core.errors import InputError, one_line
-from pipeline.core.progress import exit_when_stopped, quiet_libraries
+from pipeline.core.progress import end_stopped, exit_when_stopped, quiet_libraries
 
 app = typer.Typer(
     help="Start a finetune from what was trained before: find donors, merge them, finetune, compare.",
@@ -284,7 +284,8 @@ def main() -> None:
         _fail("interrupted; the same command goes on from here", 1)
     except SystemExit as ending:
         if ending.code == signal.SIGTERM:
-            _fail("stopped; the same command goes on from here", 1)
+            _say("stopped; the same command goes on from here")
+            end_stopped(1)
         raise
     except Exception as error:  # the last line of defence: one line for the user, the traceback on demand
         if os.environ.get("MASHUP_TRACEBACK"):
@@ -311,8 +312,12 @@ def _print_summary(folder: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"mashup: {message}", style="red", markup=False)
+    _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"mashup: {message}", style="red", markup=False)
 
 
 if __name__ == "__main__":

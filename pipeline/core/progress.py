@@ -1,5 +1,6 @@
 """What a person sees while a run works: one calm line now and then, on standard error."""
 
+import atexit
 import logging
 import os
 import signal
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -42,6 +43,24 @@ def exit_when_stopped() -> None:
     where it is."""
     signal.signal(signal.SIGTERM, _exit)
     sys.unraisablehook = _stop_all_the_same
+    atexit.register(_end_here)  # before Ray registers what ends it, and so called after that
+
+
+def end_stopped(code: int) -> NoReturn:
+    """End this process, of which threads of Ray may be at work: once all is put down and Ray has ended, without the interpreter's
+    own end, which such a thread can crash. The exit code would then be a signal's."""
+    _ends_with.append(code)
+    sys.exit(code)
+
+
+_ends_with: list[int] = []
+
+
+def _end_here() -> None:
+    if _ends_with:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_ends_with[-1])
 
 
 def _stop_all_the_same(ignored: Any) -> None:

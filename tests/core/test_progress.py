@@ -111,3 +111,28 @@ def test_threads_do_not_spin_unless_the_user_wants_it(monkeypatch: pytest.Monkey
         monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
         quiet_libraries()
         assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+STOPPED_BESIDE_A_CRASH = """
+import atexit, os, signal, sys
+from pipeline.core.progress import end_stopped, exit_when_stopped
+exit_when_stopped()
+atexit.register(print, "what Ray registers has run", flush=True)
+
+class Thread:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGKILL)  # as one does that is at work when the interpreter ends
+
+left = Thread()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except SystemExit:
+    end_stopped(1)
+"""
+
+
+def test_a_command_that_is_stopped_has_its_own_exit_code_whatever_the_interpreters_end_meets() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", STOPPED_BESIDE_A_CRASH], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (1, "what Ray registers has run\n")
