@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pipeline.core.errors import InputError, one_line
-from pipeline.core.progress import exit_when_stopped, quiet_libraries
+from pipeline.core.progress import end_stopped, exit_when_stopped, quiet_libraries
 
 RUN = "folder of the run, in place of the config's"
 
@@ -52,4 +52,6 @@ def run_job(work: Callable[[], dict[str, Any]]) -> NoReturn:
             raise
         ending = {"status": "failed", "exit_code": 1, "error": one_line(error)}
     print(json.dumps(ending), flush=True)
+    if ending["status"] == "stopped":
+        end_stopped(ending["exit_code"])
     sys.exit(ending["exit_code"])
