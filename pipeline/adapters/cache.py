@@ -221,11 +221,11 @@ class AdapterCache:
                 else:
                     entries.append((path.stat().st_mtime_ns, size, path))
                     total += size
-        is_full = total > self.max_bytes
-        spared = self.max_bytes - self.max_bytes // SHARERS
-        for _, size, path in sorted(entries):
-            if is_full and (total > self.max_bytes or total - size >= spared) and remove(path):
-                total -= size
+        if total > self.max_bytes:
+            spared = self.max_bytes - self.max_bytes // SHARERS
+            for _, size, path in sorted(entries):
+                if (total > self.max_bytes or total - size >= spared) and remove(path):
+                    total -= size
         return total
 
 

@@ -96,7 +96,7 @@ def build_catalogue(
         "base": base,
         "shapes": shapes,
         "head": head,
-        "uncalled": uncalled_layers(base),
+        "uncalled": uncalled_layers(base) if len(left) else [],
     }
     given |= {"salt": kept.salt if kept else secrets.randbits(62), "blocks": kept and kept.blocks}
     if known:

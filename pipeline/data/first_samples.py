@@ -6,10 +6,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.core.tables import SAMPLES
-from pipeline.data.readers import first_rows
-from pipeline.data.splits import reading_of, target_paths
-from pipeline.data.tokenise import tokenise_text
-from pipeline.model.base_model import load_tokenizer
+from pipeline.data.splits import first_usable, reading_of
 
 TRIED = 64
 """Rows that are looked at."""
@@ -21,7 +18,4 @@ def first_samples(config: Config, count: int) -> pa.Table:
     Raises:
         InputError: as for `splits.draw_samples`.
     """
-    tokenizer, reading = load_tokenizer(config.base), reading_of(config)
-    texts = islice(first_rows(target_paths(config)["train"], "train", list(reading.columns.values())), TRIED)
-    rows = (tokenise_text(text, tokenizer, config.search.seed, reading) for text in texts)
-    return pa.Table.from_pylist([*islice((row for row in rows if "problem" not in row), count)], schema=SAMPLES)
+    return pa.Table.from_pylist([*islice(first_usable(config, reading_of(config), TRIED), count)], schema=SAMPLES)

@@ -6,9 +6,10 @@ says. What the driver holds are counts, and the sample.
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -308,15 +309,28 @@ def _first_of_draw(data: Folder, size: int) -> pa.Table:
 
 def _first_in_files(data: Folder, size: int, config: Config) -> pa.Table:
     """In the order of the files, of the rows that are in the split train: none that was split off."""
-    tokenizer, reading = load_tokenizer(config.base), replace(reading_of(config), choices=False)
-    texts = first_rows(target_paths(config)["train"], "train", list(reading.columns.values()))
-    found: dict[str, dict[str, object]] = {}
-    while len(found) < size and (some := list(islice(texts, FIRST_AT_ONCE))):
-        rows = [tokenise_text(text, tokenizer, config.search.seed, reading) for text in some]
-        usable = {row["sample_id"]: row for row in rows if "problem" not in row and row["sample_id"] not in found}
+    rows = first_usable(config, replace(reading_of(config), choices=False))
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < size and (some := list(islice(rows, FIRST_AT_ONCE))):
+        usable = {row["sample_id"]: row for row in some if row["sample_id"] not in found}
         kept = _in_train(data, list(usable))
         found |= {name: row for name, row in usable.items() if name in kept}
     return pa.Table.from_pylist([{"split": "search", **row} for row in found.values()][:size], schema=SAMPLES)
+
+
+def first_usable(config: Config, reading: Reading, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """The usable rows of target.train, tokenised, in the order of its files and without Ray.
+
+    Args:
+        most: rows that are looked at; None: all, as they are asked for.
+
+    Raises:
+        InputError: the file is of no known form, or cannot be read.
+    """
+    tokenizer = load_tokenizer(config.base)
+    texts = first_rows(target_paths(config)["train"], "train", list(reading.columns.values()))
+    rows = (tokenise_text(text, tokenizer, config.search.seed, reading) for text in islice(texts, most))
+    return (row for row in rows if "problem" not in row)
 
 
 def _in_train(data: Folder, ids: list[str]) -> set[str]:

@@ -51,26 +51,26 @@ def test_choices_are_counted_where_they_are_asked_for(tmp_path: Path, config_for
     assert "choices" not in "".join(row.plain for row in show_rows(config, 2))
 
 
+def write_form(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write prompts and completions as Parquet, CSV or a saved data set, by the path's ending."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    else:
+        Dataset.from_list(rows).save_to_disk(path)
+
+
 @pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])
 def test_every_form_is_shown_without_ray(form: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
-    if form == "t.parquet":
-        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / form)
-    elif form == "t.csv":
-        (tmp_path / form).write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS))
-    else:
-        Dataset.from_list(ROWS).save_to_disk(tmp_path / form)
+    write_form(tmp_path / form, ROWS)
     assert [learned(row) for row in show_rows(config_for(tmp_path / form), 2)] == [["It is 0."], ["It is 1."]]
 
 
 @pytest.mark.parametrize("form", ["t.parquet", "t.csv", "saved"])
 def test_as_many_rows_are_shown_as_are_asked_for(form: str, tmp_path: Path, config_for: Callable[..., Config]) -> None:
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(260)]
-    if form == "t.parquet":
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / form)
-    elif form == "t.csv":
-        (tmp_path / form).write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
-    else:
-        Dataset.from_list(rows).save_to_disk(tmp_path / form)
+    write_form(tmp_path / form, rows)
     shown = list(show_rows(config_for(tmp_path / form), 250))
     assert [learned(row) for row in shown] == [[f"It is {n}."] for n in range(250)]
 

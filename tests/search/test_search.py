@@ -37,27 +37,31 @@ def test_it_depends_on_adapters_samples_engine_and_budget_and_on_no_worker(tiny_
     assert len({key(), *others}) == 7
 
 
+@pytest.fixture
+def begin(tiny_base: str, write_pool: Callable[[Path], Path], tmp_path: Path) -> Callable[..., Run]:
+    """begin(name, target, asked): a run on a pool that all share, up to its samples."""
+    pool = str(write_pool(tmp_path / "pool"))
+
+    def make(name: str, target: str, asked: SearchConfig) -> Run:
+        folder = str(tmp_path / name)
+        run = Run(Config(run=folder, base=tiny_base, pool=pool, target=TargetConfig(train=target), search=asked))
+        index(run)
+        samples(run)
+        return run
+
+    return make
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_searches_side_by_side_end_as_each_alone(
-    tiny_base: str,
-    write_pool: Callable[[Path], Path],
-    word_rows: list[dict[str, Any]],
-    write_jsonl: Callable[..., str],
-    tmp_path: Path,
+    begin: Callable[..., Run], word_rows: list[dict[str, Any]], write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
-    pool = write_pool(tmp_path / "pool")
     rows = {"one": word_rows, "two": [{**row, "prompt": f"Now {row['prompt']}"} for row in word_rows]}
     asked = SearchConfig(samples=12, engine="transformers", dtype="float32", adapters_per_batch=1, cpus_per_actor=1, actors=1)
 
     def runs(where: str) -> list[Run]:
-        made = list[Run]()
-        for name, content in rows.items():
-            target = TargetConfig(train=write_jsonl(tmp_path / f"{name}.jsonl", content))
-            config = Config(run=str(tmp_path / where / name), base=tiny_base, pool=str(pool), target=target, search=asked)
-            made.append(Run(config))
-            index(made[-1])
-            samples(made[-1])
-        return made
+        files = {name: write_jsonl(tmp_path / f"{name}.jsonl", content) for name, content in rows.items()}
+        return [begin(f"{where}/{name}", file, asked) for name, file in files.items()]
 
     together, apart = runs("together"), runs("apart")
     search_together(together, Engines(asked))
@@ -73,20 +77,14 @@ def test_searches_side_by_side_end_as_each_alone(
 
 @pytest.mark.usefixtures("ray_session")
 def test_scores_that_were_there_before_are_told(
-    tiny_base: str,
-    write_pool: Callable[[Path], Path],
-    word_rows: list[dict[str, Any]],
-    write_jsonl: Callable[..., str],
-    tmp_path: Path,
+    begin: Callable[..., Run], word_rows: list[dict[str, Any]], write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
-    pool, target = write_pool(tmp_path / "pool"), TargetConfig(train=write_jsonl(tmp_path / "rows.jsonl", word_rows))
+    target = write_jsonl(tmp_path / "rows.jsonl", word_rows)
     asked = SearchConfig(samples=12, engine="transformers", adapters_per_batch=1, cpus_per_actor=1, actors=1)
     asked = asked.model_copy(update={"store": str(tmp_path / "store")})
     told = list[dict[str, Any]]()
     for name in ("first", "second"):
-        run = Run(Config(run=str(tmp_path / name), base=tiny_base, pool=str(pool), target=target, search=asked))
-        index(run)
-        samples(run)
+        run = begin(name, target, asked)
         search(run)
         told.append(run.ledger.records["search"]["details"])
     used = told[0]["used_samples"]
